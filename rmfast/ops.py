@@ -1,0 +1,236 @@
+"""The operations as torch.library ops: one name, one implementation a device, autograd once.
+
+Every op runs :mod:`rmfast.reference` unless a faster kernel is registered for the device. None of
+them makes a dense ``[B, T, H]`` gradient. Second derivatives are not implemented.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rmfast import reference
+
+
+def _exact(function: Callable) -> Callable:
+    """Keeps autocast out: it would round the fp32 sums inside to bf16."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args)
+
+    return run
+
+
+@torch.library.custom_op("rmfast::reward_head", mutates_args=())
+@_exact
+def _reward_head(hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return reference.reward_head(hidden, index, weight, bias)
+
+
+@torch.library.custom_op("rmfast::reward_head_backward", mutates_args=())
+@_exact
+def _reward_head_backward(
+    grad: Tensor, hidden: Tensor, index: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.reward_head_backward(grad, hidden, index, weight)
+
+
+@_reward_head.register_fake
+def _(hidden, index, weight, bias):
+    acc = reference.wide(hidden.dtype)
+    return hidden.new_empty(index.shape[0], weight.shape[0], dtype=acc)
+
+
+@_reward_head_backward.register_fake
+def _(grad, hidden, index, weight):
+    acc = reference.wide(hidden.dtype)
+    grad_bias = grad.new_empty(weight.shape[0], dtype=acc)
+    return torch.empty_like(hidden), torch.empty_like(weight), grad_bias
+
+
+def _reward_head_setup(ctx, inputs, output):
+    hidden, index, weight, bias = inputs
+    ctx.save_for_backward(hidden, index, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _reward_head_autograd(ctx, grad):
+    grad_hidden, grad_weight, grad_bias = _reward_head_backward(grad, *ctx.saved_tensors)
+    return grad_hidden, None, grad_weight, grad_bias.to(ctx.bias_dtype) if ctx.bias_dtype else None
+
+
+_reward_head.register_autograd(_reward_head_autograd, setup_context=_reward_head_setup)
+
+
+def reward_head(
+    hidden: Tensor,  # [M, H]
+    index: Tensor,  # int64 [B]
+    weight: Tensor,  # [num_labels, H]
+    bias: Tensor | None = None,  # [num_labels]
+) -> Tensor:
+    """Last-token pooling and the scalar head in one op: ``hidden[index] @ weight.T + bias``.
+
+    Args:
+        hidden: hidden states ``[M, H]``, any floating dtype.
+        index: int64 ``[B]``, the row that carries each sequence's score; rows may repeat.
+        weight: ``[num_labels, H]``.
+        bias: ``[num_labels]`` or None.
+
+    Returns:
+        Scores ``[B, num_labels]`` in fp32 (fp64 for fp64 inputs), whatever the input dtype: a
+        bf16 backbone does not round the reward.
+
+    Raises:
+        ValueError: shapes that do not match; the message names the argument.
+    """
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden must be [M, H], got shape {tuple(hidden.shape)}")
+    if index.ndim != 1 or index.dtype != torch.int64:
+        raise ValueError(f"index must be int64 [B], got {index.dtype} {tuple(index.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight must be [num_labels, {hidden.shape[1]}] like hidden, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
+    return _reward_head(hidden, index, weight, bias)
+
+
+@torch.library.custom_op("rmfast::trie_attention", mutates_args=())
+@_exact
+def _trie_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    subtree_end: Tensor,
+    position_ids: Tensor,
+    queries: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    return reference.trie_attention(
+        query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap
+    )
+
+
+@torch.library.custom_op("rmfast::trie_attention_backward", mutates_args=())
+@_exact
+def _trie_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    subtree_end: Tensor,
+    position_ids: Tensor,
+    queries: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *grads, grad_sinks = reference.trie_attention_backward(
+        grad, query, key, value, out, lse, subtree_end, position_ids, queries, sinks, scale,
+        window, softcap,
+    )  # fmt: skip
+    return *grads, query.new_empty(0) if grad_sinks is None else grad_sinks
+
+
+@_trie_attention.register_fake
+def _(query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap):
+    _, heads, rows, _ = query.shape
+    lse = query.new_empty(1, heads, rows, dtype=reference.wide(query.dtype))
+    return query.new_empty(1, rows, heads, value.shape[-1]), lse
+
+
+@_trie_attention_backward.register_fake
+def _(
+    grad, query, key, value, out, lse, subtree_end, position_ids, queries, sinks, scale,
+    window, softcap,
+):  # fmt: skip
+    grad_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    # the fp32 sums are contiguous, and so is what they are rounded to
+    grad_key = key.new_empty(key.shape)
+    return torch.empty_like(query), grad_key, value.new_empty(value.shape), grad_sinks
+
+
+def _trie_attention_setup(ctx, inputs, output):
+    query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap = inputs
+    out, lse = output
+    ctx.save_for_backward(
+        query, key, value, out, lse, subtree_end, position_ids, queries, sinks
+    )
+    ctx.options = (scale, window, softcap)
+    ctx.mark_non_differentiable(lse)
+
+
+def _trie_attention_autograd(ctx, grad, _):
+    grad_q, grad_k, grad_v, grad_s = _trie_attention_backward(
+        grad, *ctx.saved_tensors, *ctx.options
+    )
+    has_sinks = ctx.saved_tensors[-1] is not None
+    return grad_q, grad_k, grad_v, None, None, None, grad_s if has_sinks else None, None, None, None
+
+
+_trie_attention.register_autograd(_trie_attention_autograd, setup_context=_trie_attention_setup)
+
+
+def trie_attention(
+    query: Tensor,  # [1, Hq, M, D]
+    key: Tensor,  # [1, Hk, N, D]
+    value: Tensor,  # [1, Hk, N, Dv]
+    subtree_end: Tensor,  # int32 [N]
+    position_ids: Tensor,  # int64 [N]
+    *,
+    queries: Tensor | None = None,  # int64 [M]
+    sinks: Tensor | None = None,  # [Hq]
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention over a packed trie: query ``q`` sees key ``k`` iff ``k <= q < subtree_end[k]``.
+
+    Args:
+        query: ``[1, Hq, M, D]``; ``Hq`` a multiple of ``Hk`` (grouped heads).
+        key: ``[1, Hk, N, D]``, one key per trie node.
+        value: ``[1, Hk, N, Dv]``.
+        subtree_end: int32 ``[N]``, see :class:`rmfast.PackedTrie`.
+        position_ids: int64 ``[N]``; read only with ``window``.
+        queries: int64 ``[M]``, packed indices of the queries, rising. None: every node, ``M = N``.
+        sinks: ``[Hq]``, attention-sink logits.
+        scale: factor on the logits, ``D ** -0.5`` when not given.
+        window: sliding window, in positions: a key is seen when nearer than this.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+
+    Returns:
+        ``[1, M, Hq, Dv]``, the layout attention functions of transformers return.
+
+    Raises:
+        ValueError: shapes that do not match; the message names the argument.
+    """
+    nodes = subtree_end.shape[0]
+    rows = nodes if queries is None else queries.shape[0]
+    if query.ndim != 4 or query.shape[0] != 1 or query.shape[2] != rows:
+        raise ValueError(f"query must be [1, Hq, {rows}, D], got shape {tuple(query.shape)}")
+    for name, x in (("key", key), ("value", value)):
+        if x.ndim != 4 or x.shape[0] != 1 or x.shape[2] != nodes:
+            raise ValueError(f"{name} must be [1, Hk, {nodes}, D], got shape {tuple(x.shape)}")
+    if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
+        raise ValueError(
+            f"query has {query.shape[1]} heads, key {key.shape[1]}, value {value.shape[1]}: need "
+            "as many key as value heads, and a multiple of them as query heads"
+        )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    out, _ = _trie_attention(
+        query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap
+    )
+    return out
