@@ -26,9 +26,13 @@ def _forward_kernel(
     for start in range(0, width, BLOCK):
         col = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = col < width
-        h = tl.load(hidden + row * stride_row + col * stride_col, mask=inside, other=0.0)
+        h = tl.load(
+            hidden + row * stride_row + col * stride_col, mask=inside, other=0.0
+        )
         w = tl.load(
-            weight + label.to(tl.int64) * stride_label + col * stride_weight, mask=inside, other=0.0
+            weight + label.to(tl.int64) * stride_label + col * stride_weight,
+            mask=inside,
+            other=0.0,
         )
         total += h.to(tl.float32) * w.to(tl.float32)
     score = tl.sum(total, axis=0)

@@ -6,6 +6,7 @@ the inputs.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -103,7 +104,8 @@ def attend(
     allowed: Tensor,  # bool [M, L]
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,  # [Hq], one more logit per head that takes weight and gives none
+    sinks: Tensor
+    | None = None,  # [Hq], one more logit per head that takes weight and gives none
     dropout: float = 0.0,
 ) -> Tensor:  # [1, Hq, M, Dv]
     """Softmax attention with grouped heads, soft-capped logits and attention sinks, written out.
@@ -157,8 +159,13 @@ def attend_backward(
     if softcap is not None:
         grad_logits = grad_logits * (1 - tanh * tanh)
     grad_q = torch.matmul(grad_logits, k) * scale
-    grad_k, grad_v = torch.matmul(grad_logits.mT, q) * scale, torch.matmul(weights.mT, g)
-    grad_k, grad_v = (x.unflatten(1, (kv_heads, groups)).sum(2) for x in (grad_k, grad_v))
+    grad_k, grad_v = (
+        torch.matmul(grad_logits.mT, q) * scale,
+        torch.matmul(weights.mT, g),
+    )
+    grad_k, grad_v = (
+        x.unflatten(1, (kv_heads, groups)).sum(2) for x in (grad_k, grad_v)
+    )
     grad_sinks = None if sinks is None else -(rest * mean).sum((0, 2, 3))
     return grad_q, grad_k, grad_v, grad_sinks
 
@@ -190,7 +197,10 @@ def tiles(
 
 
 def _cut(
-    subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, window: int | None
+    subtree_end: Tensor,
+    position_ids: Tensor,
+    queries: Tensor | None,
+    window: int | None,
 ) -> list[Tile]:
     end = subtree_end.cpu().numpy()
     position = position_ids.cpu().numpy()
@@ -198,12 +208,16 @@ def _cut(
     if queries is None:
         bounds = _bounds(end)
     else:
-        bounds = [(a, min(a + _POOLED, nodes.size)) for a in range(0, nodes.size, _POOLED)]
+        bounds = [
+            (a, min(a + _POOLED, nodes.size)) for a in range(0, nodes.size, _POOLED)
+        ]
     out = []
     for start, stop in bounds:
         q = nodes[start:stop]
         first, last = int(q[0]), int(q[-1])
-        if last - first + 1 == q.size:  # ancestors of the first, then the queries themselves
+        if (
+            last - first + 1 == q.size
+        ):  # ancestors of the first, then the queries themselves
             keys = np.concatenate([np.flatnonzero(end[:first] > first), q])
         else:
             keys = np.arange(last + 1)
@@ -212,7 +226,9 @@ def _cut(
             allowed &= position[q][:, None] - position[keys] < window
         needed = allowed.any(axis=0)
         keys, allowed = keys[needed], allowed[:, needed]
-        causal = keys.size == q.size and np.array_equal(allowed, np.tri(q.size, dtype=bool))
+        causal = keys.size == q.size and np.array_equal(
+            allowed, np.tri(q.size, dtype=bool)
+        )
         dense = keys[-1] - keys[0] + 1 == keys.size
         device = subtree_end.device
         out.append(
@@ -221,7 +237,9 @@ def _cut(
                 slice(int(keys[0]), int(keys[-1]) + 1)
                 if dense
                 else torch.from_numpy(keys).to(device),
-                None if causal else torch.from_numpy(np.ascontiguousarray(allowed)).to(device),
+                None
+                if causal
+                else torch.from_numpy(np.ascontiguousarray(allowed)).to(device),
             )
         )
     return out
@@ -236,11 +254,13 @@ def _bounds(end: np.ndarray) -> list[tuple[int, int]]:
         joined = bool(out) and stop - out[-1][0] <= _SHORT
         if joined:
             out[-1] = (out[-1][0], stop)
-        elif start == 0 or (end[:start] <= start).all():  # a root: torch skips above the diagonal
+        elif (
+            start == 0 or (end[:start] <= start).all()
+        ):  # a root: torch skips above the diagonal
             out.append((start, stop))
         else:
             cuts = [*range(start, stop, _LONG), stop]
-            out.extend(zip(cuts, cuts[1:], strict=False))
+            out.extend(itertools.pairwise(cuts))
         start = stop
     return out
 
@@ -251,10 +271,14 @@ def _bias(allowed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
 
 
-def _is_plain(query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None) -> bool:
+def _is_plain(
+    query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None
+) -> bool:
     """Whether torch's own CPU kernel computes it."""
     same_width = query.shape[-1] == value.shape[-1]
-    return query.device.type == "cpu" and same_width and softcap is None and sinks is None
+    return (
+        query.device.type == "cpu" and same_width and softcap is None and sinks is None
+    )
 
 
 def trie_attention(
@@ -263,7 +287,8 @@ def trie_attention(
     value: Tensor,  # [1, Hk, N, Dv]
     subtree_end: Tensor,  # int32 [N]
     position_ids: Tensor,  # int64 [N]
-    queries: Tensor | None,  # int64 [M], rising packed indices of the queries; None: all, M == N
+    queries: Tensor
+    | None,  # int64 [M], rising packed indices of the queries; None: all, M == N
     sinks: Tensor | None,  # [Hq]
     scale: float,
     window: int | None,
@@ -272,10 +297,14 @@ def trie_attention(
     """Attention under ``k <= q < subtree_end[k]``, tile by tile: no tensor has N x N elements."""
     _, heads, rows, _ = query.shape
     out = query.new_empty(1, rows, heads, value.shape[-1])
-    lse = query.new_empty(1, heads, rows, dtype=wide(query.dtype))
+    lse = query.new_zeros(1, heads, rows, dtype=wide(query.dtype))  # read by torch's kernel alone
     plain = _is_plain(query, value, softcap, sinks)
     for tile in tiles(subtree_end, position_ids, queries, window):
-        q, k, v = query[:, :, tile.queries], key[:, :, tile.keys], value[:, :, tile.keys]
+        q, k, v = (
+            query[:, :, tile.queries],
+            key[:, :, tile.keys],
+            value[:, :, tile.keys],
+        )
         if plain:
             bias = _bias(tile.allowed, q.dtype)
             o, lse[:, :, tile.queries] = _flash(
@@ -305,17 +334,24 @@ def trie_attention_backward(
     """Gradients of :func:`trie_attention`; a shared token's are summed in fp32."""
     acc = wide(query.dtype)
     grad_q = torch.empty_like(query)
-    grad_k, grad_v = torch.zeros_like(key, dtype=acc), torch.zeros_like(value, dtype=acc)
+    grad_k, grad_v = (
+        torch.zeros_like(key, dtype=acc),
+        torch.zeros_like(value, dtype=acc),
+    )
     grad_s = torch.zeros_like(sinks, dtype=acc) if sinks is not None else None
     plain = _is_plain(query, value, softcap, sinks)
     for tile in tiles(subtree_end, position_ids, queries, window):
-        q, k, v = query[:, :, tile.queries], key[:, :, tile.keys], value[:, :, tile.keys]
+        q, k, v = (
+            query[:, :, tile.queries],
+            key[:, :, tile.keys],
+            value[:, :, tile.keys],
+        )
         g = grad[:, tile.queries].transpose(1, 2)
         if plain:
             bias = _bias(tile.allowed, q.dtype)
-            o, l = out[:, tile.queries].transpose(1, 2), lse[:, :, tile.queries]
+            o, total = out[:, tile.queries].transpose(1, 2), lse[:, :, tile.queries]
             gq, gk, gv = _flash_backward(
-                g, q, k, v, o, l, 0.0, bias is None, attn_mask=bias, scale=scale
+                g, q, k, v, o, total, 0.0, bias is None, attn_mask=bias, scale=scale
             )
         else:
             gq, gk, gv, gs = attend_backward(

@@ -1,0 +1,412 @@
+"""The stand-ins for ``forward`` that :func:`rmfast.patch` puts on single instances.
+
+Each reads a call as Hugging Face would, runs it on the packed trie, and gives back what Hugging
+Face would have given. A call it cannot serve goes to the forward that was there before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from rmfast import attention, ops, reference
+from rmfast.trie import PackedTrie, pack
+
+if TYPE_CHECKING:
+    from rmfast.patching import Patch
+
+# Arguments the stand-ins read themselves, or may drop: they change no number.
+_KNOWN = frozenset(
+    "input_ids attention_mask position_ids labels inputs_embeds past_key_values use_cache "
+    "output_attentions output_hidden_states output_router_logits return_dict "
+    "num_items_in_batch cache_position".split()  # noqa: SIM905
+)
+# Where modules keep the chance of a noise they draw without an nn.Dropout of their own.
+_NOISE = (
+    "attention_dropout",
+    "activation_dropout",
+    "dropout",
+    "attn_pdrop",
+    "jitter_noise",
+)
+
+
+class Unservable(Exception):
+    """A call the packed path cannot serve; the message is the reason."""
+
+
+def _linear(head: nn.Module) -> nn.Linear | None:
+    """The plain linear layer behind a score head, through PEFT's ``modules_to_save`` wrapper."""
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        active = getattr(head, "active_adapters", None) or []
+        if getattr(head, "disable_adapters", False) or not active:
+            head = head.original_module
+        elif len(active) == 1 and active[0] in copies:
+            head = copies[active[0]]
+    plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter
+    return (
+        head
+        if plain and not head._forward_hooks and not head._forward_pre_hooks
+        else None
+    )
+
+
+def draws_noise(model: nn.Module, active: bool) -> bool:
+    """Whether the model draws noise for each token: ever, or now, with ``active``."""
+    for module in model.modules():
+        if active and not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return True
+        chances = [module.__dict__.get(name) for name in _NOISE]
+        if any(isinstance(chance, float) and chance > 0 for chance in chances):
+            return True
+    return False
+
+
+class Override:
+    """Stands in for ``forward`` on one instance. Pickles and copies along with its module."""
+
+    def __init__(self, module: nn.Module, patch: Patch) -> None:
+        self.module = module
+        self.patch = patch
+        self.before = module.__dict__.get(
+            "forward"
+        )  # an instance forward of somebody else's
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(
+        self,
+    ) -> inspect.Signature:  # trainers drop the columns it does not name
+        return inspect.signature(
+            self.before or type(self.module).forward.__get__(self.module)
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if (
+            args and args[0] is self.module
+        ):  # accelerate rebinds a forward it unwraps as a method
+            args = args[1:]
+        if not self.patch.active:
+            return self.original(*args, **kwargs)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+@functools.cache
+def untraced(stand_in: type[Override]) -> None:
+    """Packing looks at the tokens, so torch.compile goes around it, into the layers."""
+    stand_in.run = torch.compiler.disable(stand_in.run, recursive=stand_in is LastLayer)
+
+
+class PackedForward(Override):
+    """What the model's and the backbone's stand-ins share: read a call, pack it, run it."""
+
+    served: frozenset[str] = frozenset()  # outputs the packed path can give
+
+    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not args:
+            return dict(kwargs)
+        signature = self.__signature__
+        named = dict(signature.bind(*args, **kwargs).arguments)
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                named.update(named.pop(parameter.name, {}))
+        return named
+
+    def check(self, call: dict[str, Any]) -> None:
+        """Raise :class:`Unservable` unless the call is ids, mask and positions alone."""
+        ids, mask = call.get("input_ids"), call.get("attention_mask")
+        config = self.patch.base.config
+        if ids is None or call.get("inputs_embeds") is not None:
+            raise Unservable("inputs_embeds instead of input_ids")
+        if ids.ndim != 2 or ids.numel() == 0:
+            raise Unservable("input_ids is not a batch [B, T] of tokens")
+        if mask is not None and (
+            not isinstance(mask, Tensor) or mask.shape != ids.shape
+        ):
+            raise Unservable("attention_mask is not [B, T]")
+        if call.get("use_cache") or call.get("past_key_values") is not None:
+            raise Unservable("a key/value cache was asked for")
+        limit = self.patch.position_limit
+        if limit is not None and ids.shape[1] > limit:
+            raise Unservable(
+                f"longer than {limit} positions, where frequencies depend on padding"
+            )
+        for name in self.patch.meaningful - _KNOWN:
+            if call.get(name) is not None and call[name] is not False:
+                raise Unservable(f"the argument {name}")
+        for name in (
+            "output_attentions",
+            "output_hidden_states",
+            "output_router_logits",
+        ):
+            if call.get(name, getattr(config, name, False)) and name not in self.served:
+                raise Unservable(f"the argument {name}")
+        noise = getattr(
+            self.patch.base.get_input_embeddings(), "neftune_noise_alpha", None
+        )
+        if noise and self.module.training:
+            raise Unservable("NEFTune noise depends on the padded length")
+
+    def pack(
+        self,
+        ids: Tensor,  # int64 [B, T], on the CPU like the rest
+        mask: Tensor | None,  # [B, T]
+        positions: Tensor | None,  # int64 [B, T] or [1, T]
+        pooled: Tensor
+        | None,  # int64 [B], the columns that carry the scores; None: keep all
+    ) -> tuple[PackedTrie, bool, Tensor]:
+        """The trie of the attended tokens, whether prefixes are shared, and which were kept."""
+        if ids.min() < 0:
+            raise Unservable("a token id below zero")
+        columns = torch.arange(ids.shape[1])
+        keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask != 0
+        if pooled is not None:
+            if not keep.gather(1, pooled[:, None]).all():
+                raise Unservable(
+                    "a row is scored at a token that its attention_mask hides"
+                )
+            keep = keep & (columns <= pooled[:, None])
+        elif not keep.any(1).all():
+            raise Unservable("a row has no attended token")
+        if positions is not None:
+            if positions.ndim != 2 or positions.shape[1] != ids.shape[1]:
+                raise Unservable("position_ids is not [B, T]")
+            offset = (positions - columns).expand(ids.shape)
+            first = offset.gather(1, keep.int().argmax(1, keepdim=True))
+            if (keep & (offset != first)).any():
+                raise Unservable("position_ids that do not rise by one with each token")
+        elif self.patch.absolute_positions:
+            positions = columns[None]
+        share = self.patch.options.share_prefixes and not draws_noise(
+            self.module, active=True
+        )
+        return (
+            pack(ids, keep, position_ids=positions, share_prefixes=share),
+            share,
+            keep,
+        )
+
+    def backbone(
+        self,
+        call: Callable,
+        trie: PackedTrie,
+        shared: bool,
+        pooled: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        run = attention.TrieRun(trie, shared, pooled)
+        # a 4D mask is handed to the layers as it is; this one fails loudly should any use it
+        no_mask = torch.empty(0, 0, 0, 0, device=trie.input_ids.device)
+        return call(
+            input_ids=trie.input_ids[None],
+            attention_mask=no_mask,
+            position_ids=trie.position_ids[None],
+            use_cache=False,
+            rmfast_run=run,
+            **kwargs,
+        )
+
+
+def _on_cpu(call: dict[str, Any]) -> list[Tensor | None]:
+    names = ("input_ids", "attention_mask", "position_ids")
+    return [None if call.get(name) is None else call[name].cpu() for name in names]
+
+
+class ScoringForward(PackedForward):
+    """``forward`` of a sequence classifier that scores by its last token."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.named(args, kwargs)
+        try:
+            if self.patch.level == "head":
+                raise Unservable("")
+            self.check(call)
+            return self.packed(call)
+        except Unservable as reason:
+            if str(reason):
+                self.patch.fallbacks[str(reason)] += 1
+        if self.patch.options.pooling == "hf" and self.patch.level == "trie":
+            return self.unpacked(call)
+        return self.padded(call)
+
+    def packed(self, call: dict[str, Any]) -> Any:
+        patch = self.patch
+        ids, mask, positions = _on_cpu(call)
+        trie, shared, _ = self.pack(ids, mask, positions, self.pooled(ids, mask))
+        rows = trie.pool_index.unique() if patch.last_layer is not None else None
+        device = call["input_ids"].device
+        trie, rows = trie.to(device), rows.to(device) if rows is not None else None
+        patch.prepare()
+        out = self.backbone(patch.base, trie, shared, rows)
+        return self.scored(call, self.scores(out[0][0], trie.pool_index))
+
+    def padded(self, call: dict[str, Any]) -> Any:
+        """Hugging Face's backbone on the padded batch; pooled first, so the head sees B rows."""
+        ids = call.get("input_ids")
+        if ids is None:
+            if self.patch.options.pooling == "mask":
+                raise ValueError(
+                    "pooling='mask' needs input_ids: inputs_embeds alone has no rule"
+                )
+            return self.unpacked(call)
+        inputs = {k: v for k, v in call.items() if k not in ("labels", "return_dict")}
+        out = self.patch.inner(**inputs, return_dict=True)
+        batch, length, width = out[0].shape
+        start = torch.arange(batch, device=out[0].device) * length
+        index = start + self.pooled(ids, call.get("attention_mask")).to(out[0].device)
+        scores = self.scores(out[0].reshape(batch * length, width), index)
+        return self.scored(call, scores, out)
+
+    def unpacked(self, call: dict[str, Any]) -> Any:
+        as_dict = self.return_dict(call)
+        out = self.original(**{**call, "return_dict": True})
+        out.logits = out.logits.to(reference.wide(out.logits.dtype))
+        return out if as_dict else out.to_tuple()
+
+    def pooled(self, ids: Tensor, mask: Tensor | None) -> Tensor:  # int64 [B]
+        pad, pooling = (
+            self.module.config.get_text_config().pad_token_id,
+            self.patch.options.pooling,
+        )
+        if pad is None and pooling == "hf" and ids.shape[0] != 1:
+            raise ValueError(
+                "Cannot handle batch sizes > 1 if no padding token is defined."
+            )
+        return reference.last_token(ids, mask, pad, pooling)
+
+    def scores(
+        self, hidden: Tensor, index: Tensor
+    ) -> Tensor:  # [M, H], [B] -> [B, num_labels]
+        linear = _linear(self.module.score)
+        if linear is not None:
+            return ops.reward_head(hidden, index, linear.weight, linear.bias)
+        scores = self.module.score(hidden[index])
+        return scores.to(reference.wide(scores.dtype))
+
+    def return_dict(self, call: dict[str, Any]) -> bool:
+        asked = call.get("return_dict")
+        return self.module.config.return_dict if asked is None else asked
+
+    def scored(self, call: dict[str, Any], scores: Tensor, backbone: Any = None) -> Any:
+        from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+        loss = None
+        if call.get("labels") is not None:
+            model = self.module
+            loss = model.loss_function(
+                logits=scores,
+                labels=call["labels"],
+                pooled_logits=scores,
+                config=model.config,
+            )
+        names = ("past_key_values", "hidden_states", "attentions")
+        rest = {name: getattr(backbone, name, None) for name in names}
+        out = SequenceClassifierOutputWithPast(loss=loss, logits=scores, **rest)
+        return out if self.return_dict(call) else out.to_tuple()
+
+
+class BackboneForward(PackedForward):
+    """``forward`` of a backbone under another head: packed inside, ``[B, T, H]`` outside."""
+
+    served = frozenset({"output_hidden_states"})
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.named(args, kwargs)
+        try:
+            self.check(call)
+            trie, shared, keep = self.pack(*_on_cpu(call), None)
+        except Unservable as reason:
+            self.patch.fallbacks[str(reason)] += 1
+            return self.original(*args, **kwargs)
+        self.patch.prepare()
+        device, as_dict = call["input_ids"].device, call.get("return_dict")
+        trie = trie.to(device)
+        passed = {k: call[k] for k in ("output_hidden_states",) if k in call}
+        out = self.backbone(
+            self.original, trie, shared, None, return_dict=True, **passed
+        )
+        node = torch.full(
+            keep.shape, len(trie)
+        )  # one row more, of zeros, for what is not attended
+        node[keep] = torch.cat([torch.from_numpy(path) for path in trie.paths()])
+        node = node.to(device)
+        out.last_hidden_state = _unpack(out.last_hidden_state, node)
+        if out.get("hidden_states") is not None:
+            out.hidden_states = tuple(_unpack(h, node) for h in out.hidden_states)
+        as_dict = self.module.config.return_dict if as_dict is None else as_dict
+        return out if as_dict else out.to_tuple()
+
+
+def _unpack(
+    hidden: Tensor, node: Tensor
+) -> Tensor:  # [1, N, H], int64 [B, T] -> [B, T, H]
+    # in fp32, so that the gradients of a shared token are summed in fp32
+    rows = nn.functional.pad(hidden[0].to(reference.wide(hidden.dtype)), (0, 0, 0, 1))
+    return nn.functional.embedding(node, rows).to(hidden.dtype)
+
+
+class LastLayer(Override):
+    """``forward`` of the last decoder layer: keys and values of all rows, the rest of pooled ones.
+
+    The layer runs until its attention function has the keys and values and is left there by an
+    exception; then it runs on the pooled rows with those keys and values. Nothing is known of the
+    layer's inside. Rows that were not asked for come back as zeros.
+    """
+
+    def run(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = kwargs.get("rmfast_run")
+        if run is None or run.pooled is None:
+            return self.original(hidden, *args, **kwargs)
+        nodes, rows = len(run.trie), run.pooled
+        until = dataclasses.replace(run, leave_at_attention=True)
+        try:
+            self.layer(hidden, *args, **{**kwargs, "rmfast_run": until})
+        except attention.KeysAndValues as left:
+            key, value = left.key, left.value
+        else:
+            raise RuntimeError(
+                f"{type(self.module).__name__} never called its attention function; "
+                "patch with prune_last_layer=False, and report this model's class"
+            )
+
+        def pick(x: Any) -> Any:
+            along = isinstance(x, Tensor) and x.ndim > 1 and x.shape[:2] == (1, nodes)
+            return x.index_select(1, rows) if along else x
+
+        kwargs["rmfast_run"] = dataclasses.replace(run, keys_and_values=(key, value))
+        out = self.layer(pick(hidden), *tree_map(pick, args), **tree_map(pick, kwargs))
+
+        def put(x: Any) -> Any:
+            along = (
+                isinstance(x, Tensor) and x.ndim > 1 and x.shape[:2] == (1, len(rows))
+            )
+            return (
+                x.new_zeros(1, nodes, *x.shape[2:]).index_copy(1, rows, x)
+                if along
+                else x
+            )
+
+        return tree_map(put, out)
+
+    def layer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        # past the checkpointing wrapper: an exception must not leave through it
+        return inspect.unwrap(type(self.module).forward)(self.module, *args, **kwargs)

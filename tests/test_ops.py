@@ -1,0 +1,227 @@
+"""The ops against their definitions: values, gradients, fake kernels, misuse."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import rmfast
+from rmfast import ops, reference
+
+
+def random_trie(seed, batch=6, length=12, values=3):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, length + 1, (batch,), generator=g).tolist()
+    return rmfast.pack([torch.randint(0, values, (n,), generator=g) for n in lengths])
+
+
+def qkv(trie, heads, kv_heads, width, dtype, rows=None, value_width=None):
+    n = len(trie)
+    shapes = [
+        (heads, rows or n, width),
+        (kv_heads, n, width),
+        (kv_heads, n, value_width or width),
+    ]
+    # as transformers lays them out: tokens first in memory
+    return [torch.randn(1, m, h, d, dtype=dtype).transpose(1, 2) for h, m, d in shapes]
+
+
+def dense_attention(query, key, value, trie, queries, sinks, scale, window, softcap):
+    """The definition, with an [M, N] mask: for tests only."""
+    every = torch.arange(len(trie))
+    queries = every if queries is None else queries
+    allowed = reference.trie_mask(queries, every, trie.subtree_end, trie.position_ids, window)
+    return reference.attend(query, key, value, allowed, scale, softcap, sinks).transpose(1, 2)
+
+
+CASES = {
+    "plain": {},
+    "window": {"window": 4},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": True},
+    "all": {"window": 3, "softcap": 5.0, "sinks": True},
+    "wide-values": {"value_width": 5},
+}
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["all-rows", "pooled"])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_and_its_gradients(case, heads, pooled):
+    options = dict(CASES[case])
+    value_width = options.pop("value_width", None)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        trie = random_trie(seed)
+        queries = trie.pool_index.unique() if pooled else None
+        rows = len(queries) if pooled else None
+        leaves = qkv(trie, *heads, 8, torch.float64, rows, value_width)
+        if options.get("sinks") is not None:
+            options["sinks"] = torch.randn(heads[0], dtype=torch.float64)
+            leaves.append(options["sinks"])
+        leaves = [x.requires_grad_() for x in leaves]
+        sinks = options.get("sinks")
+        window, softcap = options.get("window"), options.get("softcap")
+        got = ops.trie_attention(
+            *leaves[:3], trie.subtree_end, trie.position_ids, queries=queries, sinks=sinks,
+            scale=0.3, window=window, softcap=softcap,
+        )  # fmt: skip
+        want = dense_attention(*leaves[:3], trie, queries, sinks, 0.3, window, softcap)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        grad = torch.randn_like(want)
+        for ours, theirs in zip(
+            torch.autograd.grad(got, leaves, grad),
+            torch.autograd.grad(want, leaves, grad),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 300))
+def test_attention_of_many_shapes(seed, batch, length):
+    """Long rows are cut and short ones joined: neither changes a number."""
+    torch.manual_seed(seed)
+    trie = random_trie(seed, batch, length, values=2)
+    leaves = qkv(trie, 2, 1, 4, torch.float64)
+    got = ops.trie_attention(*leaves, trie.subtree_end, trie.position_ids)
+    want = dense_attention(*leaves, trie, None, None, 0.5, None, None)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_long_rows_with_ancestors_are_cut():
+    torch.manual_seed(0)
+    stem, left, right = (torch.randint(0, 50, (n,)) for n in (100, 700, 600))
+    trie = rmfast.pack([torch.cat([stem, left]), torch.cat([stem, right])])
+    tiles = reference.tiles(trie.subtree_end, trie.position_ids, None, None)
+    assert max(t.allowed.shape[0] for t in tiles if t.allowed is not None) <= 256
+    assert sum(t.allowed is None for t in tiles) == 1
+    leaves = qkv(trie, 2, 2, 8, torch.float64)
+    got = ops.trie_attention(*leaves, trie.subtree_end, trie.position_ids)
+    want = dense_attention(*leaves, trie, None, None, 8**-0.5, None, None)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_no_tensor_has_n_by_n_elements():
+    trie = rmfast.pack([[row] + [1] * 63 for row in range(200)])
+    total = sum(
+        t.allowed.numel() if t.allowed is not None else 0
+        for t in reference.tiles(trie.subtree_end, trie.position_ids, None, None)
+    )
+    assert total <= 64 * len(trie) < len(trie) ** 2 / 100
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_low_precision(dtype):
+    """No further from fp64 than one dense call of torch's own attention."""
+    torch.manual_seed(0)
+    trie = random_trie(3, batch=16, length=120)
+    leaves = qkv(trie, 6, 2, 32, dtype)
+    exact = dense_attention(*(x.double() for x in leaves), trie, None, None, 32**-0.5, None, None)
+    every = torch.arange(len(trie))
+    allowed = reference.trie_mask(every, every, trie.subtree_end, trie.position_ids, None)
+    theirs = F.scaled_dot_product_attention(*leaves, attn_mask=allowed, enable_gqa=True)
+    ours = ops.trie_attention(*leaves, trie.subtree_end, trie.position_ids)
+    assert ours.dtype == dtype
+    assert (ours - exact).norm() <= 1.1 * (theirs.transpose(1, 2) - exact).norm()
+
+
+def test_autocast_stays_out_of_the_fp32_sums():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 300), torch.randn(1, 300)
+    index = torch.tensor([2, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.reward_head(hidden, index, weight)
+    assert torch.equal(got, ops.reward_head(hidden, index, weight))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("labels", [1, 5])
+def test_reward_head_gradients(labels, bias):
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 9, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(labels, 9, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(labels, dtype=torch.float64, requires_grad=True) if bias else None
+    index = torch.tensor([0, 6, 6, 2])
+    want = F.linear(hidden[index], weight, b)
+    torch.testing.assert_close(ops.reward_head(hidden, index, weight, b), want)
+    leaves = (hidden, weight) + ((b,) if bias else ())
+    assert torch.autograd.gradcheck(
+        lambda h, w, *b: ops.reward_head(h, index, w, *b), leaves, fast_mode=False
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_reward_head_sums_in_fp32(dtype):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 4096).to(dtype), torch.randn(1, 4096).to(dtype)
+    index = torch.tensor([4, 1, 1])
+    got = ops.reward_head(hidden, index, weight)
+    assert got.dtype == torch.float32
+    exact = hidden[index].double() @ weight.double().T
+    # n products of unit variance, each sum rounded to fp32: at most n units, sqrt(n) expected
+    assert (got - exact).abs().max() <= 4096 * 2.0**-24 * 4
+
+
+def test_reward_head_backward_keeps_dtypes_and_makes_one_row_a_token():
+    hidden = torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(1, 8, requires_grad=True)
+    ops.reward_head(hidden, torch.tensor([5, 5, 1]), weight).sum().backward()
+    assert hidden.grad.dtype == torch.bfloat16
+    assert weight.grad.dtype == torch.float32
+    assert hidden.grad.shape == (6, 8)
+    assert hidden.grad[[0, 2, 3, 4]].abs().max() == 0
+    torch.testing.assert_close(hidden.grad[5].float(), 2 * weight[0], rtol=2**-8, atol=0)
+
+
+def test_opcheck():
+    trie = random_trie(0)
+    leaves = [x.requires_grad_() for x in qkv(trie, 4, 2, 8, torch.float32)]
+    sinks = torch.randn(4, requires_grad=True)
+    pooled = trie.pool_index.unique()
+    index = torch.tensor([0, 2, 2])
+    hidden = torch.randn(5, 7, requires_grad=True)
+    weight = torch.randn(2, 7, requires_grad=True)
+    attention = torch.ops.rmfast.trie_attention.default
+    rest = (trie.subtree_end, trie.position_ids)
+    calls = [
+        (torch.ops.rmfast.reward_head.default, (hidden, index, weight, None)),
+        (attention, (*leaves, *rest, None, None, 0.3, None, None)),
+        (attention, (*leaves, *rest, None, sinks, 0.3, 3, 2.0)),
+        (attention, (leaves[0][:, :, : len(pooled)], *leaves[1:], *rest, pooled, None, 0.3, None, None)),
+    ]  # fmt: skip
+    for op, args in calls:
+        torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.randn(3)}, "hidden"),
+        ({"index": torch.zeros(2)}, "index"),
+        ({"weight": torch.randn(1, 5)}, "weight"),
+        ({"bias": torch.randn(2)}, "bias"),
+    ],
+)
+def test_reward_head_names_the_argument(change, message):
+    args = {
+        "hidden": torch.randn(3, 4),
+        "index": torch.tensor([0]),
+        "weight": torch.randn(1, 4),
+        "bias": None,
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.reward_head(**(args | change))
+
+
+def test_attention_names_the_argument():
+    trie = random_trie(0)
+    q, k, v = qkv(trie, 4, 2, 8, torch.float32)
+    rest = (trie.subtree_end, trie.position_ids)
+    with pytest.raises(ValueError, match="query"):
+        ops.trie_attention(q[:, :, 1:], k, v, *rest)
+    with pytest.raises(ValueError, match="key"):
+        ops.trie_attention(q, k[:, :, 1:], v, *rest)
+    with pytest.raises(ValueError, match="heads"):
+        ops.trie_attention(q[:, :3], k, v, *rest)

@@ -1,0 +1,594 @@
+"""What a patched model takes, gives, refuses and hands on."""
+
+import copy
+import pickle
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+)
+
+import rmfast
+
+UNIT = 2.0**-24
+
+
+def both(model, inputs, **options):
+    """Logits without and with the patch, and the report."""
+    with torch.no_grad():
+        theirs = model(**inputs).logits
+        with rmfast.patched(model, **options):
+            ours = model(**inputs).logits
+            report = rmfast.report(model)
+    return theirs, ours, report
+
+
+def assert_same(theirs, ours, bound=1e-12):
+    assert ours.shape == theirs.shape
+    assert tiny.score_error(ours, theirs) <= bound
+
+
+# --- batches
+
+
+def test_one_row_with_and_without_a_pad_token():
+    for pad in (tiny.PAD, None):
+        model = tiny.model(dtype=torch.float64)
+        model.config.pad_token_id = pad
+        inputs = {"input_ids": torch.randint(3, tiny.VOCAB, (1, 11))}
+        theirs, ours, report = both(model, inputs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        assert not report.fallbacks
+
+
+def test_no_pad_token_and_several_rows_is_refused_as_before():
+    model = tiny.model()
+    model.config.pad_token_id = None
+    inputs = tiny.padded(tiny.rows())
+    with pytest.raises(ValueError, match="no padding token is defined") as before:
+        model(**inputs)
+    rmfast.patch(model)
+    with pytest.raises(ValueError, match="no padding token is defined") as after:
+        model(**inputs)
+    assert str(before.value) == str(after.value)
+    assert "no pad token" in rmfast.report(model).warnings[0]
+
+
+def test_all_pad_row_runs_unpacked_and_says_so():
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.padded([*tiny.rows(), [tiny.PAD]])
+    inputs["attention_mask"][-1] = 0
+    theirs, ours, report = both(model, inputs)
+    assert torch.equal(ours, theirs)
+    assert list(report.fallbacks) == ["a row is scored at a token that its attention_mask hides"]
+    assert "1 call ran unpacked" in str(report)
+
+
+def test_all_pad_row_without_a_mask():
+    model = tiny.model(dtype=torch.float64)
+    inputs = {"input_ids": tiny.padded([*tiny.rows(), [tiny.PAD]])["input_ids"]}
+    theirs, ours, report = both(model, inputs)
+    assert_same(theirs, ours)
+    assert not report.fallbacks
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_pad_equal_to_eos(side):
+    """Hugging Face passes over the final eos; "mask" does not."""
+    eos = 2
+    model = tiny.model(dtype=torch.float64, pad_token_id=eos)
+    sequences = [[*row, eos] for row in tiny.rows()]
+    inputs = tiny.padded(sequences, side, pad=eos)
+    theirs, ours, report = both(model, inputs)
+    assert_same(theirs, ours, 1e-4 if side == "left" else 1e-12)
+    assert any("equals eos_token_id (2)" in w for w in report.warnings)
+
+    _, ours, report = both(model, inputs, pooling="mask")
+    assert not any("eos" in w for w in report.warnings)
+    assert (ours - theirs).abs().min() > 0
+    with torch.no_grad():
+        one_by_one = [model(input_ids=torch.tensor([[*s, 3]])).logits for s in sequences]
+        model.config.pad_token_id = None  # one row, no pad token: Hugging Face takes the last
+        one_by_one = [model(input_ids=torch.tensor([s])).logits for s in sequences]
+    assert_same(torch.cat(one_by_one), ours, 1e-4 if side == "left" else 1e-12)
+
+
+def test_masked_tokens_in_the_middle():
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.padded(tiny.rows())
+    inputs["attention_mask"][:, 3] = 0
+    inputs["attention_mask"][2:, 4:6] = 0
+    theirs, ours, report = both(model, inputs)
+    assert_same(theirs, ours, 16 * UNIT)
+    assert not report.fallbacks
+    window = tiny.model("mistral", torch.float64)
+    assert_same(*both(window, inputs)[:2], 16 * UNIT)
+
+
+def test_eight_rollouts_of_one_prompt():
+    model = tiny.model(dtype=torch.float64)
+    prompt = torch.randint(3, tiny.VOCAB, (40,)).tolist()
+    sequences = [prompt + torch.randint(3, tiny.VOCAB, (n,)).tolist() for n in range(1, 9)]
+    counted = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: counted.append(args[0].numel())
+    )
+    theirs, ours, _ = both(model, tiny.padded(sequences))
+    hook.remove()
+    assert_same(theirs, ours)
+    assert counted == [8 * 48, 40 + sum(range(1, 9))]
+
+
+def test_custom_position_ids():
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.padded(tiny.rows(), "left")
+    mask = inputs["attention_mask"]
+    rising = (mask.cumsum(1) - 1).clamp(min=0)
+    theirs, ours, report = both(model, inputs | {"position_ids": rising})
+    assert_same(theirs, ours)
+    assert not report.fallbacks
+    shifted = torch.arange(mask.shape[1])[None] + 7
+    theirs, ours, report = both(model, inputs | {"position_ids": shifted})
+    assert_same(theirs, ours)
+    assert not report.fallbacks
+    doubled = rising * 2
+    theirs, ours, report = both(model, inputs | {"position_ids": doubled})
+    assert torch.equal(theirs, ours)
+    assert list(report.fallbacks) == ["position_ids that do not rise by one with each token"]
+
+
+def test_learned_positions_of_left_padded_rows():
+    model = tiny.model("gpt2", torch.float64)
+    inputs = tiny.padded(tiny.rows(), "left")
+    theirs, ours, report = both(model, inputs)
+    assert_same(theirs, ours)
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    theirs, ours, report = both(model, inputs)
+    assert_same(theirs, ours)
+    assert not report.fallbacks
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
+@pytest.mark.parametrize("num_labels", [1, 5])
+def test_labels(family, num_labels):
+    model = tiny.model(family, num_labels=num_labels)
+    sequences = tiny.rows()
+    labels = (
+        torch.randint(0, num_labels, (len(sequences),))
+        if num_labels > 1
+        else torch.randn(len(sequences))
+    )
+    inputs = tiny.padded(sequences) | {"labels": labels}
+    before = model(**inputs)
+    with rmfast.patched(model):
+        after = model(**inputs)
+        as_tuple = model(**inputs, return_dict=False)
+    assert type(after) is type(before)
+    torch.testing.assert_close(after.loss, before.loss, rtol=1e-4, atol=1e-4)
+    assert after.logits.shape == before.logits.shape == (len(sequences), num_labels)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], after.loss)
+    assert torch.equal(as_tuple[1], after.logits)
+
+
+def test_positional_and_foreign_arguments():
+    for family in ("llama", "gpt2"):  # gpt2's second argument is the cache, not the mask
+        model = tiny.model(family, dtype=torch.float64)
+        inputs = tiny.padded(tiny.rows())
+        args = (inputs["input_ids"],)
+        args += (inputs["attention_mask"],) if family == "llama" else (None, inputs["attention_mask"])
+        with torch.no_grad():
+            theirs = model(*args).logits
+            with rmfast.patched(model):
+                ours = model(*args, margin=torch.randn(6), num_items_in_batch=6).logits
+                assert not rmfast.report(model).fallbacks
+        assert_same(theirs, ours)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"use_cache": True},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"attention_mask": torch.ones(6, 1, 16, 16, dtype=torch.bool).tril()},
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_what_cannot_be_packed_goes_to_the_original_forward(extra):
+    model = tiny.model(attn_implementation="eager")
+    inputs = tiny.padded(tiny.rows()) | extra
+    with torch.no_grad():
+        theirs = model(**inputs)
+        with rmfast.patched(model):
+            ours = model(**inputs)
+            assert sum(rmfast.report(model).fallbacks.values()) == 1
+    assert torch.equal(ours.logits, theirs.logits)
+    assert ours.keys() == theirs.keys()
+    if "output_hidden_states" in extra:
+        assert all(map(torch.equal, ours.hidden_states, theirs.hidden_states))
+    if "output_attentions" in extra:
+        assert all(map(torch.equal, ours.attentions, theirs.attentions))
+
+
+def test_inputs_embeds_and_cache():
+    model = tiny.model()
+    inputs = tiny.padded(tiny.rows())
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    by_embeds = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    assert torch.equal(*both(model, by_embeds)[:2])
+    with torch.no_grad():
+        with rmfast.patched(model):
+            first = model(input_ids=inputs["input_ids"][:, :4], use_cache=True)
+            second = model(
+                input_ids=inputs["input_ids"][:, 4:9], past_key_values=first.past_key_values
+            )
+        whole = model(input_ids=inputs["input_ids"][:, :9])
+    torch.testing.assert_close(second.logits, whole.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_callers_mistakes_raise_what_they_raised():
+    model = tiny.model()
+    ids = tiny.padded(tiny.rows())["input_ids"]
+    calls = [
+        {},
+        {"input_ids": ids, "inputs_embeds": torch.randn(6, 16, 32)},
+        {"input_ids": ids + tiny.VOCAB},
+        {"input_ids": ids - 50},
+    ]
+    for call in calls:
+        with pytest.raises(Exception) as before:  # noqa: B017, PT011
+            model(**call)
+        with rmfast.patched(model), pytest.raises(type(before.value)):
+            model(**call)
+
+
+def test_logits_are_fp32():
+    model = tiny.model(dtype=torch.bfloat16)
+    inputs = tiny.padded(tiny.rows())
+    rmfast.patch(model)
+    assert model(**inputs).logits.dtype == torch.float32
+    assert model(**inputs, use_cache=True).logits.dtype == torch.float32
+
+
+def test_long_rope_goes_unpacked_where_frequencies_depend_on_padding():
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+        "original_max_position_embeddings": 12,
+    }
+    model = tiny.model(
+        "phi3", torch.float64, rope_parameters=rope, original_max_position_embeddings=12,
+        partial_rotary_factor=1.0,
+    )  # fmt: skip
+    long = tiny.padded(tiny.rows(), "left")
+    theirs, ours, report = both(model, long)
+    assert torch.equal(ours, theirs)
+    assert "longer than 12 positions" in next(iter(report.fallbacks))
+    short = tiny.padded([row[:10] for row in tiny.rows()])
+    theirs, ours, report = both(model, short)
+    assert_same(theirs, ours)
+    assert not report.fallbacks
+
+
+# --- noise
+
+
+def test_active_dropout_switches_sharing_off_and_says_so():
+    inputs = tiny.padded(tiny.rows())
+    tokens, nodes = int(inputs["attention_mask"].sum()), len(rmfast.pack(**inputs))
+    for family, noise in (
+        ("llama", {"attention_dropout": 0.1}),
+        ("gpt2", {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.1}),
+        ("phi3", {"resid_pdrop": 0.2}),
+    ):
+        model = rmfast.patch(tiny.model(family, **noise))
+        assert any("dropout" in w for w in rmfast.report(model).warnings)
+        ran = []
+        model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, args, ran=ran: ran.append(args[0].numel())
+        )
+        model.train()
+        first, second = model(**inputs).logits, model(**inputs).logits
+        assert not torch.equal(first, second)
+        model.eval()
+        assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+        assert ran == [tokens] * 2 + [nodes] * 2, family
+    quiet = rmfast.patch(tiny.model("llama"))
+    assert not rmfast.report(quiet).warnings
+
+
+def test_dropout_has_the_same_mean_as_in_hugging_face():
+    """Attention dropout over packed rows: the mean over draws meets the unpatched mean."""
+    model = tiny.model("llama", torch.float64, attention_dropout=0.2).train()
+    inputs = tiny.padded(tiny.rows())
+
+    def draws(count):
+        with torch.no_grad():
+            return torch.stack([model(**inputs).logits for _ in range(count)])
+
+    torch.manual_seed(0)
+    theirs = draws(300)
+    rmfast.patch(model)
+    ours = draws(300)
+    error = (theirs.var(0) / 300 + ours.var(0) / 300).sqrt()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() <= 5 * error).all()
+    ratio = ours.std(0) / theirs.std(0)
+    assert ((ratio > 0.7) & (ratio < 1.4)).all()
+
+
+# --- levels
+
+
+class OwnHead(nn.Module):
+    """A reward model of somebody's own: an MLP on the last attended token."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Sequential(nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.backbone(input_ids, attention_mask=attention_mask).last_hidden_state
+        last = (torch.arange(input_ids.shape[1]) * attention_mask).argmax(-1)
+        return self.head(hidden[torch.arange(len(last)), last])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "qwen3_moe"])
+def test_backbone_level_under_a_users_own_head(family, side):
+    model = OwnHead(tiny.model(family, torch.float64).base_model).eval()
+    inputs = tiny.padded(tiny.rows(), side)
+
+    def run():
+        model.zero_grad()
+        scores = model(**inputs)
+        (scores * torch.arange(12.0).view(6, 2)).sum().backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return scores.detach(), grads
+
+    theirs, their_grads = run()
+    rmfast.patch(model)
+    assert rmfast.report(model).level == "backbone"
+    ours, our_grads = run()
+    assert not rmfast.report(model).fallbacks
+    assert_same(theirs, ours, 16 * 96 * UNIT)
+    assert tiny.grad_error(our_grads, their_grads) <= 16 * 96 * UNIT
+    rmfast.unpatch(model)
+    assert torch.equal(run()[0], theirs)
+
+
+def test_backbone_level_of_a_causal_lm_and_a_token_head():
+    inputs = tiny.padded(tiny.rows())
+    keep = inputs["attention_mask"].bool()
+    for cls in (AutoModelForCausalLM, AutoModelForTokenClassification):
+        model = tiny.model("llama", torch.float64, cls=cls)
+        with torch.no_grad():
+            theirs = model(**inputs, output_hidden_states=True)
+            with rmfast.patched(model):
+                ours = model(**inputs, output_hidden_states=True)
+                report = rmfast.report(model)
+        assert report.level == "backbone"
+        assert not report.fallbacks
+        assert type(ours) is type(theirs)
+        torch.testing.assert_close(ours.logits[keep], theirs.logits[keep], rtol=1e-9, atol=1e-9)
+        assert len(ours.hidden_states) == len(theirs.hidden_states)
+        for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+            torch.testing.assert_close(a[keep], b[keep], rtol=1e-9, atol=1e-9)
+            assert a[~keep].abs().max() == 0
+
+
+def test_generation_is_untouched():
+    model = tiny.model("llama", cls=AutoModelForCausalLM)
+    prompt = torch.randint(3, tiny.VOCAB, (2, 5))
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tiny.PAD}
+    want = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    with rmfast.patched(model):
+        got = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    assert torch.equal(got, want)
+
+
+def test_a_subclass_with_its_own_forward_keeps_it():
+    model = tiny.model("llama", torch.float64)
+
+    class Shifted(type(model)):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits + 1
+            return out
+
+    model.__class__ = Shifted
+    theirs, ours, report = both(model, tiny.padded(tiny.rows()))
+    assert report.level == "backbone"
+    assert_same(theirs, ours)
+
+
+HEAD_LEVEL = {
+    "jamba": "linear_attention",
+    "qwen3_next": "linear_attention",
+    "bloom": "not among the backbones",
+    "falcon": "not among the backbones",
+    "gptj": "not among the backbones",
+    "gpt_neo": "not among the backbones",
+    "mpt": "not among the backbones",
+    "opt": "not among the backbones",
+}
+
+
+@pytest.mark.parametrize("family", HEAD_LEVEL)
+def test_head_level(family):
+    model = tiny.model(family, num_labels=3)
+    inputs = tiny.padded(tiny.rows(), "right")
+    seen = []
+    theirs, their_grads = tiny.run(model, **inputs)
+    before = model(**inputs, labels=torch.arange(6) % 3)
+    with rmfast.patched(model):
+        report = rmfast.report(model)
+        hook = model.score.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+        model(**inputs)
+        hook.remove()
+        ours, our_grads = tiny.run(model, **inputs)
+        after = model(**inputs, labels=torch.arange(6) % 3)
+    assert report.level == "head"
+    assert HEAD_LEVEL[family] in report.reasons[0]
+    assert seen == [(6, 32)]  # pooled first: the head sees one row a sequence
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert tiny.grad_error(our_grads, their_grads) <= 1e-4
+    torch.testing.assert_close(after.loss, before.loss, rtol=1e-4, atol=1e-4)
+
+
+def test_head_level_pools_by_the_mask_too():
+    model = tiny.model("bloom", torch.float64)
+    sequences = [[*row, tiny.PAD] for row in tiny.rows()]
+    inputs = tiny.padded(sequences)
+    _, ours, _ = both(model, inputs, pooling="mask")
+    model.config.pad_token_id = None
+    with torch.no_grad():
+        want = torch.cat([model(input_ids=torch.tensor([s])).logits for s in sequences])
+    assert_same(want, ours, 1e-6)
+
+
+def test_an_encoder_runs_as_it_was():
+    config = BertConfig(
+        vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    theirs, ours, report = both(model, tiny.padded(tiny.rows()))
+    assert report.level == "head"
+    assert "its forward runs as it was" in str(report)
+    assert torch.equal(ours, theirs)
+
+
+def test_refused():
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        rmfast.patch("model")
+    with pytest.raises(ValueError, match="pooling must be one of"):
+        rmfast.patch(tiny.model(), pooling="last")
+    with pytest.raises(ValueError, match="attention must be one of"):
+        rmfast.patch(tiny.model(), attention="magic")
+    with pytest.raises(ValueError, match="not patched"):
+        rmfast.report(tiny.model())
+    with pytest.raises(ValueError, match="several backbones"):
+        rmfast.patch(nn.ModuleList([tiny.model(), tiny.model()]))
+    with pytest.raises(ValueError, match="cannot be honoured"):
+        rmfast.patch(OwnHead(tiny.model().base_model), pooling="mask")
+    unknown = OwnHead(nn.Linear(2, 2))
+    rmfast.patch(unknown)
+    assert rmfast.report(unknown).level == "head"
+
+
+def test_a_bidirectional_decoder_is_not_packed():
+    model = tiny.model("gemma3_text", use_bidirectional_attention=True)
+    theirs, ours, report = both(model, tiny.padded(tiny.rows()))
+    assert report.level == "head"
+    assert "bidirectional" in report.reasons[0]
+    assert_same(theirs, ours, 1e-4)
+
+
+# --- in place, and back
+
+
+def state(model):
+    """Everything a patch could leave behind, by module."""
+    return {
+        name: {k: v for k, v in m.__dict__.items() if k not in ("_parameters", "_modules", "_buffers")}
+        for name, m in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2"])
+def test_unpatch_restores_everything(family, compile):
+    model = tiny.model(family)
+    before, config = state(model), copy.deepcopy(model.config)
+    implementation = model.config._attn_implementation
+    assert rmfast.patch(model, compile=compile) is model
+    assert rmfast.unpatch(model) is model
+    after = state(model)
+    assert before.keys() == after.keys()
+    for name in before:
+        extra = after[name].keys() ^ before[name].keys()
+        assert not extra - {"_compiled_call_impl"}, (name, extra)
+        assert after[name].get("_compiled_call_impl") is None
+    assert model.config.to_dict() == config.to_dict()
+    assert model.config._attn_implementation == implementation
+    assert rmfast.unpatch(model) is model  # harmless
+
+
+def test_patching_twice_is_harmless():
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.padded(tiny.rows())
+    with torch.no_grad():
+        theirs = model(**inputs).logits
+        rmfast.patch(rmfast.patch(model))
+        assert_same(theirs, model(**inputs).logits)
+        with rmfast.patched(model, share_prefixes=False):
+            assert "share_prefixes=False" in str(rmfast.report(model))
+            assert_same(theirs, model(**inputs).logits)
+        assert "share_prefixes=False" not in str(rmfast.report(model))
+        rmfast.unpatch(model)
+        assert "forward" not in model.__dict__
+        assert torch.equal(model(**inputs).logits, theirs)
+
+
+def test_patched_unpatches_when_the_block_raises():
+    model = tiny.model()
+    with pytest.raises(KeyError), rmfast.patched(model):
+        raise KeyError
+    assert "forward" not in model.__dict__
+
+
+def test_identity_of_the_model():
+    model, plain = rmfast.patch(tiny.model()), tiny.model()
+    assert type(model) is type(plain)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert [n for n, _ in model.named_modules()] == [n for n, _ in plain.named_modules()]
+
+
+def test_deepcopy_and_pickle_stay_patched_and_independent():
+    model = rmfast.patch(tiny.model(dtype=torch.float64))
+    inputs = tiny.padded(tiny.rows())
+    want = model(**inputs).logits
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert rmfast.report(clone).level == "trie"
+        assert torch.equal(clone(**inputs).logits, want)
+        with torch.no_grad():
+            clone.score.weight.zero_()
+        assert clone(**inputs).logits.abs().max() == 0
+        assert torch.equal(model(**inputs).logits, want)
+        rmfast.unpatch(clone)
+        assert "forward" not in clone.__dict__
+        assert "forward" in model.__dict__
+
+
+def test_save_and_load(tmp_path):
+    model = tiny.model()
+    model.save_pretrained(tmp_path / "plain")
+    rmfast.patch(model)
+    model.save_pretrained(tmp_path / "patched")
+    plain, patched = ((tmp_path / n / "config.json").read_text() for n in ("plain", "patched"))
+    assert plain == patched
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "patched")
+    inputs = tiny.padded(tiny.rows())
+    assert_same(model(**inputs).logits, loaded(**inputs).logits, 1e-4)
+    with pytest.raises(ValueError, match="not patched"):
+        rmfast.report(loaded)
+
+
+def test_attention_renamed_after_the_patch():
+    model = rmfast.patch(tiny.model(dtype=torch.float64))
+    inputs = tiny.padded(tiny.rows())
+    want = model(**inputs).logits
+    model.set_attn_implementation("eager")
+    assert_same(want, model(**inputs).logits)
+    rmfast.unpatch(model)
+    assert model.config._attn_implementation == "eager"
