@@ -1,4 +1,4 @@
-"""Last-token pooling and the scalar head: ``scores[b, l] = hidden[index[b]] . weight[l] + bias[l]``.
+"""Last-token pooling and scalar head: ``scores[b, l] = hidden[index[b]] . weight[l] + bias[l]``.
 
 One program a score. The rows are read where they lie, once per label, and summed in fp32.
 """
@@ -26,9 +26,7 @@ def _forward_kernel(
     for start in range(0, width, BLOCK):
         col = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = col < width
-        h = tl.load(
-            hidden + row * stride_row + col * stride_col, mask=inside, other=0.0
-        )
+        h = tl.load(hidden + row * stride_row + col * stride_col, mask=inside, other=0.0)
         w = tl.load(
             weight + label.to(tl.int64) * stride_label + col * stride_weight,
             mask=inside,

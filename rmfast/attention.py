@@ -36,13 +36,9 @@ class TrieRun:
 
     trie: PackedTrie
     shared: bool  # whether a node may belong to several sequences
-    pooled: Tensor | None = (
-        None  # int64 [P], rising nodes the last layer is wanted for; None: all
-    )
+    pooled: Tensor | None = None  # int64 [P], rising nodes the last layer is wanted for; None: all
     leave_at_attention: bool = False
-    keys_and_values: tuple[Tensor, Tensor] | None = (
-        None  # of all nodes, for pooled queries
-    )
+    keys_and_values: tuple[Tensor, Tensor] | None = None  # of all nodes, for pooled queries
 
     def attend(
         self,
@@ -110,18 +106,14 @@ class TrieRun:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         trie = self.trie
         parts = []
-        for tile in reference.tiles(
-            trie.subtree_end, trie.position_ids, queries, window
-        ):
+        for tile in reference.tiles(trie.subtree_end, trie.position_ids, queries, window):
             q, k, v = (
                 query[:, :, tile.queries],
                 key[:, :, tile.keys],
                 value[:, :, tile.keys],
             )
             allowed = reference.dense(tile, q)
-            parts.append(
-                reference.attend(q, k, v, allowed, scale, softcap, sinks, dropout)
-            )
+            parts.append(reference.attend(q, k, v, allowed, scale, softcap, sinks, dropout))
         return torch.cat(parts, dim=2).transpose(1, 2)
 
 
@@ -132,9 +124,7 @@ def register(before: str) -> str:
 
     name = PREFIX + before
     AttentionInterface.register(name, functools.partial(_forward, before))
-    if (
-        before in ALL_MASK_ATTENTION_FUNCTIONS
-    ):  # calls that are not packed get the mask they had
+    if before in ALL_MASK_ATTENTION_FUNCTIONS:  # calls that are not packed get the mask they had
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
     return name
 
@@ -174,9 +164,7 @@ def _forward(
 ):
     run = kwargs.pop("rmfast_run", None)
     if run is None:
-        return unpacked_function(before, module)(
-            module, query, key, value, *args, **kwargs
-        )
+        return unpacked_function(before, module)(module, query, key, value, *args, **kwargs)
     if args:  # the padded batch's mask: the trie is the mask here
         args = args[1:]
     else:

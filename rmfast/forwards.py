@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _KNOWN = frozenset(
     "input_ids attention_mask position_ids labels inputs_embeds past_key_values use_cache "
     "output_attentions output_hidden_states output_router_logits return_dict "
-    "num_items_in_batch cache_position".split()  # noqa: SIM905
+    "num_items_in_batch cache_position".split()
 )
 # Where modules keep the chance of a noise they draw without an nn.Dropout of their own.
 _NOISE = (
@@ -52,11 +52,7 @@ def _linear(head: nn.Module) -> nn.Linear | None:
         elif len(active) == 1 and active[0] in copies:
             head = copies[active[0]]
     plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter
-    return (
-        head
-        if plain and not head._forward_hooks and not head._forward_pre_hooks
-        else None
-    )
+    return head if plain and not head._forward_hooks and not head._forward_pre_hooks else None
 
 
 def draws_noise(model: nn.Module, active: bool) -> bool:
@@ -78,9 +74,7 @@ class Override:
     def __init__(self, module: nn.Module, patch: Patch) -> None:
         self.module = module
         self.patch = patch
-        self.before = module.__dict__.get(
-            "forward"
-        )  # an instance forward of somebody else's
+        self.before = module.__dict__.get("forward")  # an instance forward of somebody else's
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
@@ -91,14 +85,10 @@ class Override:
     def __signature__(
         self,
     ) -> inspect.Signature:  # trainers drop the columns it does not name
-        return inspect.signature(
-            self.before or type(self.module).forward.__get__(self.module)
-        )
+        return inspect.signature(self.before or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (
-            args and args[0] is self.module
-        ):  # accelerate rebinds a forward it unwraps as a method
+        if args and args[0] is self.module:  # accelerate rebinds a forward it unwraps as a method
             args = args[1:]
         if not self.patch.active:
             return self.original(*args, **kwargs)
@@ -137,17 +127,13 @@ class PackedForward(Override):
             raise Unservable("inputs_embeds instead of input_ids")
         if ids.ndim != 2 or ids.numel() == 0:
             raise Unservable("input_ids is not a batch [B, T] of tokens")
-        if mask is not None and (
-            not isinstance(mask, Tensor) or mask.shape != ids.shape
-        ):
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             raise Unservable("attention_mask is not [B, T]")
         if call.get("use_cache") or call.get("past_key_values") is not None:
             raise Unservable("a key/value cache was asked for")
         limit = self.patch.position_limit
         if limit is not None and ids.shape[1] > limit:
-            raise Unservable(
-                f"longer than {limit} positions, where frequencies depend on padding"
-            )
+            raise Unservable(f"longer than {limit} positions, where frequencies depend on padding")
         for name in self.patch.meaningful - _KNOWN:
             if call.get(name) is not None and call[name] is not False:
                 raise Unservable(f"the argument {name}")
@@ -158,9 +144,7 @@ class PackedForward(Override):
         ):
             if call.get(name, getattr(config, name, False)) and name not in self.served:
                 raise Unservable(f"the argument {name}")
-        noise = getattr(
-            self.patch.base.get_input_embeddings(), "neftune_noise_alpha", None
-        )
+        noise = getattr(self.patch.base.get_input_embeddings(), "neftune_noise_alpha", None)
         if noise and self.module.training:
             raise Unservable("NEFTune noise depends on the padded length")
 
@@ -169,8 +153,7 @@ class PackedForward(Override):
         ids: Tensor,  # int64 [B, T], on the CPU like the rest
         mask: Tensor | None,  # [B, T]
         positions: Tensor | None,  # int64 [B, T] or [1, T]
-        pooled: Tensor
-        | None,  # int64 [B], the columns that carry the scores; None: keep all
+        pooled: Tensor | None,  # int64 [B], the columns that carry the scores; None: keep all
     ) -> tuple[PackedTrie, bool, Tensor]:
         """The trie of the attended tokens, whether prefixes are shared, and which were kept."""
         if ids.min() < 0:
@@ -179,9 +162,7 @@ class PackedForward(Override):
         keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask != 0
         if pooled is not None:
             if not keep.gather(1, pooled[:, None]).all():
-                raise Unservable(
-                    "a row is scored at a token that its attention_mask hides"
-                )
+                raise Unservable("a row is scored at a token that its attention_mask hides")
             keep = keep & (columns <= pooled[:, None])
         elif not keep.any(1).all():
             raise Unservable("a row has no attended token")
@@ -194,9 +175,7 @@ class PackedForward(Override):
                 raise Unservable("position_ids that do not rise by one with each token")
         elif self.patch.absolute_positions:
             positions = columns[None]
-        share = self.patch.options.share_prefixes and not draws_noise(
-            self.module, active=True
-        )
+        share = self.patch.options.share_prefixes and not draws_noise(self.module, active=True)
         return (
             pack(ids, keep, position_ids=positions, share_prefixes=share),
             share,
@@ -262,9 +241,7 @@ class ScoringForward(PackedForward):
         ids = call.get("input_ids")
         if ids is None:
             if self.patch.options.pooling == "mask":
-                raise ValueError(
-                    "pooling='mask' needs input_ids: inputs_embeds alone has no rule"
-                )
+                raise ValueError("pooling='mask' needs input_ids: inputs_embeds alone has no rule")
             return self.unpacked(call)
         inputs = {k: v for k, v in call.items() if k not in ("labels", "return_dict")}
         out = self.patch.inner(**inputs, return_dict=True)
@@ -286,14 +263,10 @@ class ScoringForward(PackedForward):
             self.patch.options.pooling,
         )
         if pad is None and pooling == "hf" and ids.shape[0] != 1:
-            raise ValueError(
-                "Cannot handle batch sizes > 1 if no padding token is defined."
-            )
+            raise ValueError("Cannot handle batch sizes > 1 if no padding token is defined.")
         return reference.last_token(ids, mask, pad, pooling)
 
-    def scores(
-        self, hidden: Tensor, index: Tensor
-    ) -> Tensor:  # [M, H], [B] -> [B, num_labels]
+    def scores(self, hidden: Tensor, index: Tensor) -> Tensor:  # [M, H], [B] -> [B, num_labels]
         linear = _linear(self.module.score)
         if linear is not None:
             return ops.reward_head(hidden, index, linear.weight, linear.bias)
@@ -339,12 +312,8 @@ class BackboneForward(PackedForward):
         device, as_dict = call["input_ids"].device, call.get("return_dict")
         trie = trie.to(device)
         passed = {k: call[k] for k in ("output_hidden_states",) if k in call}
-        out = self.backbone(
-            self.original, trie, shared, None, return_dict=True, **passed
-        )
-        node = torch.full(
-            keep.shape, len(trie)
-        )  # one row more, of zeros, for what is not attended
+        out = self.backbone(self.original, trie, shared, None, return_dict=True, **passed)
+        node = torch.full(keep.shape, len(trie))  # one row more, of zeros, for what is not attended
         node[keep] = torch.cat([torch.from_numpy(path) for path in trie.paths()])
         node = node.to(device)
         out.last_hidden_state = _unpack(out.last_hidden_state, node)
@@ -354,9 +323,7 @@ class BackboneForward(PackedForward):
         return out if as_dict else out.to_tuple()
 
 
-def _unpack(
-    hidden: Tensor, node: Tensor
-) -> Tensor:  # [1, N, H], int64 [B, T] -> [B, T, H]
+def _unpack(hidden: Tensor, node: Tensor) -> Tensor:  # [1, N, H], int64 [B, T] -> [B, T, H]
     # in fp32, so that the gradients of a shared token are summed in fp32
     rows = nn.functional.pad(hidden[0].to(reference.wide(hidden.dtype)), (0, 0, 0, 1))
     return nn.functional.embedding(node, rows).to(hidden.dtype)
@@ -394,14 +361,8 @@ class LastLayer(Override):
         out = self.layer(pick(hidden), *tree_map(pick, args), **tree_map(pick, kwargs))
 
         def put(x: Any) -> Any:
-            along = (
-                isinstance(x, Tensor) and x.ndim > 1 and x.shape[:2] == (1, len(rows))
-            )
-            return (
-                x.new_zeros(1, nodes, *x.shape[2:]).index_copy(1, rows, x)
-                if along
-                else x
-            )
+            along = isinstance(x, Tensor) and x.ndim > 1 and x.shape[:2] == (1, len(rows))
+            return x.new_zeros(1, nodes, *x.shape[2:]).index_copy(1, rows, x) if along else x
 
         return tree_map(put, out)
 

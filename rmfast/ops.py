@@ -28,9 +28,7 @@ def _exact(function: Callable) -> Callable:
 
 @torch.library.custom_op("rmfast::reward_head", mutates_args=())
 @_exact
-def _reward_head(
-    hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+def _reward_head(hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return reference.reward_head(hidden, index, weight, bias)
 
 
@@ -62,9 +60,7 @@ def _reward_head_setup(ctx, inputs, output):
 
 
 def _reward_head_autograd(ctx, grad):
-    grad_hidden, grad_weight, grad_bias = _reward_head_backward(
-        grad, *ctx.saved_tensors
-    )
+    grad_hidden, grad_weight, grad_bias = _reward_head_backward(grad, *ctx.saved_tensors)
     return (
         grad_hidden,
         None,
@@ -100,18 +96,14 @@ def reward_head(
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [M, H], got shape {tuple(hidden.shape)}")
     if index.ndim != 1 or index.dtype != torch.int64:
-        raise ValueError(
-            f"index must be int64 [B], got {index.dtype} {tuple(index.shape)}"
-        )
+        raise ValueError(f"index must be int64 [B], got {index.dtype} {tuple(index.shape)}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             f"weight must be [num_labels, {hidden.shape[1]}] like hidden, "
             f"got shape {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}"
-        )
+        raise ValueError(f"bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
     return _reward_head(hidden, index, weight, bias)
 
 
@@ -168,9 +160,7 @@ def _trie_attention_backward(
 
 
 @_trie_attention.register_fake
-def _(
-    query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap
-):
+def _(query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap):
     _, heads, rows, _ = query.shape
     lse = query.new_empty(1, heads, rows, dtype=reference.wide(query.dtype))
     return query.new_empty(1, rows, heads, value.shape[-1]), lse
@@ -182,9 +172,7 @@ def _(
     window, softcap,
 ):  # fmt: skip
     grad_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    # the fp32 sums are contiguous, and so is what they are rounded to
-    grad_key = key.new_empty(key.shape)
-    return torch.empty_like(query), grad_key, value.new_empty(value.shape), grad_sinks
+    return *(reference.tokens_first(x, x.dtype) for x in (query, key, value)), grad_sinks
 
 
 def _trie_attention_setup(ctx, inputs, output):
@@ -201,35 +189,19 @@ def _trie_attention_setup(ctx, inputs, output):
         softcap,
     ) = inputs
     out, lse = output
-    ctx.save_for_backward(
-        query, key, value, out, lse, subtree_end, position_ids, queries, sinks
-    )
+    ctx.save_for_backward(query, key, value, out, lse, subtree_end, position_ids, queries, sinks)
     ctx.options = (scale, window, softcap)
     ctx.mark_non_differentiable(lse)
 
 
 def _trie_attention_autograd(ctx, grad, _):
-    grad_q, grad_k, grad_v, grad_s = _trie_attention_backward(
-        grad, *ctx.saved_tensors, *ctx.options
-    )
-    has_sinks = ctx.saved_tensors[-1] is not None
-    return (
-        grad_q,
-        grad_k,
-        grad_v,
-        None,
-        None,
-        None,
-        grad_s if has_sinks else None,
-        None,
-        None,
-        None,
-    )
+    saved = ctx.saved_tensors  # once: checkpointing lets go of them after
+    *grads, grad_sinks = _trie_attention_backward(grad, *saved, *ctx.options)
+    has_sinks = saved[-1] is not None
+    return *grads, None, None, None, grad_sinks if has_sinks else None, None, None, None
 
 
-_trie_attention.register_autograd(
-    _trie_attention_autograd, setup_context=_trie_attention_setup
-)
+_trie_attention.register_autograd(_trie_attention_autograd, setup_context=_trie_attention_setup)
 
 
 def trie_attention(
@@ -268,14 +240,10 @@ def trie_attention(
     nodes = subtree_end.shape[0]
     rows = nodes if queries is None else queries.shape[0]
     if query.ndim != 4 or query.shape[0] != 1 or query.shape[2] != rows:
-        raise ValueError(
-            f"query must be [1, Hq, {rows}, D], got shape {tuple(query.shape)}"
-        )
+        raise ValueError(f"query must be [1, Hq, {rows}, D], got shape {tuple(query.shape)}")
     for name, x in (("key", key), ("value", value)):
         if x.ndim != 4 or x.shape[0] != 1 or x.shape[2] != nodes:
-            raise ValueError(
-                f"{name} must be [1, Hk, {nodes}, D], got shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"{name} must be [1, Hk, {nodes}, D], got shape {tuple(x.shape)}")
     if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
         raise ValueError(
             f"query has {query.shape[1]} heads, key {key.shape[1]}, value {value.shape[1]}: need "

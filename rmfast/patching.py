@@ -72,7 +72,7 @@ class Report:
 
 
 def _class_of_forward(module: nn.Module) -> type:
-    """The class whose ``forward`` runs: a subclass that leaves it alone is as good as its parent."""
+    """The class whose ``forward`` runs: a subclass that leaves it alone is as good as that."""
     return next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
 
 
@@ -82,9 +82,7 @@ def _is_transformers(module: nn.Module) -> bool:
 
 def _decoder_layers(module: nn.Module) -> nn.ModuleList | None:
     count = getattr(getattr(module, "config", None), "num_hidden_layers", None)
-    lists = [
-        m for m in module.children() if isinstance(m, nn.ModuleList) and len(m) == count
-    ]
+    lists = [m for m in module.children() if isinstance(m, nn.ModuleList) and len(m) == count]
     return lists[0] if len(lists) == 1 else None
 
 
@@ -123,15 +121,9 @@ def _find(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     ]
     if len(bases) > 1:
         names = ", ".join(type(m).__name__ for m in bases)
-        raise ValueError(
-            f"{type(model).__name__} holds several backbones ({names}): patch each"
-        )
+        raise ValueError(f"{type(model).__name__} holds several backbones ({names}): patch each")
     base = bases[0] if bases else None
-    heads = [
-        m
-        for m in model.modules()
-        if isinstance(m, PreTrainedModel) and _scores_last_token(m)
-    ]
+    heads = [m for m in model.modules() if isinstance(m, PreTrainedModel) and _scores_last_token(m)]
     return heads[0] if heads else None, base
 
 
@@ -185,9 +177,7 @@ class Patch:
         if self.level != "head":
             base = self.base
             others = [m for m in base.modules() if isinstance(m, nn.Embedding)]
-            self.absolute_positions = any(
-                m is not base.get_input_embeddings() for m in others
-            )
+            self.absolute_positions = any(m is not base.get_input_embeddings() for m in others)
             self.position_limit = _position_limit(base.config)
             self.meaningful = _meaningful_arguments(base)
             if self.level == "trie" and options.prune_last_layer:
@@ -225,15 +215,11 @@ class Patch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if (
-            self.attention_before is not None
-        ):  # another process has registries of its own
+        if self.attention_before is not None:  # another process has registries of its own
             attention.register(self.attention_before)
 
     def undo(self) -> None:
-        self.active = (
-            False  # should somebody have wrapped a stand-in, it hands everything on
-        )
+        self.active = False  # should somebody have wrapped a stand-in, it hands everything on
         for stand_in in self.overrides:
             module = stand_in.module
             if module.__dict__.get("forward") is stand_in:
@@ -250,19 +236,13 @@ class Patch:
         delattr(self.holder, _ATTRIBUTE)
 
     def report(self) -> Report:
-        return Report(
-            self.level, list(self.reasons), self.warnings(), Counter(self.fallbacks)
-        )
+        return Report(self.level, list(self.reasons), self.warnings(), Counter(self.fallbacks))
 
     def warnings(self) -> list[str]:
         out = []
         if self.outer is not None:
             text = self.outer.config.get_text_config()
-            eos = (
-                text.eos_token_id
-                if isinstance(text.eos_token_id, list)
-                else [text.eos_token_id]
-            )
+            eos = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
             if self.options.pooling == "hf":
                 if text.pad_token_id is None:
                     out.append(
@@ -282,9 +262,7 @@ class Patch:
                 "sequence draws its own noise"
             )
         if self.level == "backbone":
-            out.append(
-                "hidden states of tokens that the attention mask hides are zeros"
-            )
+            out.append("hidden states of tokens that the attention mask hides are zeros")
         return out
 
 
@@ -293,9 +271,7 @@ def _meaningful_arguments(base: nn.Module) -> frozenset[str]:
     from transformers.utils import TransformersKwargs
 
     signature = inspect.signature(type(base).forward)
-    return frozenset(signature.parameters) | frozenset(
-        TransformersKwargs.__annotations__
-    )
+    return frozenset(signature.parameters) | frozenset(TransformersKwargs.__annotations__)
 
 
 def _choose(
@@ -304,11 +280,7 @@ def _choose(
     """Level, reasons, the sequence classifier and the backbone."""
     outer, base = _find(root)
     name = type(root).__name__
-    why_not = (
-        _why_not_trie(base)
-        if base is not None
-        else f"{name} has no decoder rmfast knows"
-    )
+    why_not = _why_not_trie(base) if base is not None else f"{name} has no decoder rmfast knows"
     if why_not is None and outer is not None and _inner(outer) is base:
         reasons = [
             f"{type(outer).__name__}: causal decoder with an attention interface, scored by its "
@@ -424,7 +396,5 @@ def report(model: nn.Module) -> Report:
     """
     found = _attached(model)
     if found is None:
-        raise ValueError(
-            f"{type(model).__name__} is not patched: call rmfast.patch(model) first"
-        )
+        raise ValueError(f"{type(model).__name__} is not patched: call rmfast.patch(model) first")
     return found.report()

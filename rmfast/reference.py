@@ -104,8 +104,7 @@ def attend(
     allowed: Tensor,  # bool [M, L]
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor
-    | None = None,  # [Hq], one more logit per head that takes weight and gives none
+    sinks: Tensor | None = None,  # [Hq], one more logit per head that takes weight and gives none
     dropout: float = 0.0,
 ) -> Tensor:  # [1, Hq, M, Dv]
     """Softmax attention with grouped heads, soft-capped logits and attention sinks, written out.
@@ -163,9 +162,7 @@ def attend_backward(
         torch.matmul(grad_logits.mT, q) * scale,
         torch.matmul(weights.mT, g),
     )
-    grad_k, grad_v = (
-        x.unflatten(1, (kv_heads, groups)).sum(2) for x in (grad_k, grad_v)
-    )
+    grad_k, grad_v = (x.unflatten(1, (kv_heads, groups)).sum(2) for x in (grad_k, grad_v))
     grad_sinks = None if sinks is None else -(rest * mean).sum((0, 2, 3))
     return grad_q, grad_k, grad_v, grad_sinks
 
@@ -208,16 +205,12 @@ def _cut(
     if queries is None:
         bounds = _bounds(end)
     else:
-        bounds = [
-            (a, min(a + _POOLED, nodes.size)) for a in range(0, nodes.size, _POOLED)
-        ]
+        bounds = [(a, min(a + _POOLED, nodes.size)) for a in range(0, nodes.size, _POOLED)]
     out = []
     for start, stop in bounds:
         q = nodes[start:stop]
         first, last = int(q[0]), int(q[-1])
-        if (
-            last - first + 1 == q.size
-        ):  # ancestors of the first, then the queries themselves
+        if last - first + 1 == q.size:  # ancestors of the first, then the queries themselves
             keys = np.concatenate([np.flatnonzero(end[:first] > first), q])
         else:
             keys = np.arange(last + 1)
@@ -226,9 +219,7 @@ def _cut(
             allowed &= position[q][:, None] - position[keys] < window
         needed = allowed.any(axis=0)
         keys, allowed = keys[needed], allowed[:, needed]
-        causal = keys.size == q.size and np.array_equal(
-            allowed, np.tri(q.size, dtype=bool)
-        )
+        causal = keys.size == q.size and np.array_equal(allowed, np.tri(q.size, dtype=bool))
         dense = keys[-1] - keys[0] + 1 == keys.size
         device = subtree_end.device
         out.append(
@@ -237,9 +228,7 @@ def _cut(
                 slice(int(keys[0]), int(keys[-1]) + 1)
                 if dense
                 else torch.from_numpy(keys).to(device),
-                None
-                if causal
-                else torch.from_numpy(np.ascontiguousarray(allowed)).to(device),
+                None if causal else torch.from_numpy(np.ascontiguousarray(allowed)).to(device),
             )
         )
     return out
@@ -254,9 +243,7 @@ def _bounds(end: np.ndarray) -> list[tuple[int, int]]:
         joined = bool(out) and stop - out[-1][0] <= _SHORT
         if joined:
             out[-1] = (out[-1][0], stop)
-        elif (
-            start == 0 or (end[:start] <= start).all()
-        ):  # a root: torch skips above the diagonal
+        elif start == 0 or (end[:start] <= start).all():  # a root: torch skips above the diagonal
             out.append((start, stop))
         else:
             cuts = [*range(start, stop, _LONG), stop]
@@ -271,14 +258,16 @@ def _bias(allowed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
 
 
-def _is_plain(
-    query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None
-) -> bool:
+def _is_plain(query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None) -> bool:
     """Whether torch's own CPU kernel computes it."""
     same_width = query.shape[-1] == value.shape[-1]
-    return (
-        query.device.type == "cpu" and same_width and softcap is None and sinks is None
-    )
+    return query.device.type == "cpu" and same_width and softcap is None and sinks is None
+
+
+def tokens_first(like: Tensor, dtype: torch.dtype) -> Tensor:  # [1, heads, tokens, width]
+    """An empty tensor of this shape, a token's heads side by side in memory."""
+    _, heads, tokens, width = like.shape
+    return like.new_empty(1, tokens, heads, width, dtype=dtype).transpose(1, 2)
 
 
 def trie_attention(
@@ -287,8 +276,7 @@ def trie_attention(
     value: Tensor,  # [1, Hk, N, Dv]
     subtree_end: Tensor,  # int32 [N]
     position_ids: Tensor,  # int64 [N]
-    queries: Tensor
-    | None,  # int64 [M], rising packed indices of the queries; None: all, M == N
+    queries: Tensor | None,  # int64 [M], rising packed indices of the queries; None: all, M == N
     sinks: Tensor | None,  # [Hq]
     scale: float,
     window: int | None,
@@ -354,9 +342,7 @@ def trie_attention_backward(
                 g, q, k, v, o, total, 0.0, bias is None, attn_mask=bias, scale=scale
             )
         else:
-            gq, gk, gv, gs = attend_backward(
-                g, q, k, v, dense(tile, q), scale, softcap, sinks
-            )
+            gq, gk, gv, gs = attend_backward(g, q, k, v, dense(tile, q), scale, softcap, sinks)
             if gs is not None:
                 grad_s += gs
         grad_q[:, :, tile.queries] = gq

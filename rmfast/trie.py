@@ -39,16 +39,12 @@ class PackedTrie:
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> PackedTrie:
-        return PackedTrie(
-            *(getattr(self, field.name).to(device) for field in fields(self))
-        )
+        return PackedTrie(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def paths(self) -> list[np.ndarray]:
         """For each input sequence, in input order, the packed indices of its tokens, root first."""
         end = self.subtree_end.cpu().numpy()
-        return [
-            np.flatnonzero(end[: node + 1] > node) for node in self.pool_index.tolist()
-        ]
+        return [np.flatnonzero(end[: node + 1] > node) for node in self.pool_index.tolist()]
 
 
 def pack(
@@ -82,9 +78,7 @@ def pack(
     """
     if isinstance(input_ids, Tensor):
         device = input_ids.device
-        tokens, positions, lengths = _flatten_padded(
-            input_ids, attention_mask, position_ids
-        )
+        tokens, positions, lengths = _flatten_padded(input_ids, attention_mask, position_ids)
     else:
         if attention_mask is not None or position_ids is not None:
             raise ValueError(
@@ -110,15 +104,11 @@ def pack(
     nodes = np.arange(ends[-1])
     source = nodes + np.repeat(offsets[order] + shared - starts, new)
     pool = np.empty(order.size, np.int64)
-    pool[order] = (
-        ends - 1
-    )  # a row that adds no node equals the row before it: same last node
+    pool[order] = ends - 1  # a row that adds no node equals the row before it: same last node
     return PackedTrie(
         torch.from_numpy(tokens[source]).to(device),
         torch.from_numpy(
-            nodes + np.repeat(shared - starts, new)
-            if positions is None
-            else positions[source]
+            nodes + np.repeat(shared - starts, new) if positions is None else positions[source]
         ).to(device),
         torch.from_numpy(_subtree_end(shared, starts, ends)).to(device),
         torch.from_numpy(pool).to(device),
@@ -130,9 +120,7 @@ def _flatten_padded(
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Tokens that count, their positions (None: 0, 1, 2, … in every row), tokens in each row."""
     if input_ids.ndim != 2:
-        raise ValueError(
-            f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}"
-        )
+        raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
     ids = input_ids.cpu().numpy().astype(np.int64, copy=False)
     keep = None
     if attention_mask is not None:
@@ -166,23 +154,17 @@ def _flatten_padded(
     return ids[keep], positions, lengths
 
 
-def _check(
-    lengths: np.ndarray, tokens: np.ndarray, positions: np.ndarray | None
-) -> None:
+def _check(lengths: np.ndarray, tokens: np.ndarray, positions: np.ndarray | None) -> None:
     if lengths.size == 0:
         raise ValueError("no sequence to pack: the batch is empty")
     if not lengths.all():
         row = int(np.flatnonzero(lengths == 0)[0])
-        raise ValueError(
-            f"row {row} has no token to pack: drop it, or give it at least one token"
-        )
+        raise ValueError(f"row {row} has no token to pack: drop it, or give it at least one token")
     for name, ids in (("token", tokens), ("position", positions)):
         if ids is not None and (ids.min() < 0 or ids.max() >= _MAX_ID):
             bad = int(np.flatnonzero((ids < 0) | (ids >= _MAX_ID))[0])
             row = int(np.searchsorted(np.cumsum(lengths), bad, side="right"))
-            raise ValueError(
-                f"row {row} has {name} id {ids[bad]}; need 0 <= id < 2**31"
-            )
+            raise ValueError(f"row {row} has {name} id {ids[bad]}; need 0 <= id < 2**31")
 
 
 def _sort(
@@ -209,15 +191,11 @@ def _sort(
     return np.array(order), shared
 
 
-def _subtree_end(
-    shared: np.ndarray, starts: np.ndarray, ends: np.ndarray
-) -> np.ndarray:
+def _subtree_end(shared: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """A node at depth ``d`` ends where the first later row begins that shares at most ``d``."""
     out = np.empty(ends[-1], np.int32)
     depth = int((shared + ends - starts).max())
-    next_start = np.full(
-        depth, ends[-1], np.int32
-    )  # by depth, over the rows after this one
+    next_start = np.full(depth, ends[-1], np.int32)  # by depth, over the rows after this one
     for first, start, end in zip(
         shared.tolist()[::-1], starts.tolist()[::-1], ends.tolist()[::-1], strict=True
     ):

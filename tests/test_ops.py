@@ -180,6 +180,7 @@ def test_opcheck():
     leaves = [x.requires_grad_() for x in qkv(trie, 4, 2, 8, torch.float32)]
     sinks = torch.randn(4, requires_grad=True)
     pooled = trie.pool_index.unique()
+    first = leaves[0][:, :, : len(pooled)]
     index = torch.tensor([0, 2, 2])
     hidden = torch.randn(5, 7, requires_grad=True)
     weight = torch.randn(2, 7, requires_grad=True)
@@ -189,7 +190,7 @@ def test_opcheck():
         (torch.ops.rmfast.reward_head.default, (hidden, index, weight, None)),
         (attention, (*leaves, *rest, None, None, 0.3, None, None)),
         (attention, (*leaves, *rest, None, sinks, 0.3, 3, 2.0)),
-        (attention, (leaves[0][:, :, : len(pooled)], *leaves[1:], *rest, pooled, None, 0.3, None, None)),
+        (attention, (first, *leaves[1:], *rest, pooled, None, 0.3, None, None)),
     ]  # fmt: skip
     for op, args in calls:
         torch.library.opcheck(op, args)

@@ -74,7 +74,9 @@ def test_options_change_no_number(family, options):
 def test_last_layer_runs_pooled_rows_only():
     for family in ("llama", "gpt2", "mixtral", "gpt_neox"):
         model = tiny.model(family)
-        layers = model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h
+        layers = (
+            model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h
+        )
         seen = []
         mlp = layers[-1].mlp
         hook = mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape))

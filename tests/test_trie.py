@@ -10,17 +10,13 @@ import rmfast
 from rmfast import reference
 
 # Few token values and short rows: prefixes, duplicates and nesting all come up often.
-sequences = st.lists(
-    st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=8
-)
+sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=8)
 
 
 def paths_of(trie):
     """Each sequence's nodes, walked from the definition: ancestors are the ranges that hold it."""
     end = trie.subtree_end.tolist()
-    return [
-        [k for k in range(node + 1) if node < end[k]] for node in trie.pool_index.tolist()
-    ]
+    return [[k for k in range(node + 1) if node < end[k]] for node in trie.pool_index.tolist()]
 
 
 def dictionary_trie(rows):
@@ -160,7 +156,10 @@ def test_dtypes_and_kinds_of_rows():
         (([[1], []],), "row 1 has no token"),
         (([[1], [2, -1]],), "row 1 has token id -1"),
         (([[2**31]],), "row 0 has token id"),
-        ((torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]])), "row 1 has no"),
+        (
+            (torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]])),
+            "row 1 has no",
+        ),
         ((torch.ones(2, 3, dtype=torch.long), torch.ones(2, 2)), "does not match"),
         ((torch.ones(3, dtype=torch.long),), r"\[B, T\]"),
         ((torch.ones(0, 3, dtype=torch.long),), "empty"),

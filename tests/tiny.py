@@ -129,7 +129,7 @@ def padded(sequences: list[list[int]], side: str = "right", pad: int = PAD) -> d
 
 
 def run(m: nn.Module, **inputs) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and the gradient of every parameter under a loss that weighs each score its own way."""
+    """Logits, and every parameter's gradient under a loss that weighs each score its own way."""
     m.zero_grad()
     logits = m(**inputs).logits
     weight = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view_as(logits)

