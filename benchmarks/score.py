@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from rmfast.benchmarks import contestants as shared
 
 DEFAULT = ("hf", "hf-sorted", "rmfast")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from rmfast.benchmarks import contestants as shared
 from rmfast.benchmarks import score, train
 

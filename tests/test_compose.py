@@ -4,13 +4,13 @@ import copy
 import threading
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING
 
 import rmfast
+import tiny
 
 
 def pairs(count=4, seed=0):

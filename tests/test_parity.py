@@ -7,11 +7,11 @@ by up to 16 units. In fp32 the bounds are the library's promise: 1e-4.
 """
 
 import pytest
-import tiny
 import torch
 from transformers import CONFIG_MAPPING
 
 import rmfast
+import tiny
 from rmfast.families import TRIE_BACKBONES
 
 UNIT = 2.0**-24

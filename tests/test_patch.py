@@ -4,7 +4,6 @@ import copy
 import pickle
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers import (
@@ -15,6 +14,7 @@ from transformers import (
 )
 
 import rmfast
+import tiny
 
 UNIT = 2.0**-24
 
