@@ -281,11 +281,12 @@ def _choose(
     outer, base = _find(root)
     name = type(root).__name__
     why_not = _why_not_trie(base) if base is not None else f"{name} has no decoder rmfast knows"
+    backend = attention.BACKENDS[0] if options.attention == "auto" else options.attention
     if why_not is None and outer is not None and _inner(outer) is base:
         reasons = [
             f"{type(outer).__name__}: causal decoder with an attention interface, scored by its "
             "last token in fp32",
-            f"attention: {options.attention}",
+            f"attention: {backend}",
         ]
         if not options.share_prefixes:
             reasons.append("prefixes are not shared: share_prefixes=False")
