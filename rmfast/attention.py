@@ -114,7 +114,7 @@ class TrieRun:
             )
             allowed = reference.dense(tile, q)
             parts.append(reference.attend(q, k, v, allowed, scale, softcap, sinks, dropout))
-        return torch.cat(parts, dim=2).transpose(1, 2)
+        return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 def register(before: str) -> str:
@@ -135,6 +135,13 @@ def use(config: Any) -> str:
     if config._attn_implementation == before:
         config._attn_implementation_internal = register(before)
     return before
+
+
+def leave(config: Any) -> None:
+    """Put back the name that :func:`use` took; what was named since stays."""
+    name = getattr(config, "_attn_implementation", None)
+    if name is not None and name.startswith(PREFIX):
+        config._attn_implementation_internal = name.removeprefix(PREFIX)
 
 
 def unpacked_function(before: str, module: nn.Module) -> Callable | None:

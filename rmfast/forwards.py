@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rmfast import attention, ops, reference
+from rmfast import attention, models, ops, reference
 from rmfast.trie import PackedTrie, pack
 
 if TYPE_CHECKING:
@@ -28,48 +28,16 @@ _KNOWN = frozenset(
     "output_attentions output_hidden_states output_router_logits return_dict "
     "num_items_in_batch cache_position".split()
 )
-# Where modules keep the chance of a noise they draw without an nn.Dropout of their own.
-_NOISE = (
-    "attention_dropout",
-    "activation_dropout",
-    "dropout",
-    "attn_pdrop",
-    "jitter_noise",
-)
 
 
 class Unservable(Exception):
     """A call the packed path cannot serve; the message is the reason."""
 
 
-def _linear(head: nn.Module) -> nn.Linear | None:
-    """The plain linear layer behind a score head, through PEFT's ``modules_to_save`` wrapper."""
-    copies = getattr(head, "modules_to_save", None)
-    if isinstance(copies, nn.ModuleDict):
-        active = getattr(head, "active_adapters", None) or []
-        if getattr(head, "disable_adapters", False) or not active:
-            head = head.original_module
-        elif len(active) == 1 and active[0] in copies:
-            head = copies[active[0]]
-    plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter
-    return head if plain and not head._forward_hooks and not head._forward_pre_hooks else None
-
-
-def draws_noise(model: nn.Module, active: bool) -> bool:
-    """Whether the model draws noise for each token: ever, or now, with ``active``."""
-    for module in model.modules():
-        if active and not module.training:
-            continue
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            return True
-        chances = [module.__dict__.get(name) for name in _NOISE]
-        if any(isinstance(chance, float) and chance > 0 for chance in chances):
-            return True
-    return False
-
-
 class Override:
     """Stands in for ``forward`` on one instance. Pickles and copies along with its module."""
+
+    __name__ = "forward"
 
     def __init__(self, module: nn.Module, patch: Patch) -> None:
         self.module = module
@@ -82,13 +50,11 @@ class Override:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     @property
-    def __signature__(
-        self,
-    ) -> inspect.Signature:  # trainers drop the columns it does not name
+    def __signature__(self) -> inspect.Signature:  # trainers drop the columns it does not name
         return inspect.signature(self.before or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and args[0] is self.module:  # accelerate rebinds a forward it unwraps as a method
+        if args and isinstance(args[0], nn.Module):  # accelerate makes a method of what it unwraps
             args = args[1:]
         if not self.patch.active:
             return self.original(*args, **kwargs)
@@ -129,24 +95,24 @@ class PackedForward(Override):
             raise Unservable("input_ids is not a batch [B, T] of tokens")
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             raise Unservable("attention_mask is not [B, T]")
+        if isinstance(call.get("past_key_values"), models.NoCache):
+            raise ValueError(models.NoCache.MESSAGE)
         if call.get("use_cache") or call.get("past_key_values") is not None:
             raise Unservable("a key/value cache was asked for")
-        limit = self.patch.position_limit
-        if limit is not None and ids.shape[1] > limit:
-            raise Unservable(f"longer than {limit} positions, where frequencies depend on padding")
-        for name in self.patch.meaningful - _KNOWN:
+        if call.get("is_causal") is False:
+            raise Unservable("the argument is_causal")
+        for name in self.patch.arguments - _KNOWN:
             if call.get(name) is not None and call[name] is not False:
                 raise Unservable(f"the argument {name}")
-        for name in (
-            "output_attentions",
-            "output_hidden_states",
-            "output_router_logits",
-        ):
+        for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
             if call.get(name, getattr(config, name, False)) and name not in self.served:
                 raise Unservable(f"the argument {name}")
         noise = getattr(self.patch.base.get_input_embeddings(), "neftune_noise_alpha", None)
         if noise and self.module.training:
             raise Unservable("NEFTune noise depends on the padded length")
+        changed = models.why_not_now(self.patch.base)
+        if changed is not None:
+            raise Unservable(changed)
 
     def pack(
         self,
@@ -158,6 +124,14 @@ class PackedForward(Override):
         """The trie of the attended tokens, whether prefixes are shared, and which were kept."""
         if ids.min() < 0:
             raise Unservable("a token id below zero")
+        longest = ids.shape[1]
+        if positions is not None:
+            longest = max(longest, int(positions.max()) + 1)
+        if longest >= self.patch.position_limit:
+            raise Unservable(
+                f"{self.patch.position_limit} positions or more, where the rotary frequencies "
+                "depend on the padded length"
+            )
         columns = torch.arange(ids.shape[1])
         keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask != 0
         if pooled is not None:
@@ -173,14 +147,24 @@ class PackedForward(Override):
             first = offset.gather(1, keep.int().argmax(1, keepdim=True))
             if (keep & (offset != first)).any():
                 raise Unservable("position_ids that do not rise by one with each token")
+            if positions.min() < 0:
+                raise Unservable("position_ids below zero")
         elif self.patch.absolute_positions:
             positions = columns[None]
-        share = self.patch.options.share_prefixes and not draws_noise(self.module, active=True)
+        share = self.patch.options.share_prefixes and not models.draws_noise(
+            self.module, active=True
+        )
         return (
             pack(ids, keep, position_ids=positions, share_prefixes=share),
             share,
             keep,
         )
+
+    def no_cache(self, call: dict[str, Any]) -> models.NoCache | None:
+        """In place of the cache that Hugging Face returns by default."""
+        asked = call.get("use_cache")
+        by_default = getattr(self.patch.base.config, "use_cache", False)
+        return models.NoCache() if asked is None and by_default else None
 
     def backbone(
         self,
@@ -213,28 +197,44 @@ class ScoringForward(PackedForward):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         call = self.named(args, kwargs)
-        try:
-            if self.patch.level == "head":
-                raise Unservable("")
-            self.check(call)
-            return self.packed(call)
-        except Unservable as reason:
-            if str(reason):
-                self.patch.fallbacks[str(reason)] += 1
-        if self.patch.options.pooling == "hf" and self.patch.level == "trie":
+        patch = self.patch
+        if patch.level == "trie":
+            try:
+                self.check(call)
+                return self.packed(call)
+            except Unservable as reason:
+                patch.fallbacks[str(reason)] += 1
+        if patch.options.pooling == "hf" and (patch.level == "trie" or not self.has_loss(call)):
             return self.unpacked(call)
         return self.padded(call)
+
+    def check(self, call: dict[str, Any]) -> None:
+        super().check(call)
+        if models.inner(self.module) is not self.patch.base:
+            raise Unservable("the backbone was replaced after the patch")
+        if not models.is_pointwise(self.module.score):
+            raise Unservable("the score head mixes tokens")
+        if not self.has_loss(call):
+            raise Unservable("labels: this family writes its loss out in its own forward")
+
+    def has_loss(self, call: dict[str, Any]) -> bool:
+        return call.get("labels") is None or models.is_generic(self.module)
 
     def packed(self, call: dict[str, Any]) -> Any:
         patch = self.patch
         ids, mask, positions = _on_cpu(call)
         trie, shared, _ = self.pack(ids, mask, positions, self.pooled(ids, mask))
-        rows = trie.pool_index.unique() if patch.last_layer is not None else None
+        rows = trie.pool_index.unique() if self.may_prune() else None
         device = call["input_ids"].device
         trie, rows = trie.to(device), rows.to(device) if rows is not None else None
         patch.prepare()
         out = self.backbone(patch.base, trie, shared, rows)
         return self.scored(call, self.scores(out[0][0], trie.pool_index))
+
+    def may_prune(self) -> bool:
+        """Whether the stand-in sits on what runs last, and nowhere else."""
+        layers, last = models.decoder_layers(self.patch.base), self.patch.last_layer
+        return layers is not None and layers[-1] is last and sum(m is last for m in layers) == 1
 
     def padded(self, call: dict[str, Any]) -> Any:
         """Hugging Face's backbone on the padded batch; pooled first, so the head sees B rows."""
@@ -244,7 +244,7 @@ class ScoringForward(PackedForward):
                 raise ValueError("pooling='mask' needs input_ids: inputs_embeds alone has no rule")
             return self.unpacked(call)
         inputs = {k: v for k, v in call.items() if k not in ("labels", "return_dict")}
-        out = self.patch.inner(**inputs, return_dict=True)
+        out = models.inner(self.module)(**inputs, return_dict=True)
         batch, length, width = out[0].shape
         start = torch.arange(batch, device=out[0].device) * length
         index = start + self.pooled(ids, call.get("attention_mask")).to(out[0].device)
@@ -267,10 +267,10 @@ class ScoringForward(PackedForward):
         return reference.last_token(ids, mask, pad, pooling)
 
     def scores(self, hidden: Tensor, index: Tensor) -> Tensor:  # [M, H], [B] -> [B, num_labels]
-        linear = _linear(self.module.score)
+        linear = models.linear(self.module.score)
         if linear is not None:
             return ops.reward_head(hidden, index, linear.weight, linear.bias)
-        scores = self.module.score(hidden[index])
+        scores = self.module.score(hidden[index][:, None])[:, 0]
         return scores.to(reference.wide(scores.dtype))
 
     def return_dict(self, call: dict[str, Any]) -> bool:
@@ -291,6 +291,8 @@ class ScoringForward(PackedForward):
             )
         names = ("past_key_values", "hidden_states", "attentions")
         rest = {name: getattr(backbone, name, None) for name in names}
+        if backbone is None:
+            rest["past_key_values"] = self.no_cache(call)
         out = SequenceClassifierOutputWithPast(loss=loss, logits=scores, **rest)
         return out if self.return_dict(call) else out.to_tuple()
 
@@ -304,7 +306,10 @@ class BackboneForward(PackedForward):
         call = self.named(args, kwargs)
         try:
             self.check(call)
-            trie, shared, keep = self.pack(*_on_cpu(call), None)
+            ids, mask, positions = _on_cpu(call)
+            if self.patch.reads_pads and mask is not None and not mask[:, 0].all():
+                raise Unservable("left-padded rows under a language model, whose loss reads a pad")
+            trie, shared, keep = self.pack(ids, mask, positions, None)
         except Unservable as reason:
             self.patch.fallbacks[str(reason)] += 1
             return self.original(*args, **kwargs)
@@ -319,6 +324,7 @@ class BackboneForward(PackedForward):
         out.last_hidden_state = _unpack(out.last_hidden_state, node)
         if out.get("hidden_states") is not None:
             out.hidden_states = tuple(_unpack(h, node) for h in out.hidden_states)
+        out.past_key_values = self.no_cache(call)
         as_dict = self.module.config.return_dict if as_dict is None else as_dict
         return out if as_dict else out.to_tuple()
 
@@ -369,5 +375,7 @@ class LastLayer(Override):
     def layer(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
             return self.before(*args, **kwargs)
-        # past the checkpointing wrapper: an exception must not leave through it
-        return inspect.unwrap(type(self.module).forward)(self.module, *args, **kwargs)
+        forward = type(self.module).forward
+        while forward.__code__.co_name == "forward_with_checkpointing":
+            forward = forward.__wrapped__  # an exception must not leave through checkpointing
+        return forward(self.module, *args, **kwargs)

@@ -26,6 +26,13 @@ def _exact(function: Callable) -> Callable:
     return run
 
 
+def _check_devices(**tensors: Tensor | None) -> None:
+    first, *others = ((name, x.device) for name, x in tensors.items() if x is not None)
+    for name, device in others:
+        if device != first[1]:
+            raise ValueError(f"{name} is on {device}, {first[0]} on {first[1]}: move one of them")
+
+
 @torch.library.custom_op("rmfast::reward_head", mutates_args=())
 @_exact
 def _reward_head(hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -104,6 +111,7 @@ def reward_head(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
+    _check_devices(hidden=hidden, index=index, weight=weight, bias=bias)
     return _reward_head(hidden, index, weight, bias)
 
 
@@ -249,6 +257,10 @@ def trie_attention(
             f"query has {query.shape[1]} heads, key {key.shape[1]}, value {value.shape[1]}: need "
             "as many key as value heads, and a multiple of them as query heads"
         )
+    _check_devices(
+        query=query, key=key, value=value, subtree_end=subtree_end, position_ids=position_ids,
+        queries=queries, sinks=sinks,
+    )  # fmt: skip
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out, _ = _trie_attention(
         query,

@@ -9,23 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from rmfast import attention
-from rmfast.families import LAST_TOKEN_HEADS, TRIE_BACKBONES
-from rmfast.forwards import (
-    BackboneForward,
-    LastLayer,
-    Override,
-    ScoringForward,
-    draws_noise,
-    untraced,
-)
+from rmfast import attention, models
+from rmfast.forwards import BackboneForward, LastLayer, Override, ScoringForward, untraced
 
 _POOLING = ("hf", "mask")
 _ATTRIBUTE = "_rmfast"
@@ -68,97 +59,6 @@ class Report:
         return "\n".join(lines)
 
 
-# --- finding out what a model is
-
-
-def _class_of_forward(module: nn.Module) -> type:
-    """The class whose ``forward`` runs: a subclass that leaves it alone is as good as that."""
-    return next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
-
-
-def _is_transformers(module: nn.Module) -> bool:
-    return _class_of_forward(module).__module__.startswith("transformers.")
-
-
-def _decoder_layers(module: nn.Module) -> nn.ModuleList | None:
-    count = getattr(getattr(module, "config", None), "num_hidden_layers", None)
-    lists = [m for m in module.children() if isinstance(m, nn.ModuleList) and len(m) == count]
-    return lists[0] if len(lists) == 1 else None
-
-
-def _why_not_trie(base: nn.Module) -> str | None:
-    """The reason a backbone cannot run packed; None when it can."""
-    config, name = base.config, type(base).__name__
-    if not _is_transformers(base):
-        return f"{name} has a forward of its own, which rmfast does not know"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if kinds:
-        return f"{name} has {', '.join(sorted(kinds))} layers, which carry state across branches"
-    bidirectional = getattr(config, "use_bidirectional_attention", None)
-    if not getattr(config, "is_causal", True) or bidirectional:
-        return f"{name} is configured bidirectional: a token sees what comes after it"
-    if config.model_type not in TRIE_BACKBONES:
-        return f"{name} ({config.model_type}) is not among the backbones proved to run packed"
-    before = (config._attn_implementation or "").removeprefix(attention.PREFIX)
-    layers = _decoder_layers(base)
-    callers = [m for m in layers[0].modules() if _is_transformers(m)]
-    if not any(attention.unpacked_function(before, m) for m in callers):
-        return f"{name} uses attention {before!r}, which rmfast cannot call back"
-    return None
-
-
-def _find(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """The sequence classifier that scores by its last token, and the decoder; None where absent."""
-    from transformers import PreTrainedModel
-
-    bases = [
-        m
-        for m in model.modules()
-        if isinstance(m, PreTrainedModel) and _decoder_layers(m) is not None
-    ]
-    if len(bases) > 1:
-        names = ", ".join(type(m).__name__ for m in bases)
-        raise ValueError(f"{type(model).__name__} holds several backbones ({names}): patch each")
-    base = bases[0] if bases else None
-    heads = [m for m in model.modules() if isinstance(m, PreTrainedModel) and _scores_last_token(m)]
-    return heads[0] if heads else None, base
-
-
-def _scores_last_token(module: nn.Module) -> bool:
-    from transformers.modeling_layers import GenericForSequenceClassification
-
-    inner = getattr(module, module.base_model_prefix, None)
-    if not isinstance(inner, nn.Module) or not hasattr(module, "score"):
-        return False
-    owner = _class_of_forward(module)
-    return owner is GenericForSequenceClassification or (
-        owner.__name__.endswith("ForSequenceClassification")
-        and owner.__module__.startswith("transformers.models.")
-        and module.config.model_type in LAST_TOKEN_HEADS
-    )
-
-
-def _inner(outer: nn.Module) -> nn.Module:
-    return getattr(outer, outer.base_model_prefix)
-
-
-def _position_limit(config: Any) -> int | None:
-    """Length from which the rotary frequencies depend on the padded batch; None: they never do."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]
-    if not any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds):
-        return None
-    lengths = [kind.get("original_max_position_embeddings") for kind in kinds]
-    lengths += [
-        getattr(config, "original_max_position_embeddings", None),
-        getattr(config, "max_position_embeddings", None),
-    ]
-    return min(length for length in lengths if length)
-
-
 class Patch:
     """What was changed in one model, and how to undo it."""
 
@@ -171,17 +71,15 @@ class Patch:
         self.overrides: list[Override] = []
         self.attention_before: str | None = None
         self.level, self.reasons, self.outer, self.base = _choose(root, options)
-        self.inner = _inner(self.outer) if self.outer is not None else None
         # not a wrapper such as PEFT's: the patch is found again from inside and from outside it
         self.holder = next(m for m in (self.outer, self.base, root) if m is not None)
         if self.level != "head":
-            base = self.base
-            others = [m for m in base.modules() if isinstance(m, nn.Embedding)]
-            self.absolute_positions = any(m is not base.get_input_embeddings() for m in others)
-            self.position_limit = _position_limit(base.config)
-            self.meaningful = _meaningful_arguments(base)
+            self.absolute_positions = models.has_absolute_positions(self.base)
+            self.position_limit = models.position_limit(self.base.config)
+            self.arguments = models.arguments(self.base)
+            self.reads_pads = models.can_generate(root)
             if self.level == "trie" and options.prune_last_layer:
-                self.last_layer = _decoder_layers(base)[-1]
+                self.last_layer = models.decoder_layers(self.base)[-1]
 
     def apply(self) -> None:
         if self.level == "head":
@@ -196,7 +94,13 @@ class Patch:
                 self.override(LastLayer(self.last_layer, self))
         self.active = True
         self.prepare()
-        setattr(self.holder, _ATTRIBUTE, self)
+        for module in self.marked():
+            setattr(module, _ATTRIBUTE, self)
+
+    def marked(self) -> list[nn.Module]:
+        """Where the patch is found again: also from inside or outside of a wrapper like PEFT's."""
+        packs = self.level != "head" and self.base is not self.holder
+        return [self.holder, self.base] if packs else [self.holder]
 
     def override(self, stand_in: Override) -> None:
         untraced(type(stand_in))
@@ -207,9 +111,12 @@ class Patch:
         """Before a packed pass: somebody may have renamed the attention, or copied the model."""
         if self.level == "head":
             return
-        self.attention_before = attention.use(self.base.config)
+        for module in self.base.modules():  # copied layers have configs of their own
+            config = module.__dict__.get("config")
+            if getattr(config, "_attn_implementation", None) is not None:
+                self.attention_before = attention.use(config)
         if self.options.compile:
-            for layer in _decoder_layers(self.base):
+            for layer in models.decoder_layers(self.base):
                 if layer is not self.last_layer and layer._compiled_call_impl is None:
                     layer.compile(dynamic=True)
 
@@ -222,18 +129,21 @@ class Patch:
         self.active = False  # should somebody have wrapped a stand-in, it hands everything on
         for stand_in in self.overrides:
             module = stand_in.module
-            if module.__dict__.get("forward") is stand_in:
+            now = module.__dict__.get("forward")
+            if now is stand_in or getattr(now, "__func__", None) is stand_in:
                 if stand_in.before is not None:
                     module.forward = stand_in.before
                 else:
                     del module.forward
-        if self.attention_before is not None:
-            self.base.config._attn_implementation_internal = self.attention_before
+        if self.level != "head":
+            for module in self.base.modules():
+                attention.leave(module.__dict__.get("config"))
         if self.options.compile and self.level != "head":
-            for layer in _decoder_layers(self.base):
+            for layer in models.decoder_layers(self.base):
                 if layer is not self.last_layer:
                     layer._compiled_call_impl = None
-        delattr(self.holder, _ATTRIBUTE)
+        for module in self.marked():
+            delattr(module, _ATTRIBUTE)
 
     def report(self) -> Report:
         return Report(self.level, list(self.reasons), self.warnings(), Counter(self.fallbacks))
@@ -256,33 +166,35 @@ class Patch:
                         "pooling='mask' scores the last attended token"
                     )
         shares = self.level != "head" and self.options.share_prefixes
-        if shares and draws_noise(self.holder, active=False):
+        if shares and models.draws_noise(self.holder, active=False):
             out.append(
                 "the model has dropout: in training mode prefixes are not shared, because each "
                 "sequence draws its own noise"
             )
         if self.level == "backbone":
-            out.append("hidden states of tokens that the attention mask hides are zeros")
+            out.append(
+                "hidden states of tokens that the attention mask hides are zeros: a head or a loss "
+                "that reads them gives other numbers"
+            )
+        hooked = self.level != "head" and any(
+            m._forward_hooks or m._forward_pre_hooks for m in self.base.modules()
+        )
+        if hooked:
+            out.append("forward hooks on the backbone see packed rows [1, N, H], not [B, T, H]")
         return out
-
-
-def _meaningful_arguments(base: nn.Module) -> frozenset[str]:
-    """Names of arguments the backbone reads; what else a caller passes is ignored, as it was."""
-    from transformers.utils import TransformersKwargs
-
-    signature = inspect.signature(type(base).forward)
-    return frozenset(signature.parameters) | frozenset(TransformersKwargs.__annotations__)
 
 
 def _choose(
     root: nn.Module, options: Options
 ) -> tuple[str, list[str], nn.Module | None, nn.Module | None]:
     """Level, reasons, the sequence classifier and the backbone."""
-    outer, base = _find(root)
+    outer, base = models.find(root)
     name = type(root).__name__
-    why_not = _why_not_trie(base) if base is not None else f"{name} has no decoder rmfast knows"
+    why_not = (
+        models.why_not_trie(base) if base is not None else f"{name} has no decoder rmfast knows"
+    )
     backend = attention.BACKENDS[0] if options.attention == "auto" else options.attention
-    if why_not is None and outer is not None and _inner(outer) is base:
+    if why_not is None and outer is not None and models.inner(outer) is base:
         reasons = [
             f"{type(outer).__name__}: causal decoder with an attention interface, scored by its "
             "last token in fp32",
@@ -357,7 +269,14 @@ def patch(
     backends = _backends()
     if attention not in backends:
         raise ValueError(f"attention must be one of {backends}, got {attention!r}")
-    unpatch(model)
+    found = _attached(model)
+    if found is not None:
+        if found.holder not in model.modules():
+            raise ValueError(
+                f"the backbone of this {type(model).__name__} is already patched as part of a "
+                f"{type(found.holder).__name__}: unpatch that one first"
+            )
+        found.undo()
     options = Options(share_prefixes, prune_last_layer, pooling, attention, compile)
     Patch(model, options).apply()
     return model

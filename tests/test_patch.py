@@ -1,6 +1,7 @@
 """What a patched model takes, gives, refuses and hands on."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -274,7 +275,7 @@ def test_long_rope_goes_unpacked_where_frequencies_depend_on_padding():
     long = tiny.padded(tiny.rows(), "left")
     theirs, ours, report = both(model, long)
     assert torch.equal(ours, theirs)
-    assert "longer than 12 positions" in next(iter(report.fallbacks))
+    assert "12 positions or more" in next(iter(report.fallbacks))
     short = tiny.padded([row[:10] for row in tiny.rows()])
     theirs, ours, report = both(model, short)
     assert_same(theirs, ours)
@@ -441,7 +442,7 @@ def test_head_level(family):
         after = model(**inputs, labels=torch.arange(6) % 3)
     assert report.level == "head"
     assert HEAD_LEVEL[family] in report.reasons[0]
-    assert seen == [(6, 32)]  # pooled first: the head sees one row a sequence
+    assert seen == [(6, 1, 32)]  # pooled first: the head sees one row a sequence
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert tiny.grad_error(our_grads, their_grads) <= 1e-4
     torch.testing.assert_close(after.loss, before.loss, rtol=1e-4, atol=1e-4)
@@ -494,6 +495,238 @@ def test_a_bidirectional_decoder_is_not_packed():
     assert report.level == "head"
     assert "bidirectional" in report.reasons[0]
     assert_same(theirs, ours, 1e-4)
+
+
+# --- what somebody did to the model before or after the patch: never a silent other number
+
+
+def test_a_forward_replaced_before_the_patch_stays_outermost():
+    model = tiny.model(dtype=torch.float64)
+    plain = model.forward
+
+    def doubled(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        out.logits = out.logits * 2
+        return out
+
+    model.forward = doubled
+    theirs, ours, report = both(model, tiny.padded(tiny.rows()))
+    assert report.level == "backbone"
+    assert_same(theirs, ours)
+    assert model.forward is doubled
+
+
+def test_a_class_forward_replaced_by_somebody(monkeypatch):
+    model = tiny.model(dtype=torch.float64)
+    layer = type(model.model.layers[0])
+    plain = layer.forward
+
+    @functools.wraps(plain)
+    def shifted(self, hidden, *args, **kwargs):
+        return plain(self, hidden, *args, **kwargs) + 0.5
+
+    monkeypatch.setattr(layer, "forward", shifted)
+    assert_same(*both(model, tiny.padded(tiny.rows()))[:2])
+
+
+@pytest.mark.parametrize("where", ["forward", "hook", "peft-hook"])
+def test_a_head_that_somebody_changed(where):
+    model = tiny.model(dtype=torch.float64)
+    if where == "forward":
+        plain = model.score.forward
+        model.score.forward = lambda hidden: plain(hidden) * 3
+    elif where == "hook":
+        model.score.register_forward_hook(lambda _, args, out: out * 3)
+    else:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+        )
+        model.base_model.model.score.register_forward_hook(lambda _, args, out: out * 3)
+    theirs, ours, report = both(model, tiny.padded(tiny.rows()))
+    assert_same(theirs, ours)
+    assert not report.fallbacks
+
+
+def test_a_head_that_mixes_tokens_is_a_head_of_its_own():
+    class Smoothed(nn.Module):
+        def forward(self, hidden):
+            return (hidden + hidden.roll(1, dims=1)).sum(-1, keepdim=True)
+
+    inputs = {"input_ids": torch.randint(3, tiny.VOCAB, (4, 9))}
+    model = tiny.model(dtype=torch.float64)
+    model.score = Smoothed()
+    theirs, ours, report = both(model, inputs)
+    assert report.level == "backbone"
+    assert_same(theirs, ours)
+    model = rmfast.patch(tiny.model(dtype=torch.float64))
+    model.score = Smoothed()
+    assert_same(theirs, model(**inputs).logits)
+    assert list(rmfast.report(model).fallbacks) == ["the score head mixes tokens"]
+
+
+def test_offloaded_weights():
+    from accelerate import cpu_offload
+
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.padded(tiny.rows())
+    want = model(**inputs).logits
+    offloaded = cpu_offload(tiny.model(dtype=torch.float64), torch.device("cpu"))
+    assert_same(want, rmfast.patch(offloaded)(**inputs).logits)
+    late = cpu_offload(rmfast.patch(tiny.model(dtype=torch.float64)), torch.device("cpu"))
+    assert_same(want, late(**inputs).logits)
+
+
+def test_stepwise_decoding_without_asking_for_a_cache_fails_loudly():
+    ids = torch.randint(3, tiny.VOCAB, (1, 12))
+    for cls in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        model = rmfast.patch(tiny.model(cls=cls, use_cache=True))
+        first = model(ids[:, :6])
+        with pytest.raises(ValueError, match="use_cache=True"):
+            model(ids[:, 6:], past_key_values=first.past_key_values)
+        with pytest.raises(AttributeError, match="use_cache=True"):
+            first.past_key_values.get_seq_length()
+        assert model(ids, use_cache=False).past_key_values is None
+        whole = model(ids).logits
+        asked = model(ids[:, :6], use_cache=True).past_key_values
+        rest = model(ids[:, 6:], past_key_values=asked).logits
+        torch.testing.assert_close(rest[:, -1], whole[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "smollm3"])
+def test_mask_and_attention_with_different_windows(family):
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    off = {"layer_types": kinds, "use_sliding_window": False} if family == "smollm3" else {}
+    model = tiny.model(family, torch.float64, **off)
+    if not off:
+        model.config.sliding_window = 3
+    theirs, ours, report = both(model, tiny.padded(tiny.rows()))
+    assert torch.equal(theirs, ours)
+    assert "sliding windows" in next(iter(report.fallbacks))
+
+
+def test_layers_shared_or_replaced():
+    inputs = tiny.padded(tiny.rows()) | {"use_cache": False}
+    for family in ("llama", "gpt2"):
+        model = tiny.model(family, torch.float64)
+        base = model.base_model
+        layers = base.layers if hasattr(base, "layers") else base.h
+        layers[1] = layers[2]
+        assert_same(*both(model, inputs)[:2])
+        layers[1] = copy.deepcopy(layers[0])  # block expansion: a config of its own
+        assert_same(*both(model, inputs)[:2])
+        rmfast.patch(model)
+        with torch.no_grad():
+            layers[0], layers[2] = layers[2], layers[0]
+            ours = model(**inputs).logits
+            rmfast.unpatch(model)
+            assert_same(model(**inputs).logits, ours)
+
+
+def test_backbone_replaced_after_the_patch():
+    model, other = tiny.model(dtype=torch.float64), tiny.model(dtype=torch.float64)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    inputs = tiny.padded(tiny.rows())
+    rmfast.patch(model)
+    model.model = other.model
+    ours = model(**inputs).logits
+    assert list(rmfast.report(model).fallbacks) == ["the backbone was replaced after the patch"]
+    plain = tiny.model(dtype=torch.float64)
+    plain.model = other.model
+    assert_same(plain(**inputs).logits, ours)
+
+
+def test_made_bidirectional():
+    inputs = {"input_ids": torch.randint(3, tiny.VOCAB, (3, 9))}
+    model = tiny.model(dtype=torch.float64)
+    theirs, ours, report = both(model, inputs | {"is_causal": False})
+    assert torch.equal(theirs, ours)
+    assert list(report.fallbacks) == ["the argument is_causal"]
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    theirs, ours, report = both(model, inputs)
+    assert torch.equal(theirs, ours)
+    assert list(report.fallbacks) == ["attention modules were made bidirectional"]
+
+
+def test_attention_scaled_by_absolute_position():
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "llama_4_scaling_beta": 0.5,
+        "original_max_position_embeddings": 6,
+    }
+    model = tiny.model("ministral3", torch.float64, rope_parameters=rope)
+    theirs, ours, report = both(model, tiny.padded(tiny.rows(), "left"))
+    assert_same(theirs, ours, 16 * 96 * UNIT)
+    assert not report.fallbacks
+
+
+def test_left_padded_language_modelling_loss():
+    model = tiny.model(cls=AutoModelForCausalLM, dtype=torch.float64)
+    for side in ("left", "right"):
+        inputs = tiny.padded(tiny.rows(), side)
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        theirs = model(**inputs, labels=labels).loss
+        with rmfast.patched(model):
+            ours = model(**inputs, labels=labels).loss
+            assert bool(rmfast.report(model).fallbacks) == (side == "left")
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "noise"),
+    [
+        ("starcoder2", {"residual_dropout": 0.3}),
+        ("starcoder2", {"embedding_dropout": 0.3}),
+        ("seed_oss", {"residual_dropout": 0.3}),
+        ("mixtral", {"router_jitter_noise": 0.3}),
+        ("jetmoe", {"attention_dropout": 0.3}),
+        ("llama", {"attention_dropout": 1}),
+    ],
+)
+def test_each_sequence_draws_its_own_noise(family, noise):
+    model = rmfast.patch(tiny.model(family, **noise)).train()
+    row = tiny.rows()[1]
+    same = model(**tiny.padded([row, row, row])).logits
+    assert len(same.unique()) == 3 or noise.get("attention_dropout") == 1
+    assert "dropout" in rmfast.report(model).warnings[0]
+
+
+def test_one_backbone_under_two_heads_is_patched_once():
+    first, second = tiny.model(), tiny.model()
+    second.model = first.model
+    rmfast.patch(first)
+    with pytest.raises(ValueError, match="already patched as part of a Llama"):
+        rmfast.patch(second)
+    with pytest.raises(ValueError, match="already patched as part of a Llama"):
+        rmfast.patch(first.model)
+    rmfast.unpatch(first)
+    assert "forward" not in first.model.layers[-1].__dict__
+    rmfast.patch(second)
+
+
+def test_negative_positions_and_a_subclass_of_another_name():
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.padded(tiny.rows())
+    positions = torch.arange(inputs["input_ids"].shape[1])[None] - 3
+    theirs, ours, _ = both(model, inputs | {"position_ids": positions})
+    assert torch.equal(theirs, ours)
+    model = tiny.model("gpt2", torch.float64)
+    model.__class__ = type("MyRewardModel", (type(model),), {})
+    labels = torch.randn(6, dtype=torch.float64)
+    theirs = model(**inputs, labels=labels).loss
+    with rmfast.patched(model):
+        assert torch.equal(model(**inputs, labels=labels).loss, theirs)
+
+
+def test_hooks_are_pointed_out():
+    model = rmfast.patch(tiny.model())
+    assert not rmfast.report(model).warnings
+    model.model.norm.register_forward_hook(lambda *_: None)
+    assert "hooks" in rmfast.report(model).warnings[0]
 
 
 # --- in place, and back
