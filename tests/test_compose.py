@@ -1,6 +1,7 @@
 """The patch under what people put around a reward model."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import CONFIG_MAPPING
 
 import rmfast
 import tiny
+from rmfast.families import TRIE_BACKBONES
 
 
 def pairs(count=4, seed=0):
@@ -116,6 +118,23 @@ def test_autocast():
     ours = errors(steps())
     assert ours[0] <= 1.1 * theirs[0] + 2.0**-8
     assert ours[1] <= 1.1 * theirs[1] + 2.0**-8
+
+
+def test_accelerates_mixed_precision_wrapper():
+    """It wraps ``forward`` on the instance, and makes a method of it when it unwraps."""
+    from accelerate import Accelerator
+    from accelerate.utils import extract_model_from_parallel
+
+    model = rmfast.patch(tiny.model())
+    inputs = pairs()
+    wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    want = wrapped(**inputs).logits
+    plain = extract_model_from_parallel(wrapped, keep_fp32_wrapper=False)
+    for same in (plain, copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        assert tiny.score_error(same(**inputs).logits, want) <= 0.1  # fp32 now, bf16 before
+        assert not rmfast.report(same).fallbacks
+    rmfast.unpatch(plain)
+    assert "forward" not in plain.__dict__
 
 
 # --- PEFT
@@ -364,5 +383,5 @@ def test_trl_reward_trainer_unchanged(tmp_path):
 
 
 def test_every_family_is_one_transformers_knows_or_newer():
-    known = [f for f in rmfast.patching.TRIE_BACKBONES if f in CONFIG_MAPPING]
+    known = [family for family in TRIE_BACKBONES if family in CONFIG_MAPPING]
     assert len(known) >= 25
