@@ -1,0 +1,198 @@
+"""Preference data: pairs read from JSON lines, and turned into tokens.
+
+A line is ``{"chosen": …, "rejected": …}``, both text or both lists of messages
+``{"role": …, "content": …}``. A ``"prompt"`` of the same kind may be there: it comes before both.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+Conversation = list[Message]
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file and the line, and says why."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers, of which the first is preferred.
+
+    Attributes:
+        chosen: text or messages, without the prompt where ``prompt`` is given.
+        rejected: the same kind.
+        prompt: what comes before both, or None where both already begin with it.
+        where: where the pair is from, for messages: ``file:line``.
+    """
+
+    chosen: str | Conversation
+    rejected: str | Conversation
+    prompt: str | Conversation | None = None
+    where: str = field(default="", compare=False)
+
+    def whole(self) -> tuple[str, str] | tuple[Conversation, Conversation]:
+        """Chosen and rejected with the prompt before them."""
+        if self.prompt is None:
+            return self.chosen, self.rejected
+        return self.prompt + self.chosen, self.prompt + self.rejected
+
+    def question(self) -> str:
+        """What both sides begin with, as a key: pairs of one prompt have the same."""
+        if self.prompt is not None:
+            return json.dumps(self.prompt)
+        same = 0
+        for left, right in zip(self.chosen, self.rejected, strict=False):
+            if left != right:
+                break
+            same += 1
+        shared = self.chosen[:same]
+        if isinstance(shared, str):  # answers may begin with the same words: back to the line break
+            shared = shared[: shared.rfind("\n") + 1] or shared
+        return json.dumps(shared)
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Read preference pairs from a ``.jsonl`` or ``.jsonl.gz`` file; blank lines are passed over.
+
+    Raises:
+        DataError: no such file, no pair in it, or a line that is not a pair; the message begins
+            with ``file:line``.
+    """
+    out = []
+    for number, line in _lines(Path(path)):
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 at byte {error.start + 1} of the line") from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+        except (RecursionError, ValueError) as error:  # too deep; a number of too many digits
+            raise DataError(f"{where}: not JSON that can be read: {error}") from None
+        reason = _why_not_a_pair(record)
+        if reason is not None:
+            raise DataError(f"{where}: {reason}")
+        out.append(Pair(record["chosen"], record["rejected"], record.get("prompt"), where))
+    if not out:
+        raise DataError(f"{path}: no pairs: the file is empty")
+    return out
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}:{number + 1}: damaged gzip file: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _why_not_a_pair(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return f"a line must be a JSON object, this is {_kind(record)}"
+    for name in ("chosen", "rejected"):
+        if name not in record:
+            return f'"{name}" is missing'
+    names = ["chosen", "rejected"] + (["prompt"] if record.get("prompt") is not None else [])
+    for name in names:
+        reason = _why_not_text_or_messages(record[name])
+        if reason is not None:
+            return f'"{name}" {reason}'
+    if len({type(record[name]) for name in names}) > 1:
+        return f"{', '.join(names)} must all be text, or all be lists of messages"
+    for name in ("chosen", "rejected"):
+        if not record[name]:
+            return f'"{name}" is empty'
+    return None
+
+
+def _why_not_text_or_messages(value: Any) -> str | None:
+    if isinstance(value, str):
+        return _why_not_unicode(value)
+    if not isinstance(value, list):
+        return f"must be text or a list of messages, not {_kind(value)}"
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            return f"message {i} must be an object with role and content, not {_kind(message)}"
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                what = _kind(message[key]) if key in message else "missing"
+                return f'message {i}: "{key}" must be text, is {what}'
+            reason = _why_not_unicode(message[key])
+            if reason is not None:
+                return f'message {i}: "{key}" {reason}'
+    return None
+
+
+def _why_not_unicode(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"has half a surrogate pair at character {error.start}"
+    return None
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], list[int]]:
+    """Token ids of chosen and of rejected, prompt included, nothing cut.
+
+    Messages go through the chat template, which writes the special tokens itself. However the
+    text came by it, a sequence begins with one BOS at most.
+
+    Raises:
+        DataError: messages without a chat template or refused by it, or a side without a token.
+    """
+    ids = []
+    for name, side in zip(("chosen", "rejected"), pair.whole(), strict=True):
+        text = side if isinstance(side, str) else _render(tokenizer, side, pair.where)
+        special = isinstance(side, str)
+        tokens = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        bos = tokenizer.bos_token_id
+        if bos is not None and tokens[:2] == [bos, bos]:
+            tokens = tokens[1:]
+        if not tokens:
+            raise DataError(f'{pair.where}: "{name}" comes out as no token at all')
+        ids.append(tokens)
+    return ids[0], ids[1]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, where: str) -> str:
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{where}: the data are conversations and the tokenizer has no chat template: "
+            "pass one with --chat-template, or data of plain text"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # whatever a template's own code raises
+        raise DataError(f"{where}: the chat template refuses the messages: {error}") from None
+
+
+def by_question(pairs: Iterable[Pair]) -> list[list[Pair]]:
+    """The pairs in groups of one question each, in order of first appearance."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.question(), []).append(pair)
+    return list(groups.values())

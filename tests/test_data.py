@@ -1,0 +1,248 @@
+"""Reading pairs, turning them into tokens, and the embedded pairs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from rmfast import embedded
+from rmfast.data import DataError, Pair, by_question, encode, read_pairs
+
+USER, GOOD, BAD = (
+    {"role": role, "content": text}
+    for role, text in (("user", "hi there"), ("assistant", "good"), ("assistant", "bad"))
+)
+
+
+def write(folder: Path, *lines: object, name: str = "pairs.jsonl") -> Path:
+    """A file of these lines: bytes and text as they are, anything else as JSON."""
+    raw = [
+        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line))
+        for line in lines
+    ]
+    text = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in raw)
+    path = folder / name
+    path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
+def test_reads_text_and_messages_with_and_without_a_prompt(tmp_path, name):
+    path = write(
+        tmp_path,
+        {"chosen": "q a", "rejected": "q b", "margin": 1},
+        "",
+        {"prompt": "q ", "chosen": "é", "rejected": "b"},
+        {"prompt": None, "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        name=name,
+    )
+    pairs = read_pairs(path)
+    assert [pair.whole() for pair in pairs] == [
+        ("q a", "q b"),
+        ("q é", "q b"),
+        ([USER, GOOD], [USER, BAD]),
+        ([USER, GOOD], [USER, BAD]),
+    ]
+    assert [pair.where for pair in pairs] == [f"{path}:{line}" for line in (1, 3, 4, 5)]
+
+
+def test_a_byte_order_mark_is_not_part_of_the_data(tmp_path):
+    path = write(tmp_path, b'\xef\xbb\xbf{"chosen": "a", "rejected": "b"}')
+    assert read_pairs(path) == [Pair("a", "b")]
+
+
+FINE = {"chosen": "a", "rejected": "b"}
+BAD_LINES = [
+    ('{"chosen": "a"', "not JSON: "),
+    ("1" * 5000, "not JSON that can be read"),
+    (b'{"chosen": "\xff"}', "not UTF-8 at byte 13"),
+    ([1], "a line must be a JSON object, this is a list"),
+    ("null", "a line must be a JSON object, this is null"),
+    ("7", "a line must be a JSON object, this is a number"),
+    ({"chosen": "a"}, '"rejected" is missing'),
+    ({"rejected": "a"}, '"chosen" is missing'),
+    ({"chosen": None, "rejected": "b"}, '"chosen" must be text or a list of messages, not null'),
+    ({"chosen": "a", "rejected": True}, '"rejected" must be text or a list of messages, not true'),
+    ({"chosen": {}, "rejected": "b"}, '"chosen" must be text or a list of messages, not an object'),
+    ({"chosen": "", "rejected": "b"}, '"chosen" is empty'),
+    ({"chosen": [GOOD], "rejected": []}, '"rejected" is empty'),
+    ({"chosen": "a", "rejected": [BAD]}, "chosen, rejected must all be text, or all be lists"),
+    ({"prompt": [USER], **FINE}, "chosen, rejected, prompt must all be text"),
+    ({"prompt": 3, **FINE}, '"prompt" must be text or a list of messages, not a number'),
+    ({"chosen": ["a"], "rejected": [BAD]}, '"chosen" message 0 must be an object with role'),
+    (
+        {"chosen": [USER, {"role": "assistant"}], "rejected": [BAD]},
+        '"chosen" message 1: "content" must be text, is missing',
+    ),
+    (
+        {"chosen": [GOOD], "rejected": [{"role": 1, "content": "x"}]},
+        '"rejected" message 0: "role" must be text, is a number',
+    ),
+    (
+        {"chosen": [GOOD], "rejected": [{"role": "user", "content": [{"type": "text"}]}]},
+        '"rejected" message 0: "content" must be text, is a list',
+    ),
+    ('{"chosen": "ab\\ud800", "rejected": "b"}', '"chosen" has half a surrogate pair at character'),
+]
+
+
+@pytest.mark.parametrize("line, reason", BAD_LINES, ids=[reason for _, reason in BAD_LINES])
+def test_a_bad_line_is_named_with_the_reason(tmp_path, line, reason):
+    path = write(tmp_path, FINE, "", line, FINE)
+    with pytest.raises(DataError) as error:
+        read_pairs(path)
+    assert str(error.value).startswith(f"{path}:3: {reason}")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
+        read_pairs(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_pairs(tmp_path)
+    with pytest.raises(DataError, match=r"pairs\.jsonl: no pairs"):
+        read_pairs(write(tmp_path, "", " "))
+    with pytest.raises(DataError, match=r"plain\.gz:1: damaged gzip file"):
+        (tmp_path / "plain.gz").write_text("not compressed")
+        read_pairs(tmp_path / "plain.gz")
+    with pytest.raises(DataError, match="damaged gzip file"):
+        whole = gzip.compress(json.dumps(FINE).encode())
+        (tmp_path / "cut.gz").write_bytes(whole[:-6])
+        read_pairs(tmp_path / "cut.gz")
+
+
+def test_pairs_of_one_question_are_found():
+    texts = [Pair("Q: x\nA: yes", "Q: x\nA: yet no"), Pair("Q: x\nA: so", "Q: x\nA: never")]
+    chats = [Pair([USER, GOOD], [USER, BAD]), Pair([GOOD], [BAD], prompt=[USER])]
+    other = Pair("a", "b", prompt="Q: y\n")
+    assert by_question([texts[0], chats[0], other, *texts[1:], *chats[1:]]) == [
+        texts,
+        chats,
+        [other],
+    ]
+
+
+# --- tokens
+
+
+WORDS = "<s> </s> <unk> hi there good bad user assistant :".split()
+
+
+def tokenizer(bos: bool = True, template: str | None = None) -> PreTrainedTokenizerFast:
+    """One token a word; adds a BOS by itself, like Llama's, if told so."""
+    ids = {word: i for i, word in enumerate(WORDS)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    out.chat_template = template
+    return out
+
+
+PLAIN = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' }}{% endfor %}"
+
+
+def decoded(tok: PreTrainedTokenizerFast, pair: Pair) -> list[str]:
+    return [" ".join(tok.convert_ids_to_tokens(ids)) for ids in encode(tok, pair)]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_text_gets_the_special_tokens_of_its_tokenizer_and_one_bos(bos):
+    tok = tokenizer(bos)
+    first = "<s> " if bos else ""
+    pair = Pair("good", "bad", prompt="hi there ")
+    assert decoded(tok, pair) == [f"{first}hi there good", f"{first}hi there bad"]
+    rendered = Pair("<s> good", "<s> bad")  # the text of a chat template, tokenised again
+    assert decoded(tok, rendered) == ["<s> good", "<s> bad"]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("written", ["<s> ", ""])
+def test_the_chat_template_alone_decides_on_special_tokens(bos, written):
+    tok = tokenizer(bos, written + PLAIN)
+    pair = Pair([GOOD], [BAD], prompt=[USER])
+    begin = f"{written}user : hi there assistant : "
+    assert decoded(tok, pair) == [begin + "good", begin + "bad"]
+
+
+def test_conversations_need_a_chat_template_that_takes_them():
+    pair = Pair([USER, GOOD], [USER, BAD], where="pairs.jsonl:3")
+    with pytest.raises(DataError, match=r"pairs\.jsonl:3: .* pass one with --chat-template"):
+        encode(tokenizer(), pair)
+    refusing = tokenizer(template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(DataError, match=r"pairs\.jsonl:3: .*roles must alternate"):
+        encode(refusing, pair)
+
+
+def test_a_side_without_a_token_is_named():
+    with pytest.raises(DataError, match=r'x:1: "rejected" comes out as no token'):
+        encode(tokenizer(bos=False), Pair("good", " ", where="x:1"))
+
+
+# --- the embedded pairs
+
+
+def answers(pair: Pair) -> tuple[str, str]:
+    return pair.chosen[1]["content"], pair.rejected[1]["content"]
+
+
+@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_embedded_pairs_are_balanced_siblings(split):
+    pairs = embedded.pairs(split)
+    assert len(pairs) >= (400 if split == "train" else 100)
+    chosen, rejected = (Counter(side) for side in zip(*map(answers, pairs), strict=True))
+    assert chosen == rejected  # an answer alone says nothing about which side it is on
+    asked = {pair.chosen[1]["content"]: pair.where.rpartition(".")[0] for pair in pairs}
+    for pair in pairs:
+        assert pair.chosen[0] == pair.rejected[0]
+        left, right = answers(pair)
+        assert left != right
+        assert asked[left] == asked[right]  # the same class, or functions of the same module
+        assert 8 <= len(left.split()) <= 50
+    assert set(Counter(pair.question() for pair in pairs).values()) == {2}
+
+
+def test_embedded_pairs_are_split_by_module_and_share_no_text():
+    train, held_out = embedded.pairs("train"), embedded.pairs("held-out")
+    texts = [{text for pair in split for text in answers(pair)} for split in (train, held_out)]
+    assert not texts[0] & texts[1]
+    words = [[set(text.lower().split()) for text in sorted(split)] for split in texts]
+    assert all(len(a & b) <= 0.5 * len(a | b) for a in words[0] for b in words[1])
+    modules = [
+        {pair.where.split()[-1].split(".")[0] for pair in split} for split in (train, held_out)
+    ]
+    assert len(modules[0]) >= 20 and len(modules[1]) >= 8
+    both = modules[0] & modules[1]  # packages, of which whole modules are on one side
+    assert both <= {"email", "http", "urllib", "xml"}
+
+
+def test_embedded_pairs_are_the_same_in_every_process(tmp_path):
+    here = [[answers(pair) for pair in embedded.pairs(split)] for split in ("train", "held-out")]
+    code = (
+        "import json; from rmfast import embedded; print(json.dumps([[(p.chosen[1]['content'], "
+        "p.rejected[1]['content']) for p in embedded.pairs(s)] for s in ('train', 'held-out')]))"
+    )
+    root = str(Path(embedded.__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": root, "PYTHONHASHSEED": "77"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, check=True
+    )
+    assert json.loads(out.stdout) == json.loads(json.dumps(here))
+
+
+def test_without_docstrings_there_are_no_embedded_pairs(monkeypatch):
+    monkeypatch.setattr(embedded, "_groups", lambda: {"train": []})
+    with pytest.raises(FileNotFoundError, match="-OO"):
+        embedded.pairs("train")
