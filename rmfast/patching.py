@@ -296,7 +296,10 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
-    """:func:`patch` for the length of a ``with`` block, then as it was."""
+    """:func:`patch` for the length of a ``with`` block, then as it was.
+
+    With gradient checkpointing the backward belongs inside: it runs the layers again.
+    """
     found = _attached(model)
     before = found.options if found else None
     patch(model, **options)
