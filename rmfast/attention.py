@@ -104,17 +104,10 @@ class TrieRun:
                 "patch with share_prefixes=False, and report this model's class"
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        trie = self.trie
-        parts = []
-        for tile in reference.tiles(trie.subtree_end, trie.position_ids, queries, window):
-            q, k, v = (
-                query[:, :, tile.queries],
-                key[:, :, tile.keys],
-                value[:, :, tile.keys],
-            )
-            allowed = reference.dense(tile, q)
-            parts.append(reference.attend(q, k, v, allowed, scale, softcap, sinks, dropout))
-        return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+        end, positions = self.trie.subtree_end, self.trie.position_ids
+        return reference.trie_attention(
+            query, key, value, end, positions, queries, sinks, scale, window, softcap, dropout
+        )
 
 
 def register(before: str) -> str:

@@ -128,18 +128,9 @@ def _trie_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     return reference.trie_attention(
-        query,
-        key,
-        value,
-        subtree_end,
-        position_ids,
-        queries,
-        sinks,
-        scale,
-        window,
-        softcap,
+        query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap
     )
 
 
@@ -150,8 +141,6 @@ def _trie_attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
     subtree_end: Tensor,
     position_ids: Tensor,
     queries: Tensor | None,
@@ -161,48 +150,30 @@ def _trie_attention_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *grads, grad_sinks = reference.trie_attention_backward(
-        grad, query, key, value, out, lse, subtree_end, position_ids, queries, sinks, scale,
-        window, softcap,
-    )  # fmt: skip
+        grad, query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap
+    )
     return *grads, query.new_empty(0) if grad_sinks is None else grad_sinks
 
 
 @_trie_attention.register_fake
 def _(query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap):
     _, heads, rows, _ = query.shape
-    lse = query.new_empty(1, heads, rows, dtype=reference.wide(query.dtype))
-    return query.new_empty(1, rows, heads, value.shape[-1]), lse
+    return query.new_empty(1, rows, heads, value.shape[-1])
 
 
 @_trie_attention_backward.register_fake
-def _(
-    grad, query, key, value, out, lse, subtree_end, position_ids, queries, sinks, scale,
-    window, softcap,
-):  # fmt: skip
+def _(grad, query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap):
     grad_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return *(reference.tokens_first(x, x.dtype) for x in (query, key, value)), grad_sinks
 
 
 def _trie_attention_setup(ctx, inputs, output):
-    (
-        query,
-        key,
-        value,
-        subtree_end,
-        position_ids,
-        queries,
-        sinks,
-        scale,
-        window,
-        softcap,
-    ) = inputs
-    out, lse = output
-    ctx.save_for_backward(query, key, value, out, lse, subtree_end, position_ids, queries, sinks)
+    *tensors, scale, window, softcap = inputs
+    ctx.save_for_backward(*tensors)
     ctx.options = (scale, window, softcap)
-    ctx.mark_non_differentiable(lse)
 
 
-def _trie_attention_autograd(ctx, grad, _):
+def _trie_attention_autograd(ctx, grad):
     saved = ctx.saved_tensors  # once: checkpointing lets go of them after
     *grads, grad_sinks = _trie_attention_backward(grad, *saved, *ctx.options)
     has_sinks = saved[-1] is not None
@@ -262,16 +233,6 @@ def trie_attention(
         queries=queries, sinks=sinks,
     )  # fmt: skip
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out, _ = _trie_attention(
-        query,
-        key,
-        value,
-        subtree_end,
-        position_ids,
-        queries,
-        sinks,
-        scale,
-        window,
-        softcap,
+    return _trie_attention(
+        query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap
     )
-    return out

@@ -6,7 +6,6 @@ the inputs.
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +14,11 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-_SHORT = 64  # packed rows are joined into tiles of up to this many queries
-_LONG = 256  # a row that has ancestors is cut into tiles of this many queries
-_POOLED = 16  # pooled queries lie far apart, so few share keys
+_TILE = 64  # packed queries in a tile
+_POOLED = 16  # pooled queries in a tile: they lie far apart, so few share keys
+_BUNDLE = 1 << 16  # queries x keys in a bundle, padding included
+_EVEN = 0.75  # shortest to longest tile of a bundle
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -98,119 +97,129 @@ def trie_mask(
 
 
 def attend(
-    query: Tensor,  # [1, Hq, M, D]
-    key: Tensor,  # [1, Hk, L, D]
-    value: Tensor,  # [1, Hk, L, Dv]
-    allowed: Tensor,  # bool [M, L]
+    query: Tensor,  # [G, Hq, M, D]
+    key: Tensor,  # [G, Hk, L, D]
+    value: Tensor,  # [G, Hk, L, Dv]
+    hidden: Tensor,  # bool [G, 1, M, L], True where the query may not see the key
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,  # [Hq], one more logit per head that takes weight and gives none
     dropout: float = 0.0,
-) -> Tensor:  # [1, Hq, M, Dv]
+) -> Tensor:  # [G, Hq, M, Dv]
     """Softmax attention with grouped heads, soft-capped logits and attention sinks, written out.
 
     Soft cap: Gemma 2, arXiv 2408.00118, section 2. Sinks: gpt-oss, arXiv 2508.10925.
     """
-    groups = query.shape[1] // key.shape[1]
-    acc = wide(query.dtype)
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    logits = torch.matmul(query.to(acc), key.to(acc).mT) * scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    logits = logits.masked_fill(~allowed, float("-inf"))
-    if sinks is not None:
-        sink = sinks.to(acc)[None, :, None, None].expand(*logits.shape[:-1], 1)
-        logits = torch.cat([logits, sink], dim=-1)
-    weights = torch.softmax(logits, dim=-1)[..., : key.shape[2]]
+    weights, _, _ = _weights(query, key, hidden, scale, softcap, sinks)
     weights = torch.nn.functional.dropout(weights, dropout)
-    return torch.matmul(weights.to(value.dtype), value)
+    out = torch.bmm(_fold(weights, key.shape[1]), value.flatten(0, 1).to(weights.dtype))
+    return out.view(*query.shape[:3], value.shape[-1]).to(value.dtype)
 
 
 def attend_backward(
-    grad: Tensor,  # [1, Hq, M, Dv]
+    grad: Tensor,  # [G, Hq, M, Dv]
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    allowed: Tensor,
+    hidden: Tensor,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of :func:`attend` without dropout; the weights are computed again."""
+    kv_heads = key.shape[1]
+    weights, tanh, sink = _weights(query, key, hidden, scale, softcap, sinks)
+    q, g = _fold(query, kv_heads), _fold(grad, kv_heads)
+    k, v = key.flatten(0, 1), value.flatten(0, 1)
+    grad_v = torch.bmm(_fold(weights, kv_heads).to(v.dtype).mT, g)
+    grad_logits = torch.bmm(g.to(weights.dtype), v.to(weights.dtype).mT).view(weights.shape)
+    mean = (weights * grad_logits).sum(-1, keepdim=True)
+    grad_logits = grad_logits.sub_(mean).mul_(weights)
+    if tanh is not None:
+        grad_logits *= 1 - tanh * tanh
+    grad_logits = _fold(grad_logits.mul_(scale), kv_heads).to(q.dtype)
+    grad_q = torch.bmm(grad_logits, k).view(query.shape)
+    grad_k = torch.bmm(grad_logits.mT, q).view(key.shape)
+    grad_sinks = None if sinks is None else -(sink * mean).sum((0, 2, 3))
+    return grad_q, grad_k, grad_v.view(value.shape), grad_sinks
+
+
+def _fold(x: Tensor, kv_heads: int) -> Tensor:  # [G, Hq, M, D] -> [G * Hk, Hq / Hk * M, D]
+    """The queries of a group of heads one under the other: no key is repeated."""
+    groups = x.shape[1] // kv_heads
+    return x.reshape(x.shape[0] * kv_heads, groups * x.shape[2], x.shape[3])
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    hidden: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Softmax weights [G, Hq, M, L] in fp32; tanh of the capped logits; the sink's weights."""
     acc = wide(query.dtype)
-    kv_heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-    q, k, v, g = (x.to(acc) for x in (query, key, value, grad))
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    logits = torch.matmul(q, k.mT) * scale
+    q, k = _fold(query, key.shape[1]).to(acc) * scale, key.flatten(0, 1).to(acc)
+    logits = torch.bmm(q, k.mT).view(*query.shape[:3], key.shape[2])
+    tanh = None
     if softcap is not None:
         tanh = torch.tanh(logits / softcap)
         logits = tanh * softcap
-    logits = logits.masked_fill(~allowed, float("-inf"))
-    if sinks is not None:
-        sink = sinks.to(acc)[None, :, None, None].expand(*logits.shape[:-1], 1)
-        logits = torch.cat([logits, sink], dim=-1)
-    weights = torch.softmax(logits, dim=-1)
-    grad_weights = torch.matmul(g, v.mT)
-    rest = weights[..., k.shape[2] :]  # of the sink, whose value is zero
-    weights = weights[..., : k.shape[2]]
-    mean = (weights * grad_weights).sum(-1, keepdim=True)
-    grad_logits = weights * (grad_weights - mean)
-    if softcap is not None:
-        grad_logits = grad_logits * (1 - tanh * tanh)
-    grad_q = torch.matmul(grad_logits, k) * scale
-    grad_k, grad_v = (
-        torch.matmul(grad_logits.mT, q) * scale,
-        torch.matmul(weights.mT, g),
-    )
-    grad_k, grad_v = (x.unflatten(1, (kv_heads, groups)).sum(2) for x in (grad_k, grad_v))
-    grad_sinks = None if sinks is None else -(rest * mean).sum((0, 2, 3))
-    return grad_q, grad_k, grad_v, grad_sinks
+    logits = logits.masked_fill_(hidden, float("-inf"))
+    if sinks is None:
+        return torch.softmax(logits, dim=-1), tanh, None
+    sink = sinks.to(acc)[None, :, None, None].expand(*logits.shape[:-1], 1)
+    weights = torch.softmax(torch.cat([logits, sink], dim=-1), dim=-1)
+    return weights[..., :-1], tanh, weights[..., -1:]
 
 
-class Tile(NamedTuple):
-    """Some queries and all the keys that any of them may see."""
+class Bundle(NamedTuple):
+    """Tiles of about the same size, side by side: one dense attention call."""
 
-    queries: slice  # of the query tensor
-    keys: slice | Tensor  # of the packed keys
-    allowed: Tensor | None  # bool [M, L]; None: a causal square
+    queries: Tensor  # int64 [G, M], rows of the query tensor; a short tile repeats its last
+    keys: Tensor  # int64 [G, L], packed indices; a short tile repeats its last
+    hidden: Tensor  # bool [G, 1, M, L]
+    repeats: Tensor | None  # bool [G, 1, M, 1], True for repeated queries; None: there are none
+    biases: dict[torch.dtype, Tensor]  # hidden as what is added to the logits, by dtype
+
+    def bias(self, dtype: torch.dtype) -> Tensor:  # [G, 1, M, L]
+        if dtype not in self.biases:
+            zero = torch.zeros(self.hidden.shape, dtype=dtype, device=self.hidden.device)
+            self.biases[dtype] = zero.masked_fill_(self.hidden, float("-inf"))
+        return self.biases[dtype]
 
 
-_tiles: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_bundles: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def tiles(
+def bundles(
     subtree_end: Tensor,
     position_ids: Tensor,
     queries: Tensor | None,  # int64 [M], rising packed indices; None: every node
     window: int | None,
-) -> list[Tile]:
-    """Cut the work so that each tile is one dense attention call. Cached by ``subtree_end``."""
+) -> list[Bundle]:
+    """Cut the work into dense attention calls. Cached by ``subtree_end``, for all layers."""
     if queries is not None:
         return _cut(subtree_end, position_ids, queries, window)
-    cache = _tiles.setdefault(subtree_end, {})
+    cache = _bundles.setdefault(subtree_end, {})
     if window not in cache:
         cache[window] = _cut(subtree_end, position_ids, None, window)
     return cache[window]
 
 
 def _cut(
-    subtree_end: Tensor,
-    position_ids: Tensor,
-    queries: Tensor | None,
-    window: int | None,
-) -> list[Tile]:
-    end = subtree_end.cpu().numpy()
-    position = position_ids.cpu().numpy()
+    subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, window: int | None
+) -> list[Bundle]:
+    end, position = subtree_end.cpu().numpy(), position_ids.cpu().numpy()
     nodes = np.arange(end.size) if queries is None else queries.cpu().numpy()
-    if queries is None:
-        bounds = _bounds(end)
-    else:
-        bounds = [(a, min(a + _POOLED, nodes.size)) for a in range(0, nodes.size, _POOLED)]
-    out = []
-    for start, stop in bounds:
-        q = nodes[start:stop]
+    size = _TILE if queries is None else _POOLED
+    tiles = []
+    for start in range(0, nodes.size, size):
+        rows = np.arange(start, min(start + size, nodes.size))
+        q = nodes[rows]
         first, last = int(q[0]), int(q[-1])
-        if last - first + 1 == q.size:  # ancestors of the first, then the queries themselves
+        if last - first + 1 == q.size:  # what the first one sees, and the queries themselves
             keys = np.concatenate([np.flatnonzero(end[:first] > first), q])
         else:
             keys = np.arange(last + 1)
@@ -218,50 +227,39 @@ def _cut(
         if window is not None:
             allowed &= position[q][:, None] - position[keys] < window
         needed = allowed.any(axis=0)
-        keys, allowed = keys[needed], allowed[:, needed]
-        causal = keys.size == q.size and np.array_equal(allowed, np.tri(q.size, dtype=bool))
-        dense = keys[-1] - keys[0] + 1 == keys.size
-        device = subtree_end.device
-        out.append(
-            Tile(
-                slice(start, stop),
-                slice(int(keys[0]), int(keys[-1]) + 1)
-                if dense
-                else torch.from_numpy(keys).to(device),
-                None if causal else torch.from_numpy(np.ascontiguousarray(allowed)).to(device),
-            )
-        )
-    return out
+        tiles.append((rows, keys[needed], allowed[:, needed]))
+    tiles.sort(key=lambda tile: tile[1].size)
+    out, group = [], [tiles.pop()]
+    longest = group[0][1].size
+    while tiles:
+        tile = tiles.pop()
+        full = (len(group) + 1) * size * longest > _BUNDLE
+        if full or tile[1].size < _EVEN * longest:
+            out.append(_bundle(group, subtree_end.device))
+            group, longest = [], tile[1].size
+        group.append(tile)
+    return [*out, _bundle(group, subtree_end.device)]
 
 
-def _bounds(end: np.ndarray) -> list[tuple[int, int]]:
-    """Packed ranges, one a tile: whole rows of the trie, short ones joined, long ones cut."""
-    leaf = np.flatnonzero(end == np.arange(1, end.size + 1))
-    out: list[tuple[int, int]] = []
-    start = 0
-    for stop in (leaf + 1).tolist():
-        joined = bool(out) and stop - out[-1][0] <= _SHORT
-        if joined:
-            out[-1] = (out[-1][0], stop)
-        elif start == 0 or (end[:start] <= start).all():  # a root: torch skips above the diagonal
-            out.append((start, stop))
-        else:
-            cuts = [*range(start, stop, _LONG), stop]
-            out.extend(itertools.pairwise(cuts))
-        start = stop
-    return out
+def _bundle(tiles: list[tuple[np.ndarray, ...]], device: torch.device) -> Bundle:
+    rows = max(tile[0].size for tile in tiles)
+    width = max(tile[1].size for tile in tiles)
+    queries = np.empty((len(tiles), rows), np.int64)
+    keys = np.empty((len(tiles), width), np.int64)
+    hidden = np.ones((len(tiles), 1, rows, width), bool)
+    repeats = np.zeros((len(tiles), 1, rows, 1), bool)
+    for i, (q, k, allowed) in enumerate(tiles):
+        queries[i], keys[i] = q[-1], k[-1]
+        queries[i, : q.size], keys[i, : k.size] = q, k
+        hidden[i, 0, : q.size, : k.size] = ~allowed
+        hidden[i, 0, q.size :, : k.size] = ~allowed[-1]
+        repeats[i, 0, q.size :] = True
+    arrays = (queries, keys, hidden, repeats if repeats.any() else None)
+    return Bundle(*(a if a is None else torch.from_numpy(a).to(device) for a in arrays), {})
 
 
-def _bias(allowed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if allowed is None:
-        return None
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
-
-
-def _is_plain(query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None) -> bool:
-    """Whether torch's own CPU kernel computes it."""
-    same_width = query.shape[-1] == value.shape[-1]
-    return query.device.type == "cpu" and same_width and softcap is None and sinks is None
+def pick(x: Tensor, index: Tensor) -> Tensor:  # [1, H, N, D], int64 [G, M] -> [G, H, M, D]
+    return x[0].transpose(0, 1)[index].transpose(1, 2).contiguous()
 
 
 def tokens_first(like: Tensor, dtype: torch.dtype) -> Tensor:  # [1, heads, tokens, width]
@@ -281,27 +279,27 @@ def trie_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:  # [1, M, Hq, Dv], log-sum-exp fp32 [1, Hq, M]
-    """Attention under ``k <= q < subtree_end[k]``, tile by tile: no tensor has N x N elements."""
-    _, heads, rows, _ = query.shape
-    out = query.new_empty(1, rows, heads, value.shape[-1])
-    lse = query.new_zeros(1, heads, rows, dtype=wide(query.dtype))  # read by torch's kernel alone
-    plain = _is_plain(query, value, softcap, sinks)
-    for tile in tiles(subtree_end, position_ids, queries, window):
-        q, k, v = (
-            query[:, :, tile.queries],
-            key[:, :, tile.keys],
-            value[:, :, tile.keys],
-        )
-        if plain:
-            bias = _bias(tile.allowed, q.dtype)
-            o, lse[:, :, tile.queries] = _flash(
-                q, k, v, 0.0, bias is None, attn_mask=bias, scale=scale
-            )
+    dropout: float = 0.0,
+) -> Tensor:  # [1, M, Hq, Dv]
+    """Attention under ``k <= q < subtree_end[k]``: no tensor has N x N elements."""
+    _, heads, rows, width = query.shape
+    out = query.new_empty(rows, heads, value.shape[-1])
+    # torch's own kernel where it can: a few percent faster than writing it out
+    special = dropout or softcap is not None or sinks is not None or width != value.shape[-1]
+    torchs = query.device.type == "cpu" and not special
+    for b in bundles(subtree_end, position_ids, queries, window):
+        q, k, v = pick(query, b.queries), pick(key, b.keys), pick(value, b.keys)
+        if torchs:
+            part, _ = _flash(q, k, v, 0.0, False, attn_mask=b.bias(q.dtype), scale=scale)
         else:
-            o = attend(q, k, v, dense(tile, q), scale, softcap, sinks)
-        out[:, tile.queries] = o.transpose(1, 2)
-    return out, lse
+            part = attend(q, k, v, b.hidden, scale, softcap, sinks, dropout)
+        part = part.transpose(1, 2)
+        if dropout:  # repeats drew noise of their own, and autograd is watching
+            keep = slice(None) if b.repeats is None else ~b.repeats.flatten()
+            out = out.index_copy(0, b.queries.flatten()[keep], part.flatten(0, 1)[keep])
+        else:
+            out[b.queries] = part
+    return out[None]
 
 
 def trie_attention_backward(
@@ -309,8 +307,6 @@ def trie_attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
     subtree_end: Tensor,
     position_ids: Tensor,
     queries: Tensor | None,
@@ -321,45 +317,24 @@ def trie_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # query, key, value, sinks
     """Gradients of :func:`trie_attention`; a shared token's are summed in fp32."""
     acc = wide(query.dtype)
-    grad_q = torch.empty_like(query)
-    grad_k, grad_v = (
-        torch.zeros_like(key, dtype=acc),
-        torch.zeros_like(value, dtype=acc),
-    )
-    grad_s = torch.zeros_like(sinks, dtype=acc) if sinks is not None else None
-    plain = _is_plain(query, value, softcap, sinks)
-    for tile in tiles(subtree_end, position_ids, queries, window):
-        q, k, v = (
-            query[:, :, tile.queries],
-            key[:, :, tile.keys],
-            value[:, :, tile.keys],
-        )
-        g = grad[:, tile.queries].transpose(1, 2)
-        if plain:
-            bias = _bias(tile.allowed, q.dtype)
-            o, total = out[:, tile.queries].transpose(1, 2), lse[:, :, tile.queries]
-            gq, gk, gv = _flash_backward(
-                g, q, k, v, o, total, 0.0, bias is None, attn_mask=bias, scale=scale
-            )
-        else:
-            gq, gk, gv, gs = attend_backward(g, q, k, v, dense(tile, q), scale, softcap, sinks)
-            if gs is not None:
-                grad_s += gs
-        grad_q[:, :, tile.queries] = gq
-        if isinstance(tile.keys, slice):
-            grad_k[:, :, tile.keys] += gk
-            grad_v[:, :, tile.keys] += gv
-        else:
-            grad_k.index_add_(2, tile.keys, gk.to(acc))
-            grad_v.index_add_(2, tile.keys, gv.to(acc))
-    if grad_s is not None:
-        grad_s = grad_s.to(sinks.dtype)
+    grad_q = tokens_first(query, query.dtype)
+    grad_k, grad_v = tokens_first(key, acc).zero_(), tokens_first(value, acc).zero_()
+    grad_s = None if sinks is None else torch.zeros_like(sinks, dtype=acc)
+    for b in bundles(subtree_end, position_ids, queries, window):
+        q, k, v = pick(query, b.queries), pick(key, b.keys), pick(value, b.keys)
+        g = pick(grad.transpose(1, 2), b.queries)
+        if b.repeats is not None:
+            g = g.masked_fill_(b.repeats, 0.0)
+        gq, gk, gv, gs = attend_backward(g, q, k, v, b.hidden, scale, softcap, sinks)
+        where, gq = b.queries.flatten(), gq.transpose(1, 2).flatten(0, 1)
+        if b.repeats is not None:
+            keep = ~b.repeats.flatten()
+            where, gq = where[keep], gq[keep]
+        grad_q[0].transpose(0, 1).index_copy_(0, where, gq)
+        for total, part in ((grad_k, gk), (grad_v, gv)):
+            part = part.transpose(1, 2).flatten(0, 1).to(acc)
+            total[0].transpose(0, 1).index_add_(0, b.keys.flatten(), part)
+        if gs is not None:
+            grad_s += gs
+    grad_s = None if grad_s is None else grad_s.to(sinks.dtype)
     return grad_q, grad_k.to(key.dtype), grad_v.to(value.dtype), grad_s
-
-
-def dense(tile: Tile, query: Tensor) -> Tensor:  # bool [M, L]
-    """The tile's mask, written out where it is a causal square."""
-    if tile.allowed is not None:
-        return tile.allowed
-    rows = query.shape[2]
-    return torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril_()

@@ -71,21 +71,21 @@ def test_mask_rule_against_explicit_paths(rows, window):
 
 @settings(max_examples=300, deadline=None)
 @given(sequences, st.sampled_from([None, 2]), st.booleans())
-def test_tiles_cover_the_mask_exactly_once(rows, window, pooled):
+def test_bundles_cover_the_mask_exactly_once(rows, window, pooled):
     trie = rmfast.pack(rows)
     queries = trie.pool_index.unique() if pooled else torch.arange(len(trie))
     want = reference.trie_mask(
         queries, torch.arange(len(trie)), trie.subtree_end, trie.position_ids, window
     )
     got = torch.zeros(want.shape, dtype=torch.int)
-    tiles = reference.tiles(
+    for bundle in reference.bundles(
         trie.subtree_end, trie.position_ids, queries if pooled else None, window
-    )
-    for tile in tiles:
-        size = len(range(*tile.queries.indices(len(queries))))
-        allowed = torch.ones(size, size).tril() if tile.allowed is None else tile.allowed
-        rows_, keys = torch.arange(len(queries))[tile.queries], torch.arange(len(trie))[tile.keys]
-        got[rows_[:, None], keys] += allowed.int()
+    ):
+        real = ~bundle.hidden
+        if bundle.repeats is not None:
+            real &= ~bundle.repeats
+        for rows_, keys, seen in zip(bundle.queries, bundle.keys, real[:, 0], strict=True):
+            got.index_put_((rows_[:, None], keys[None, :]), seen.int(), accumulate=True)
     assert torch.equal(got, want.int())
 
 
