@@ -64,7 +64,6 @@ class Patch:
     """What was changed in one model, and how to undo it."""
 
     def __init__(self, root: nn.Module, options: Options) -> None:
-        self.root = root
         self.options = options
         self.active = False
         self.fallbacks: Counter[str] = Counter()
