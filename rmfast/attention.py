@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmfast import ops, reference
+from rmfast import backends, reference
 from rmfast.trie import PackedTrie
 
 PREFIX = "rmfast_"
-BACKENDS = ("sdpa",)
 
 
 class KeysAndValues(Exception):
@@ -36,6 +35,7 @@ class TrieRun:
 
     trie: PackedTrie
     shared: bool  # whether a node may belong to several sequences
+    backend: str = "auto"
     pooled: Tensor | None = None  # int64 [P], rising nodes the last layer is wanted for; None: all
     leave_at_attention: bool = False
     keys_and_values: tuple[Tensor, Tensor] | None = None  # of all nodes, for pooled queries
@@ -82,7 +82,8 @@ class TrieRun:
                 s_aux,
                 dropout,
             )
-        return ops.trie_attention(
+        return backends.trie_attention(
+            self.backend,
             query,
             key,
             value,

@@ -174,7 +174,7 @@ class PackedForward(Override):
         pooled: Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        run = attention.TrieRun(trie, shared, pooled)
+        run = attention.TrieRun(trie, shared, self.patch.options.attention, pooled)
         # a 4D mask is handed to the layers as it is; this one fails loudly should any use it
         no_mask = torch.empty(0, 0, 0, 0, device=trie.input_ids.device)
         return call(

@@ -7,6 +7,8 @@ them makes a dense ``[B, T, H]`` gradient. Second derivatives are not implemente
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
@@ -31,6 +33,25 @@ def _check_devices(**tensors: Tensor | None) -> None:
     for name, device in others:
         if device != first[1]:
             raise ValueError(f"{name} is on {device}, {first[0]} on {first[1]}: move one of them")
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _use_kernels(x: Tensor) -> bool:
+    """Whether Triton runs on the device of ``x``: a GPU, or the interpreter, which tests use."""
+    return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _has_triton()
+
+
+def _no_second_derivative(op: Callable, name: str) -> None:
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f"rmfast.ops.{name} has no second derivative: call backward without create_graph=True"
+        )
+
+    op.register_autograd(refuse)
 
 
 @torch.library.custom_op("rmfast::reward_head", mutates_args=())
@@ -128,9 +149,17 @@ def _trie_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
-) -> Tensor:
-    return reference.trie_attention(
-        query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap
+    triton: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The second output is what the Triton backward needs besides: empty elsewhere."""
+    rule = (subtree_end, position_ids, queries, sinks, scale, window, softcap)
+    if triton:
+        from rmfast.kernels import trie_attention as kernels
+
+        return kernels.trie_attention(query, key, value, *rule, keep)
+    return reference.trie_attention(query, key, value, *rule), query.new_empty(
+        0, dtype=torch.float32
     )
 
 
@@ -148,39 +177,66 @@ def _trie_attention_backward(
     scale: float,
     window: int | None,
     softcap: float | None,
+    out: Tensor | None,
+    lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *grads, grad_sinks = reference.trie_attention_backward(
-        grad, query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap
-    )
+    inputs = (query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap)
+    if lse is not None:
+        from rmfast.kernels import trie_attention as kernels
+
+        *grads, grad_sinks = kernels.trie_attention_backward(grad, *inputs, out, lse)
+    else:
+        *grads, grad_sinks = reference.trie_attention_backward(grad, *inputs)
     return *grads, query.new_empty(0) if grad_sinks is None else grad_sinks
 
 
 @_trie_attention.register_fake
-def _(query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap):
+def _(
+    query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap, triton,
+    keep,
+):  # fmt: skip
     _, heads, rows, _ = query.shape
-    return query.new_empty(1, rows, heads, value.shape[-1])
+    lse = query.new_empty((heads, rows) if triton and keep else 0, dtype=torch.float32)
+    return query.new_empty(1, rows, heads, value.shape[-1]), lse
 
 
 @_trie_attention_backward.register_fake
-def _(grad, query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap):
+def _(
+    grad, query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap,
+    out, lse,
+):  # fmt: skip
     grad_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return *(reference.tokens_first(x, x.dtype) for x in (query, key, value)), grad_sinks
 
 
 def _trie_attention_setup(ctx, inputs, output):
-    *tensors, scale, window, softcap = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, scale, window, softcap, triton, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *(output if triton else (None, None)))
     ctx.options = (scale, window, softcap)
 
 
-def _trie_attention_autograd(ctx, grad):
-    saved = ctx.saved_tensors  # once: checkpointing lets go of them after
-    *grads, grad_sinks = _trie_attention_backward(grad, *saved, *ctx.options)
+def _trie_attention_autograd(ctx, grad, _):
+    *saved, out, lse = ctx.saved_tensors  # once: checkpointing lets go of them after
+    *grads, grad_sinks = _trie_attention_backward(grad, *saved, *ctx.options, out, lse)
     has_sinks = saved[-1] is not None
-    return *grads, None, None, None, grad_sinks if has_sinks else None, None, None, None
+    return *grads, None, None, None, grad_sinks if has_sinks else None, *(None,) * 5
 
 
 _trie_attention.register_autograd(_trie_attention_autograd, setup_context=_trie_attention_setup)
+_no_second_derivative(_trie_attention_backward, "trie_attention")
+
+
+def why_not_triton(query: Tensor, value: Tensor, scale: float) -> str | None:
+    """Why the Triton attention kernel cannot take these; None: it can."""
+    if not _use_kernels(query):
+        return f"tensors are on {query.device}, and Triton is for GPUs"
+    widest = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}.get(query.dtype)
+    if widest is None:
+        return f"it knows fp32, fp16 and bf16, not {query.dtype}"
+    if max(query.shape[-1], value.shape[-1]) > widest:
+        return f"it holds head_dim up to {widest} in {query.dtype}"
+    return None if scale > 0 else f"scale is {scale}, not above zero"
 
 
 def trie_attention(
@@ -195,6 +251,7 @@ def trie_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention over a packed trie: query ``q`` sees key ``k`` iff ``k <= q < subtree_end[k]``.
 
@@ -209,12 +266,16 @@ def trie_attention(
         scale: factor on the logits, ``D ** -0.5`` when not given.
         window: sliding window, in positions: a key is seen when nearer than this.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
+        backend: ``"triton"``, the kernel (GPU; fp16 and bf16 with D and Dv up to 256,
+            fp32 up to 128); ``"sdpa"``, torch's own operations tile by tile, anywhere; ``"auto"``,
+            the first that can.
 
     Returns:
         ``[1, M, Hq, Dv]``, the layout attention functions of transformers return.
 
     Raises:
-        ValueError: shapes that do not match; the message names the argument.
+        ValueError: shapes, dtypes or devices that do not match, or inputs ``backend`` cannot take;
+            the message names the argument.
     """
     nodes = subtree_end.shape[0]
     rows = nodes if queries is None else queries.shape[0]
@@ -223,16 +284,35 @@ def trie_attention(
     for name, x in (("key", key), ("value", value)):
         if x.ndim != 4 or x.shape[0] != 1 or x.shape[2] != nodes:
             raise ValueError(f"{name} must be [1, Hk, {nodes}, D], got shape {tuple(x.shape)}")
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name} is {x.dtype} and query {query.dtype}: cast one of them")
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"key has head_dim {key.shape[3]}, query {query.shape[3]}")
     if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
         raise ValueError(
             f"query has {query.shape[1]} heads, key {key.shape[1]}, value {value.shape[1]}: need "
             "as many key as value heads, and a multiple of them as query heads"
         )
+    if sinks is not None and sinks.shape != (query.shape[1],):
+        raise ValueError(f"sinks must be [{query.shape[1]}], got shape {tuple(sinks.shape)}")
+    if position_ids.shape != (nodes,):
+        raise ValueError(f"position_ids must be [{nodes}], got shape {tuple(position_ids.shape)}")
     _check_devices(
         query=query, key=key, value=value, subtree_end=subtree_end, position_ids=position_ids,
         queries=queries, sinks=sinks,
     )  # fmt: skip
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _trie_attention(
-        query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap
+    if backend not in ("auto", "triton", "sdpa"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'sdpa', got {backend!r}")
+    why_not = None if backend == "sdpa" else why_not_triton(query, value, scale)
+    if backend == "triton" and why_not is not None:
+        raise ValueError(f"backend='triton' cannot run: {why_not}; 'auto' takes what can")
+    triton = backend != "sdpa" and why_not is None
+    keep = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, value, sinks)
     )
+    out, _ = _trie_attention(
+        query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap,
+        triton, keep,
+    )  # fmt: skip
+    return out

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmfast import attention, models
+from rmfast import attention, backends, models
 from rmfast.forwards import BackboneForward, LastLayer, Override, ScoringForward, untraced
 
 _POOLING = ("hf", "mask")
@@ -205,7 +205,9 @@ def _choose(
     why_not = (
         models.why_not_trie(base) if base is not None else f"{name} has no decoder rmfast knows"
     )
-    backend = attention.BACKENDS[0] if options.attention == "auto" else options.attention
+    backend = options.attention
+    if backend == "auto":
+        backend = "auto (triton on a GPU where it can, else sdpa)"
     if why_not is None and outer is not None and models.inner(outer) is base:
         reasons = [
             f"{type(outer).__name__}: causal decoder with an attention interface, scored by its "
@@ -263,7 +265,9 @@ def patch(
         prune_last_layer: run the last decoder layer's queries, MLP and norm on pooled tokens only.
         pooling: the token that carries the score. ``"hf"``: the rightmost that is not the pad
             token, as Hugging Face has it. ``"mask"``: the last one the attention mask lets through.
-        attention: ``"auto"`` or a backend of :mod:`rmfast.attention` (``"sdpa"``).
+        attention: ``"triton"``, the kernel of this library; ``"sdpa"``, torch's own operations,
+            on any device; ``"flex"``, torch's FlexAttention; ``"flash"``, flash-attn where it is
+            installed; ``"auto"``, the kernel on a GPU where it can and ``"sdpa"`` elsewhere.
         compile: compile the decoder layers, for changing shapes.
 
     Returns:
@@ -271,16 +275,16 @@ def patch(
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
-        ValueError: an unknown option, several backbones in one model, or ``pooling="mask"`` on a
-            model that does not score by its last token.
+        ValueError: an unknown option or a backend that is not installed, several backbones in one
+            model, or ``pooling="mask"`` on a model that does not score by its last token.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
     if pooling not in _POOLING:
         raise ValueError(f"pooling must be one of {_POOLING}, got {pooling!r}")
-    backends = _backends()
-    if attention not in backends:
-        raise ValueError(f"attention must be one of {backends}, got {attention!r}")
+    missing = backends.why_not(attention)
+    if missing is not None:
+        raise ValueError(missing)
     found = _attached(model)
     if found is not None:
         if found.holder not in model.modules():
@@ -292,10 +296,6 @@ def patch(
     options = Options(share_prefixes, prune_last_layer, pooling, attention, compile)
     Patch(model, options).apply()
     return model
-
-
-def _backends() -> tuple[str, ...]:
-    return ("auto", *attention.BACKENDS)
 
 
 def unpatch(model: nn.Module) -> nn.Module:

@@ -6,6 +6,8 @@ the inputs.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -190,27 +192,37 @@ class Bundle(NamedTuple):
         return self.biases[dtype]
 
 
-_bundles: WeakIdKeyDictionary = WeakIdKeyDictionary()
+def once_a_batch(make: Callable) -> Callable:
+    """Keep what ``make`` finds for whole passes, by ``subtree_end``, for the batch's other layers.
+
+    What is kept must not hold ``subtree_end`` itself, or neither is ever freed.
+    """
+    kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    @functools.wraps(make)
+    def get(subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, window: int | None):
+        if queries is not None:
+            return make(subtree_end, position_ids, queries, window)
+        of = (subtree_end, position_ids)
+        written = tuple(None if x.is_inference() else x._version for x in of)
+        found = kept.get(subtree_end)
+        if found is None or found[0] != written or found[1] is not position_ids:
+            found = kept[subtree_end] = (written, position_ids, {})
+        if window not in found[2]:
+            found[2][window] = make(subtree_end, position_ids, None, window)
+        return found[2][window]
+
+    return get
 
 
+@once_a_batch
 def bundles(
     subtree_end: Tensor,
     position_ids: Tensor,
     queries: Tensor | None,  # int64 [M], rising packed indices; None: every node
     window: int | None,
 ) -> list[Bundle]:
-    """Cut the work into dense attention calls. Cached by ``subtree_end``, for all layers."""
-    if queries is not None:
-        return _cut(subtree_end, position_ids, queries, window)
-    cache = _bundles.setdefault(subtree_end, {})
-    if window not in cache:
-        cache[window] = _cut(subtree_end, position_ids, None, window)
-    return cache[window]
-
-
-def _cut(
-    subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, window: int | None
-) -> list[Bundle]:
+    """Cut the work into dense attention calls."""
     end, position = subtree_end.cpu().numpy(), position_ids.cpu().numpy()
     nodes = np.arange(end.size) if queries is None else queries.cpu().numpy()
     size = _TILE if queries is None else _POOLED

@@ -175,9 +175,9 @@ def test_opcheck():
     rest = (trie.subtree_end, trie.position_ids)
     calls = [
         (torch.ops.rmfast.reward_head.default, (hidden, index, weight, None)),
-        (attention, (*leaves, *rest, None, None, 0.3, None, None)),
-        (attention, (*leaves, *rest, None, sinks, 0.3, 3, 2.0)),
-        (attention, (first, *leaves[1:], *rest, pooled, None, 0.3, None, None)),
+        (attention, (*leaves, *rest, None, None, 0.3, None, None, False, True)),
+        (attention, (*leaves, *rest, None, sinks, 0.3, 3, 2.0, False, True)),
+        (attention, (first, *leaves[1:], *rest, pooled, None, 0.3, None, None, False, True)),
     ]  # fmt: skip
     for op, args in calls:
         torch.library.opcheck(op, args)

@@ -1,0 +1,614 @@
+"""Flash attention over a packed trie: query ``q`` sees key ``k`` iff ``k <= q < subtree_end[k]``.
+
+The mask is an interval per key, so it is known tile by tile before anything is multiplied:
+:func:`plan` lists for each tile of queries the blocks of keys in which some pair is allowed, those
+in which all are first. A block that is not listed costs nothing, a full one runs without a mask.
+
+Forward: one launch; a program per query tile and head, online softmax in base 2 (Dao, 2023, arXiv
+2307.08691). Backward: two launches; ``dQ`` by query tile, then ``dK`` and ``dV`` by key block over
+the query heads that share it. Each sum belongs to one program: fp32, no atomics, the same bits in
+every run.
+
+Wanted for some queries only (``queries``, rising packed indices), key ``k`` is seen by the rows
+between those indices' insertion points of ``k`` and ``subtree_end[k]``: an interval again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from rmfast.kernels import chips
+
+_LOG2E = tl.constexpr(math.log2(math.e))
+
+
+# --- configurations
+
+
+class Config(NamedTuple):
+    rows: int  # queries in a tile
+    nodes: int  # keys in a block
+    warps: int
+    stages: int
+
+
+# by chip and padded head_dim, 16-bit inputs: forward, dQ, dK and dV
+_TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
+    ("sm_80", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 3)),
+    ("sm_80", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+    ("sm_80", 256): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+    ("sm_90", 64): (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
+    ("sm_90", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
+    ("sm_90", 256): (Config(128, 32, 8, 2), Config(32, 32, 4, 1), Config(32, 32, 8, 2)),
+    ("sm_100", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 64, 4, 2)),
+    ("sm_100", 128): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 64, 8, 2)),
+    ("sm_100", 256): (Config(128, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+    ("sm_120", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
+    ("sm_120", 128): (Config(128, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+    ("sm_120", 256): (Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 2)),
+    ("gfx942", 64): (Config(128, 64, 4, 1), Config(128, 64, 8, 1), Config(64, 64, 4, 1)),
+    ("gfx942", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),
+    ("gfx942", 256): (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
+    ("gfx950", 64): (Config(128, 64, 4, 1), Config(128, 64, 8, 1), Config(64, 64, 4, 1)),
+    ("gfx950", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),
+    ("gfx950", 256): (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
+}
+# any chip, by padded head_dim: without tensor cores the operands are in registers
+_FP32 = {64: Config(16, 16, 4, 1), 128: Config(16, 16, 8, 1)}
+
+
+def _config(kernel: str, like: Tensor, width: int, pooled: bool, capped: bool) -> Config:
+    """Tile sizes for ``forward``, ``dq`` or ``dkv`` at padded head_dim ``width``."""
+    if like.dtype == torch.float32:
+        found = _FP32[max(width, 64)]
+    else:  # a soft cap keeps one matrix more: the smallest tiles
+        row = _TABLE[chips.chip(like.device), 256 if capped else max(width, 64)]
+        found = row[("forward", "dq", "dkv").index(kernel)]
+    return found._replace(rows=16) if pooled else found
+
+
+# --- which tiles
+
+
+class Plan(NamedTuple):
+    """For each tile, the blocks to visit: ``blocks[t, : counts[t, 0]]`` are full."""
+
+    blocks: Tensor  # int32 [tiles, blocks]; full ones, then partial ones, each rising; then rest
+    counts: Tensor  # int32 [tiles, 2]: full ones; all to visit
+
+
+class Rule(NamedTuple):
+    """Who sees whom, in rows of the query tensor: key ``k`` is seen by ``first <= row < last``."""
+
+    first: Tensor | None  # int [N]; None: every node is a row, and first[k] == k
+    last: Tensor  # int [N]
+    row_position: Tensor  # int [M]
+    node_position: Tensor  # int [N]
+    window: int | None
+
+
+def _rule(
+    subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, window: int | None
+) -> Rule:
+    if queries is None:
+        return Rule(None, subtree_end, position_ids, position_ids, window)
+    nodes = torch.arange(subtree_end.shape[0], device=subtree_end.device)
+    first = torch.searchsorted(queries, nodes, out_int32=True)
+    last = torch.searchsorted(queries, subtree_end.long(), out_int32=True)
+    return Rule(first, last, position_ids[queries], position_ids, window)
+
+
+_CHUNK = 1 << 24  # tiles x nodes looked at together
+
+
+def plan(who: Rule, rows: int, nodes: int, by_block: bool = False) -> Plan:
+    """Tiles of ``rows`` queries by blocks of ``nodes`` keys; ``by_block`` lists tiles by block.
+
+    Exact, windows included: a block is listed iff the tile has an allowed pair in it.
+    """
+    size, count = who.row_position.shape[0], who.last.shape[0]
+    device = who.last.device
+    pad = torch.nn.functional.pad
+    padding = (0, -count % nodes)  # nodes that nobody sees
+    first = pad(torch.arange(count, device=device) if who.first is None else who.first, padding)
+    last, position = pad(who.last, padding), pad(who.node_position, padding)
+    starts = torch.arange(0, size, rows, device=device)
+    if who.window is not None:
+        lowest = _lowest(who.row_position, rows)
+        highest = pad(who.row_position, (0, -size % rows)).view(-1, rows).amax(1)
+    some, full = [], []
+    for start in starts.split(max(1, _CHUNK // first.numel())):
+        start = start[:, None]
+        stop = (start + rows).clamp(max=size)
+        begin, end = first.maximum(start), last.minimum(stop)
+        seen, covered = begin < end, (first <= start) & (last >= stop)
+        if by_block:  # a program that goes from tile to tile wants whole ones
+            covered &= start + rows <= size
+        if who.window is not None:
+            level = torch.frexp((end - begin).clamp(min=1).double()).exponent.long() - 1
+            left, right = begin.clamp(max=size - 1), (end - (1 << level)).clamp(min=0)
+            nearest = lowest[level, left].minimum(lowest[level, right])
+            seen &= nearest - position < who.window
+            covered &= highest[start // rows] - position < who.window
+        some.append(seen.unflatten(1, (-1, nodes)).any(2))
+        full.append(covered.unflatten(1, (-1, nodes)).all(2))
+    some, full = torch.cat(some), torch.cat(full)
+    if by_block:
+        some, full = some.T, full.T
+    counts = torch.stack([full.sum(1), some.sum(1)], 1).to(torch.int32)
+    order = torch.where(full, 0, torch.where(some, 1, 2)).sort(dim=1, stable=True).indices
+    return Plan(order.to(torch.int32).contiguous(), counts)
+
+
+def _lowest(position: Tensor, rows: int) -> Tensor:
+    """``[l, i]``: the lowest of ``position[i : i + 2**l]``, for ranges of up to ``rows``."""
+    table = [position]
+    for level in range(rows.bit_length() - 1):
+        shifted = torch.nn.functional.pad(table[-1], (0, 1 << level), value=1 << 62)
+        table.append(table[-1].minimum(shifted[1 << level :]))
+    return torch.stack(table)
+
+
+class _Cached(NamedTuple):
+    written: tuple[int | None, ...]
+    position_ids: Tensor
+    plans: dict[tuple, Plan]
+
+
+_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by subtree_end, for the batch's other layers
+
+
+def _planned(who: Rule, position_ids: Tensor, config: Config, by_block: bool, pooled: bool) -> Plan:
+    if pooled:
+        return plan(who, config.rows, config.nodes, by_block)
+    written = tuple(None if x.is_inference() else x._version for x in (who.last, position_ids))
+    found = _cache.get(who.last)
+    if found is None or found.position_ids is not position_ids or found.written != written:
+        found = _cache[who.last] = _Cached(written, position_ids, {})
+    key = (config.rows, config.nodes, by_block, who.window)
+    if key not in found.plans:
+        found.plans[key] = plan(who, config.rows, config.nodes, by_block)
+    return found.plans[key]
+
+
+# --- kernels
+
+
+@triton.jit
+def _listed(tiles, i):
+    return tl.load(tiles + i)
+
+
+@triton.jit
+def _load(
+    x, head, begin, rows, stride_head, stride_row, stride_col,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """``x[head, begin : begin + SIZE]``, [SIZE, BLOCK]; zeros past the end."""
+    row, col = tl.arange(0, SIZE), tl.arange(0, BLOCK)
+    x += head.to(tl.int64) * stride_head + begin.to(tl.int64) * stride_row
+    where = x + row[:, None] * stride_row + col[None, :] * stride_col
+    if MASKED:
+        inside = (begin + row < rows)[:, None]
+        if WIDTH != BLOCK:
+            inside = inside & (col < WIDTH)[None, :]
+        return tl.load(where, mask=inside, other=0.0).to(DOT)
+    elif WIDTH != BLOCK:
+        return tl.load(where, mask=(col < WIDTH)[None, :], other=0.0).to(DOT)
+    else:
+        return tl.load(where).to(DOT)
+
+
+@triton.jit
+def _store(
+    x, values, head, begin, rows, stride_head, stride_row,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, col = tl.arange(0, SIZE), tl.arange(0, BLOCK)
+    x += head.to(tl.int64) * stride_head + begin.to(tl.int64) * stride_row
+    inside = (begin + row < rows)[:, None]
+    if WIDTH != BLOCK:
+        inside = inside & (col < WIDTH)[None, :]
+    where = x + row[:, None] * stride_row + col[None, :]
+    tl.store(where, values.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _seen(
+    row, node, first, last, row_position, node_position, rows, nodes, window,
+    POOLED: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Whether ``row`` may see ``node``; one is a column, the other a row."""
+    there = node < nodes
+    begin = node
+    if POOLED:
+        begin = tl.load(first + node, mask=there, other=0)
+    seen = (begin <= row) & (row < tl.load(last + node, mask=there, other=0))
+    if WINDOW:
+        at = tl.load(row_position + row, mask=row < rows, other=0)
+        seen &= at - tl.load(node_position + node, mask=there, other=0) < window
+    return seen
+
+
+@triton.jit
+def _logits(products, scale, softcap, CAPPED: tl.constexpr):
+    """``x`` and ``factor``, whose product is the base-2 logits; and the slope of the soft cap."""
+    if CAPPED:
+        grown = tl.exp2(products * (2 * scale / softcap * _LOG2E))
+        tanh = 1 - 2 / (grown + 1)
+        return tanh, softcap * _LOG2E, 1 - tanh * tanh
+    else:  # the compiler wants to see that nothing follows
+        return products, scale * _LOG2E, 1.0
+
+
+@triton.jit
+def _forward_tiles(
+    total, denominator, highest, q, key, value, kv_head, begin_row,
+    first, last, row_position, node_position, blocks, start, stop,
+    rows, nodes, window, scale, softcap,
+    k_head, k_row, k_col, v_head, v_row, v_col,
+    MASKED: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    for i in range(start, stop):
+        begin = _listed(blocks, i) * N
+        k = _load(key, kv_head, begin, nodes, k_head, k_row, k_col, N, WIDTH, D, MASKED, DOT)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        x, factor, _ = _logits(products, scale, softcap, CAPPED)
+        if MASKED:
+            row = (begin_row + tl.arange(0, M))[:, None]
+            node = (begin + tl.arange(0, N))[None, :]
+            seen = _seen(
+                row, node, first, last, row_position, node_position, rows, nodes, window,
+                POOLED, WINDOW,
+            )  # fmt: skip
+            x = tl.where(seen, x, float("-inf"))
+        new = tl.maximum(highest, tl.max(x, 1) * factor)
+        weights = tl.exp2(x * factor - new[:, None])
+        shrink = tl.exp2(highest - new)
+        denominator = denominator * shrink + tl.sum(weights, 1)
+        v = _load(value, kv_head, begin, nodes, v_head, v_row, v_col, N, V_WIDTH, DV, MASKED, DOT)
+        total = tl.dot(weights.to(DOT), v, total * shrink[:, None], input_precision=PRECISION)
+        highest = new
+    return total, denominator, highest
+
+
+@triton.jit(do_not_specialize=["rows", "nodes", "listed", "window"])
+def _forward_kernel(
+    query, key, value, out, lse, sinks,
+    first, last, row_position, node_position, blocks, counts,
+    rows, nodes, listed, window, scale, softcap,
+    q_head, q_row, q_col, k_head, k_row, k_col, v_head, v_row, v_col, out_head, out_row,
+    GROUP: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    SINKS: tl.constexpr, KEEP: tl.constexpr,
+    WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the later, the longer: those go first
+    head = tl.program_id(1)
+    kv_head = head // GROUP
+    begin = tile * M
+    q = _load(query, head, begin, rows, q_head, q_row, q_col, M, WIDTH, D, True, DOT)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * _LOG2E
+        highest = tl.zeros([M], tl.float32) + sink
+        denominator = tl.zeros([M], tl.float32) + 1.0
+    else:
+        highest = tl.zeros([M], tl.float32) - 1e30  # finite: no NaN where a tile is all hidden
+        denominator = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, DV], tl.float32)
+    full, stop = tl.load(counts + 2 * tile), tl.load(counts + 2 * tile + 1)
+    blocks += tile.to(tl.int64) * listed
+    total, denominator, highest = _forward_tiles(
+        total, denominator, highest, q, key, value, kv_head, begin,
+        first, last, row_position, node_position, blocks, 0, full,
+        rows, nodes, window, scale, softcap,
+        k_head, k_row, k_col, v_head, v_row, v_col,
+        False, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
+    )  # fmt: skip
+    total, denominator, highest = _forward_tiles(
+        total, denominator, highest, q, key, value, kv_head, begin,
+        first, last, row_position, node_position, blocks, full, stop,
+        rows, nodes, window, scale, softcap,
+        k_head, k_row, k_col, v_head, v_row, v_col,
+        True, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
+    )  # fmt: skip
+    row = begin + tl.arange(0, M)
+    denominator = tl.where(row < rows, denominator, 1.0)  # past the end nothing was seen
+    total = total / denominator[:, None]
+    _store(out, total, head, begin, rows, out_head, out_row, M, V_WIDTH, DV)
+    if KEEP:
+        where = lse + head.to(tl.int64) * rows + row
+        tl.store(where, highest + tl.log2(denominator), mask=row < rows)
+
+
+@triton.jit
+def _dq_tiles(
+    total, q, grad, lse, delta, key, value, kv_head, begin_row,
+    first, last, row_position, node_position, blocks, start, stop,
+    rows, nodes, window, scale, softcap,
+    k_head, k_row, k_col, v_head, v_row, v_col,
+    MASKED: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    for i in range(start, stop):
+        begin = _listed(blocks, i) * N
+        k = _load(key, kv_head, begin, nodes, k_head, k_row, k_col, N, WIDTH, D, MASKED, DOT)
+        v = _load(value, kv_head, begin, nodes, v_head, v_row, v_col, N, V_WIDTH, DV, MASKED, DOT)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        x, factor, slope = _logits(products, scale, softcap, CAPPED)
+        weights = tl.exp2(x * factor - lse[:, None])
+        if MASKED:
+            row = (begin_row + tl.arange(0, M))[:, None]
+            node = (begin + tl.arange(0, N))[None, :]
+            seen = _seen(
+                row, node, first, last, row_position, node_position, rows, nodes, window,
+                POOLED, WINDOW,
+            )  # fmt: skip
+            weights = tl.where(seen, weights, 0.0)
+        grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        grad_products = weights * (grad_weights - delta[:, None]) * slope
+        total = tl.dot(grad_products.to(DOT), k, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=["rows", "nodes", "listed", "window"])
+def _dq_kernel(
+    query, key, value, out, grad, lse, delta, grad_query, sinks, grad_sinks,
+    first, last, row_position, node_position, blocks, counts,
+    rows, nodes, listed, window, scale, softcap,
+    q_head, q_row, q_col, k_head, k_row, k_col, v_head, v_row, v_col,
+    out_head, out_row, grad_head, grad_row, grad_col, gq_head, gq_row,
+    GROUP: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
+    WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    kv_head = head // GROUP
+    begin = tile * M
+    row = begin + tl.arange(0, M)
+    of_row = head.to(tl.int64) * rows + row
+    q = _load(query, head, begin, rows, q_head, q_row, q_col, M, WIDTH, D, True, DOT)
+    g = _load(grad, head, begin, rows, grad_head, grad_row, grad_col, M, V_WIDTH, DV, True, DOT)
+    o = _load(out, head, begin, rows, out_head, out_row, 1, M, V_WIDTH, DV, True, tl.float32)
+    mean = tl.sum(g.to(tl.float32) * o, 1)
+    tl.store(delta + of_row, mean, mask=row < rows)
+    level = tl.load(lse + of_row, mask=row < rows, other=float("inf"))
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * _LOG2E
+        lost = -tl.sum(tl.exp2(sink - level) * mean, 0)
+        tl.store(grad_sinks + tile * tl.num_programs(1) + head, lost)
+    total = tl.zeros([M, D], tl.float32)
+    full, stop = tl.load(counts + 2 * tile), tl.load(counts + 2 * tile + 1)
+    blocks += tile.to(tl.int64) * listed
+    total = _dq_tiles(
+        total, q, g, level, mean, key, value, kv_head, begin,
+        first, last, row_position, node_position, blocks, 0, full,
+        rows, nodes, window, scale, softcap,
+        k_head, k_row, k_col, v_head, v_row, v_col,
+        False, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
+    )  # fmt: skip
+    total = _dq_tiles(
+        total, q, g, level, mean, key, value, kv_head, begin,
+        first, last, row_position, node_position, blocks, full, stop,
+        rows, nodes, window, scale, softcap,
+        k_head, k_row, k_col, v_head, v_row, v_col,
+        True, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
+    )  # fmt: skip
+    _store(grad_query, total * scale, head, begin, rows, gq_head, gq_row, M, WIDTH, D)
+
+
+@triton.jit
+def _dkv_tiles(
+    grad_k, grad_v, k, v, query, grad, lse, delta, head, begin_node,
+    first, last, row_position, node_position, tiles, start, stop,
+    rows, nodes, window, scale, softcap,
+    q_head, q_row, q_col, grad_head, grad_row, grad_col,
+    MASKED: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    of_head = head.to(tl.int64) * rows
+    for i in range(start, stop):
+        begin = _listed(tiles, i) * M
+        row = begin + tl.arange(0, M)
+        q = _load(query, head, begin, rows, q_head, q_row, q_col, M, WIDTH, D, MASKED, DOT)
+        g = _load(
+            grad, head, begin, rows, grad_head, grad_row, grad_col, M, V_WIDTH, DV, MASKED, DOT
+        )
+        if MASKED:
+            level = tl.load(lse + of_head + row, mask=row < rows, other=float("inf"))
+            mean = tl.load(delta + of_head + row, mask=row < rows, other=0.0)
+        else:
+            level, mean = tl.load(lse + of_head + row), tl.load(delta + of_head + row)
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        x, factor, slope = _logits(products, scale, softcap, CAPPED)
+        weights = tl.exp2(x * factor - level[None, :])
+        if MASKED:
+            node = (begin_node + tl.arange(0, N))[:, None]
+            seen = _seen(
+                row[None, :], node, first, last, row_position, node_position, rows, nodes, window,
+                POOLED, WINDOW,
+            )  # fmt: skip
+            weights = tl.where(seen, weights, 0.0)
+        grad_v = tl.dot(weights.to(DOT), g, grad_v, input_precision=PRECISION)
+        grad_weights = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        grad_products = weights * (grad_weights - mean[None, :]) * slope
+        grad_k = tl.dot(grad_products.to(DOT), q, grad_k, input_precision=PRECISION)
+    return grad_k, grad_v
+
+
+@triton.jit(do_not_specialize=["rows", "nodes", "listed", "window"])
+def _dkv_kernel(
+    query, key, value, grad, lse, delta, grad_key, grad_value,
+    first, last, row_position, node_position, tiles, counts,
+    rows, nodes, listed, window, scale, softcap,
+    q_head, q_row, q_col, k_head, k_row, k_col, v_head, v_row, v_col,
+    grad_head, grad_row, grad_col, gk_head, gk_row, gv_head, gv_row,
+    GROUP: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+
+    WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)  # the earlier, the longer
+    kv_head = tl.program_id(1)
+    begin = block * N
+    k = _load(key, kv_head, begin, nodes, k_head, k_row, k_col, N, WIDTH, D, True, DOT)
+    v = _load(value, kv_head, begin, nodes, v_head, v_row, v_col, N, V_WIDTH, DV, True, DOT)
+    grad_k, grad_v = tl.zeros([N, D], tl.float32), tl.zeros([N, DV], tl.float32)
+    full, stop = tl.load(counts + 2 * block), tl.load(counts + 2 * block + 1)
+    tiles += block.to(tl.int64) * listed
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        grad_k, grad_v = _dkv_tiles(
+            grad_k, grad_v, k, v, query, grad, lse, delta, head, begin,
+            first, last, row_position, node_position, tiles, 0, full,
+            rows, nodes, window, scale, softcap,
+            q_head, q_row, q_col, grad_head, grad_row, grad_col,
+            False, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
+        )  # fmt: skip
+        grad_k, grad_v = _dkv_tiles(
+            grad_k, grad_v, k, v, query, grad, lse, delta, head, begin,
+            first, last, row_position, node_position, tiles, full, stop,
+            rows, nodes, window, scale, softcap,
+            q_head, q_row, q_col, grad_head, grad_row, grad_col,
+            True, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
+        )  # fmt: skip
+    _store(grad_key, grad_k * scale, kv_head, begin, nodes, gk_head, gk_row, N, WIDTH, D)
+    _store(grad_value, grad_v, kv_head, begin, nodes, gv_head, gv_row, N, V_WIDTH, DV)
+
+
+# --- launchers
+
+
+def _tile(
+    kernel: str, query: Tensor, value: Tensor, pooled: bool, capped: bool, config: Config | None
+) -> tuple[Config, dict]:
+    """Configuration, and the constants that the three kernels share."""
+    interpreted = not isinstance(_forward_kernel, triton.JITFunction)
+    width, v_width = query.shape[-1], value.shape[-1]
+    d, dv = (max(16, triton.next_power_of_2(w)) for w in (width, v_width))
+    chosen = config or _config(kernel, query, max(d, dv), pooled, capped)
+    low = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return chosen, {
+        "GROUP": query.shape[1] // value.shape[1],
+        "POOLED": pooled,
+        "WIDTH": width,
+        "V_WIDTH": v_width,
+        "D": d,
+        "DV": dv,
+        "M": chosen.rows,
+        "N": chosen.nodes,
+        # numpy multiplies bf16 as raw bits, and fp16 slowly
+        "DOT": tl.float32 if interpreted else low.get(query.dtype, tl.float32),
+        "PRECISION": "ieee",  # fp32 stays fp32: no TF32
+        "num_warps": chosen.warps,
+        "num_stages": chosen.stages,
+    }
+
+
+def _mask(who: Rule) -> tuple[Tensor, ...]:
+    first = who.last if who.first is None else who.first  # not read
+    return first, who.last, who.row_position, who.node_position
+
+
+def trie_attention(
+    query: Tensor,  # [1, Hq, M, D], any strides
+    key: Tensor,  # [1, Hk, N, D]
+    value: Tensor,  # [1, Hk, N, Dv]
+    subtree_end: Tensor,  # int32 [N]
+    position_ids: Tensor,  # int64 [N]
+    queries: Tensor | None,  # int64 [M], rising packed indices; None: all, M == N
+    sinks: Tensor | None,  # [Hq]
+    scale: float,  # above zero
+    window: int | None,
+    softcap: float | None,
+    keep: bool,  # the log-sum-exp too, for the backward
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:  # [1, M, Hq, Dv]; fp32 [Hq, M] in base 2, else empty
+    _, heads, rows, _ = query.shape
+    pooled = queries is not None
+    chosen, constants = _tile("forward", query, value, pooled, softcap is not None, config)
+    who = _rule(subtree_end, position_ids, queries, window)
+    tiles = _planned(who, position_ids, chosen, False, pooled)
+    out = query.new_empty(1, rows, heads, value.shape[-1])
+    lse = query.new_empty((heads, rows) if keep else 0, dtype=torch.float32)
+    _forward_kernel[(tiles.counts.shape[0], heads)](
+        query, key, value, out, lse, lse if sinks is None else sinks,
+        *_mask(who), *tiles,
+        rows, key.shape[2], tiles.blocks.shape[1], window or 0, scale, softcap or 1.0,
+        *query.stride()[1:], *key.stride()[1:], *value.stride()[1:],
+        out.stride(2), out.stride(1),
+        WINDOW=window is not None, CAPPED=softcap is not None, SINKS=sinks is not None, KEEP=keep,
+        **constants,
+    )  # fmt: skip
+    return out, lse
+
+
+def trie_attention_backward(
+    grad: Tensor,  # [1, M, Hq, Dv], any strides
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    subtree_end: Tensor,
+    position_ids: Tensor,
+    queries: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    out: Tensor,  # as the forward gave it
+    lse: Tensor,
+    configs: tuple[Config | None, Config | None] = (None, None),  # dQ; dK and dV
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # query, key, value, sinks
+    _, heads, rows, _ = query.shape
+    kv_heads, nodes = key.shape[1:3]
+    pooled = queries is not None
+    who = _rule(subtree_end, position_ids, queries, window)
+    grad_q, grad_k, grad_v = (
+        torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    strides = (*query.stride()[1:], *key.stride()[1:], *value.stride()[1:])
+    g_strides = (grad.stride(2), grad.stride(1), grad.stride(3))
+    flags = {"WINDOW": window is not None, "CAPPED": softcap is not None}
+
+    chosen, constants = _tile("dq", query, value, pooled, softcap is not None, configs[0])
+    tiles = _planned(who, position_ids, chosen, False, pooled)
+    delta = torch.empty_like(lse)
+    partial = lse.new_empty(tiles.counts.shape[0], heads) if sinks is not None else lse
+    _dq_kernel[(tiles.counts.shape[0], heads)](
+        query, key, value, out, grad, lse, delta, grad_q, lse if sinks is None else sinks, partial,
+        *_mask(who), *tiles,
+        rows, nodes, tiles.blocks.shape[1], window or 0, scale, softcap or 1.0,
+        *strides, out.stride(2), out.stride(1), *g_strides, grad_q.stride(1), grad_q.stride(2),
+        SINKS=sinks is not None, **flags, **constants,
+    )  # fmt: skip
+
+    chosen, constants = _tile("dkv", query, value, pooled, softcap is not None, configs[1])
+    blocks = _planned(who, position_ids, chosen, True, pooled)
+    _dkv_kernel[(blocks.counts.shape[0], kv_heads)](
+        query, key, value, grad, lse, delta, grad_k, grad_v,
+        *_mask(who), *blocks,
+        rows, nodes, blocks.blocks.shape[1], window or 0, scale, softcap or 1.0,
+        *strides, *g_strides,
+        grad_k.stride(1), grad_k.stride(2), grad_v.stride(1), grad_v.stride(2),
+        **flags, **constants,
+    )  # fmt: skip
+    grad_sinks = None if sinks is None else partial.sum(0).to(sinks.dtype)
+    return grad_q, grad_k, grad_v, grad_sinks

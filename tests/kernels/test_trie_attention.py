@@ -1,0 +1,299 @@
+"""The attention kernels against their definition in fp64, forward and backward."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rmfast
+from rmfast import embedded, reference
+
+SMALL = (16, 32, 4, 1)  # so that a few dozen tokens are many tiles
+U = 2.0**-24  # half a unit of fp32's last place
+
+
+def random_trie(seed, batch=5, length=30, values=3):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, length + 1, (batch,), generator=g).tolist()
+    return rmfast.pack([torch.randint(0, values, (n,), generator=g) for n in lengths])
+
+
+def chain(count):
+    return rmfast.pack([list(range(count))])
+
+
+def tensor(heads, rows, width, dtype, device):
+    """[1, heads, rows, width] as transformers lays it out, in the midst of NaN."""
+    around = torch.full((1, rows + 3, heads, width + 5), float("nan"), dtype=dtype)
+    around[:, :rows, :, :width] = torch.randn(1, rows, heads, width)
+    return around.to(device)[:, :rows, :, :width].transpose(1, 2)
+
+
+class Problem:
+    """Inputs, the exact answer, and how far from it fp32 sums may end."""
+
+    def __init__(self, trie, device, heads=(4, 2), width=16, value_width=None, dtype=torch.float32,
+                 pooled=False, window=None, softcap=None, sinks=False, scale=0.3):  # fmt: skip
+        nodes = len(trie)
+        self.queries = trie.pool_index.unique() if pooled else None
+        rows = len(self.queries) if pooled else nodes
+        value_width = value_width or width
+        self.q = tensor(heads[0], rows, width, dtype, device)
+        self.k = tensor(heads[1], nodes, width, dtype, device)
+        self.v = tensor(heads[1], nodes, value_width, dtype, device)
+        self.grad = tensor(heads[0], rows, value_width, dtype, device).transpose(1, 2)
+        self.sinks = torch.randn(heads[0]).to(dtype).to(device) if sinks else None
+        trie = trie.to(device)
+        self.queries = self.queries.to(device) if pooled else None
+        self.mask = (trie.subtree_end, trie.position_ids, self.queries)
+        self.options = (scale, window, softcap)
+        self.dtype, self.nodes, self.rows = dtype, nodes, rows
+        self.group = heads[0] // heads[1]
+
+    def run(self, config=SMALL, keep=True):
+        from rmfast.kernels import trie_attention as kernels
+
+        config = kernels.Config(*config) if config else None
+        inputs = (self.q, self.k, self.v, *self.mask, self.sinks, *self.options)
+        out, lse = kernels.trie_attention(*inputs, keep, config)
+        if not keep:
+            assert lse.numel() == 0
+            return (out,)
+        grads = kernels.trie_attention_backward(self.grad, *inputs, out, lse, (config, config))
+        return (out, *(g for g in grads if g is not None))
+
+    def exact(self):
+        inputs = [x.double() for x in (self.q, self.k, self.v)]
+        sinks = None if self.sinks is None else self.sinks.double()
+        rest = (*self.mask, sinks, *self.options)
+        out = reference.trie_attention(*inputs, *rest)
+        grads = reference.trie_attention_backward(self.grad.double(), *inputs, *rest)
+        return (out, *(g for g in grads if g is not None))
+
+    def bounds(self):
+        """Worst-case error of each answer: first-order rounding analysis, n terms cost n U."""
+        scale, _, softcap = self.options
+        q, k, v, g = (x.double().abs().sum(-1).max() for x in (self.q, self.k, self.v, self.grad))
+        qm, km, vm, gm = (x.double().abs().max() for x in (self.q, self.k, self.v, self.grad))
+        products = min(q * km, k * qm)  # no sum of |q_i k_i| is larger
+        logit = scale * products
+        # products summed; scaled, capped (tanh to a few U) and shifted: all in a logit's size
+        error = (self.q.shape[-1] + 12) * U * (logit + (softcap or 0.0) * 4 + 1)
+        weight = 2 * error + (self.nodes + 8) * U  # relative error of a softmax weight
+        out = weight * vm
+        dots = min(g * vm, v * gm)  # of |g_i v_i|
+        dot = (self.v.shape[-1] + 8) * U * dots + out * g  # error of g.v, and of delta
+        spread = 2 * dots  # |g.v - delta|
+        ds = weight * spread + 2 * dot + 8 * U * spread * (1 + (softcap is not None))
+        ds += spread * error if softcap is not None else 0.0
+        terms = self.rows * self.group
+        grad_q = scale * km * (ds + (self.nodes + 4) * U * spread)
+        grad_k = scale * qm * terms * (ds + (terms + 4) * U * spread)
+        grad_v = gm * terms * (weight + (terms + 4) * U)
+        return out, grad_q, grad_k, grad_v, terms * (ds + (terms + 4) * U * spread)
+
+    def check(self, config=SMALL):
+        # stored in the inputs' dtype: half a unit, or one where the interpreter truncates
+        unit = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[self.dtype]
+        names = ("out", "query", "key", "value", "sinks")
+        exact, bounds = self.exact(), self.bounds()
+        for name, ours, theirs, bound in zip(names, self.run(config), exact, bounds, strict=False):
+            assert ours.dtype == self.dtype
+            error = (ours.double() - theirs).abs()
+            # delta is taken from the stored output, as in FlashAttention: one rounding more
+            through = unit * theirs.abs().max() * 4 if name != "out" else 0.0
+            worst = (error - unit * theirs.abs() - through - bound).max().item()
+            assert worst <= 0, f"{name}: off by {error.max():.3g}, {worst:.3g} above the bound"
+
+
+CASES = {
+    "plain": {},
+    "window": {"window": 4},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": True},
+    "all": {"window": 3, "softcap": 5.0, "sinks": True},
+    "wide-values": {"value_width": 40},
+    "wide-keys": {"width": 40, "value_width": 20},
+    "mha": {"heads": (3, 3)},
+    "mqa": {"heads": (3, 1)},
+}
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["all-rows", "pooled"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_option(case, pooled, device, poison):
+    torch.manual_seed(0)
+    Problem(random_trie(0), device, pooled=pooled, **CASES[case]).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype, device, poison):
+    torch.manual_seed(0)
+    Problem(random_trie(1), device, dtype=dtype, window=6, sinks=True).check()
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 31, 32, 33, 63, 123, 199])
+def test_plain_causal_attention_at_odd_lengths(count, device, poison):
+    torch.manual_seed(count)
+    Problem(chain(count), device, heads=(1, 1), width=8).check()
+
+
+@pytest.mark.parametrize("width", [32, 63, 80, 128, 256])
+def test_head_dims_with_the_configurations_of_the_table(width, device, poison):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if width != 63 else torch.float32
+    Problem(random_trie(2, 8, 60), device, width=width, dtype=dtype, heads=(2, 1)).check(None)
+
+
+def test_text(device, poison):
+    """Both answers to each question, and questions that begin alike."""
+    pairs = embedded.pairs("held-out")[:3]
+    texts = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    rows = [[*" ".join(turn["content"] for turn in text).encode()][:90] for text in texts]
+    trie = rmfast.pack(rows)
+    assert len(trie) < sum(map(len, rows))
+    torch.manual_seed(0)
+    Problem(trie, device, heads=(2, 1)).check()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 50), st.integers(1, 3))
+def test_random_tries(seed, batch, length, values):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(seed)
+    trie = random_trie(seed, batch, length, values)
+    window = [None, 1, 5][seed % 3]
+    Problem(trie, device, heads=(1, 1), width=8, window=window, pooled=seed % 2 == 0).check()
+
+
+def test_rotated_positions_do_not_matter_without_a_window_and_shift_it_with_one(device):
+    """Positions are the caller's: the window is measured in them, not in packed indices."""
+    torch.manual_seed(0)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 3], [5, 6, 7, 1, 2, 4]])
+    trie = rmfast.pack(ids, position_ids=torch.tensor([[0, 1, 2, 10, 11, 12]]))
+    Problem(trie, device, window=4).check()
+
+
+def test_inference_keeps_no_state_and_gives_the_same_bits(device):
+    torch.manual_seed(0)
+    problem = Problem(random_trie(3), device)
+    assert torch.equal(problem.run(keep=False)[0], problem.run()[0])
+
+
+def test_same_bits_in_every_run(device):
+    torch.manual_seed(0)
+    problem = Problem(random_trie(4), device, heads=(4, 1), sinks=True)
+    for first, second in zip(problem.run(), problem.run(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_two_launches_backward(device, launches):
+    from rmfast.kernels import trie_attention as kernels
+
+    seen = launches(kernels)
+    Problem(random_trie(5), device).run()
+    assert seen == ["_forward_kernel", "_dq_kernel", "_dkv_kernel"]
+
+
+# --- the plan
+
+
+def listed(plan, full_only=False):
+    return {
+        (t, b)
+        for t, row in enumerate(plan.blocks.tolist())
+        for b in row[: plan.counts[t, 0 if full_only else 1]]
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 60), st.sampled_from([None, 1, 7]),
+    st.booleans(),
+)  # fmt: skip
+def test_plan_lists_what_holds_an_allowed_pair_and_nothing_else(
+    seed, batch, length, window, pooled
+):
+    from rmfast.kernels import trie_attention as kernels
+
+    trie = random_trie(seed, batch, length, values=2)
+    queries = trie.pool_index.unique() if pooled else None
+    nodes = torch.arange(len(trie))
+    rows = nodes if queries is None else queries
+    mask = reference.trie_mask(rows, nodes, trie.subtree_end, trie.position_ids, window).numpy()
+    some, full = set(), set()
+    for t in range(0, mask.shape[0], 16):
+        for b in range(0, mask.shape[1], 32):
+            tile = mask[t : t + 16, b : b + 32]
+            if tile.any():
+                some.add((t // 16, b // 32))
+            if tile.all() and tile.shape[1] == 32:
+                full.add((t // 16, b // 32))
+    who = kernels._rule(trie.subtree_end, trie.position_ids, queries, window)
+    plan = kernels.plan(who, 16, 32)
+    assert listed(plan) == some
+    assert listed(plan, full_only=True) == full
+    by_block = kernels.plan(who, 16, 32, by_block=True)
+    assert {(t, b) for b, t in listed(by_block)} == some
+    whole = {(t, b) for t, b in full if 16 * (t + 1) <= mask.shape[0]}
+    assert {(t, b) for b, t in listed(by_block, full_only=True)} == whole
+
+
+def test_plan_of_many_tiles_in_pieces(monkeypatch):
+    from rmfast.kernels import trie_attention as kernels
+
+    trie = random_trie(7, 12, 60)
+    who = kernels._rule(trie.subtree_end, trie.position_ids, None, 9)
+    whole = kernels.plan(who, 16, 32)
+    monkeypatch.setattr(kernels, "_CHUNK", 1)
+    for a, b in zip(whole, kernels.plan(who, 16, 32), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_plan_is_made_once_a_batch_and_not_for_another(monkeypatch):
+    from rmfast.kernels import trie_attention as kernels
+
+    made = []
+    plan = kernels.plan
+    monkeypatch.setattr(kernels, "plan", lambda *args: made.append(args) or plan(*args))
+    trie = random_trie(8)
+    config = kernels.Config(*SMALL)
+
+    def planned(positions, window):
+        who = kernels._rule(trie.subtree_end, positions, None, window)
+        return kernels._planned(who, positions, config, False, False)
+
+    first = planned(trie.position_ids, 3)
+    assert planned(trie.position_ids, 3) is first and len(made) == 1
+    planned(trie.position_ids, 5)
+    assert len(made) == 2
+    planned(trie.position_ids.clone(), 3)
+    assert len(made) == 3
+    trie.subtree_end.add_(0)
+    planned(trie.position_ids, 3)
+    assert len(made) == 4
+
+
+def test_a_plan_dies_with_its_batch():
+    import gc
+
+    from rmfast.kernels import trie_attention as kernels
+
+    trie = random_trie(9)
+    who = kernels._rule(trie.subtree_end, trie.position_ids, None, None)
+    before = len(kernels._cache)
+    kernels._planned(who, trie.position_ids, kernels.Config(*SMALL), False, False)
+    assert len(kernels._cache) == before + 1
+    del trie, who
+    gc.collect()
+    assert len(kernels._cache) == before
+
+
+def test_bounds_would_notice_a_wrong_mask(device):
+    """A row that sees one key too many is far outside the bound."""
+    torch.manual_seed(0)
+    problem = Problem(random_trie(0), device)
+    exact, bound = problem.exact()[0], problem.bounds()[0]
+    end, *rest = problem.mask
+    problem.mask = ((end + 1).clamp(max=len(end)), *rest)
+    assert (problem.exact()[0] - exact).abs().max() > 100 * bound
