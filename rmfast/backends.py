@@ -96,7 +96,8 @@ def _flex(
 
     run = _compiled_flex() if query.is_cuda else flex_attention
     out, aux = run(
-        query, key, value, score_mod=cap, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True),
+        query, key, value, score_mod=cap, scale=scale, enable_gqa=True,
+        return_aux=AuxRequest(lse=True),
         block_mask=_block_mask(subtree_end, position_ids, queries, window),
     )  # fmt: skip
     if sinks is not None:  # one more logit in the denominator
