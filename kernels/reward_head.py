@@ -188,7 +188,8 @@ def _backward_kernel(
         inside = (label < labels)[:, None] & (col < width)[None, :]
         tl.store(grad_weight + at[:, None] * width + col[None, :], total, mask=inside)
         if HAS_BIAS:
-            tl.store(grad_bias + at, total_bias, mask=(label < labels) & (block == 0))
+            if block == 0:
+                tl.store(grad_bias + at, total_bias, mask=label < labels)
     else:
         write_rows(
             program - weight_programs, 1.0, grad, index, index, weight, grad_hidden,
