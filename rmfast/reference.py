@@ -98,18 +98,29 @@ def reward_head_backward(
     """
     acc = wide(hidden.dtype)
     grad = grad.to(acc)
-    rows, use = index.unique(return_inverse=True)
-    sums = torch.zeros(rows.shape[0], hidden.shape[-1], dtype=acc, device=hidden.device)
-    sums.index_add_(0, use, grad @ weight.to(acc))
-    where, total = rows, hidden.shape[:-1].numel()
-    if used_only:
-        every, total = torch.arange(index.shape[0], device=index.device), index.shape[0]
-        where = torch.full_like(rows, total).scatter_reduce(0, use, every, "amin")
-    grad_hidden = torch.zeros(total, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
-    grad_hidden[where] = sums.to(hidden.dtype)
+    grad_hidden = rows_gradient(grad, index, weight, hidden.shape, hidden.dtype, used_only)
     grad_weight = grad.mT @ _rows(hidden, index).to(acc)
-    shape = grad_hidden.shape if used_only else hidden.shape
-    return grad_hidden.view(shape), grad_weight.to(weight.dtype), grad.sum(0)
+    return grad_hidden, grad_weight.to(weight.dtype), grad.sum(0)
+
+
+def rows_gradient(
+    grad: Tensor,  # fp32 [B, L]
+    index: Tensor,  # int64 [B]
+    weight: Tensor,  # [L, H]
+    shape: torch.Size,  # of hidden
+    dtype: torch.dtype,  # of hidden
+    used_only: bool = False,
+) -> Tensor:
+    """The part of :func:`reward_head_backward` that belongs to hidden."""
+    rows, use = index.unique(return_inverse=True)
+    sums = grad.new_zeros(rows.shape[0], shape[-1])
+    sums.index_add_(0, use, grad @ weight.to(grad.dtype))
+    if used_only:
+        every, shape = torch.arange(index.shape[0], device=index.device), (len(index), shape[-1])
+        rows = torch.full_like(rows, len(index)).scatter_reduce(0, use, every, "amin")
+    out = torch.zeros(shape, dtype=dtype, device=grad.device)
+    out.view(-1, shape[-1])[rows] = sums.to(dtype)
+    return out
 
 
 # --- the pairwise loss
@@ -204,6 +215,20 @@ def pairwise_loss_backward(
     use = torch.stack(pair_scores(items, pairs)).flatten()
     out = torch.zeros(batch, dtype=grads.dtype, device=grads.device)
     return out.index_add_(0, use, (grads * grad).flatten())
+
+
+def reward_head_pairwise_loss(
+    hidden: Tensor,  # [M, H]
+    index: Tensor,  # int64 [B]
+    weight: Tensor,  # [1, H]
+    bias: Tensor | None,  # [1]
+    pairs: str | Tensor,
+    *options: Tensor | float | str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # [] or [P]; [B]; [6]
+    """:func:`reward_head`, then :func:`pairwise_loss` with its ``options``."""
+    scores = reward_head(hidden, index, weight, bias)[:, 0]
+    loss, metrics = pairwise_loss(scores, pairs, *options)
+    return loss, scores, metrics
 
 
 # --- attention under the trie
