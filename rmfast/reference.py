@@ -53,31 +53,184 @@ def last_token(
     return (columns * counts).argmax(-1)
 
 
+def _rows(hidden: Tensor, index: Tensor) -> Tensor:  # [M, H] or [B, T, H] -> [B, H]
+    if hidden.ndim == 2:
+        return hidden[index]
+    return hidden[index // hidden.shape[1], index % hidden.shape[1]]
+
+
 def reward_head(
-    hidden: Tensor,  # [M, H]
-    index: Tensor,  # int64 [B], rows of hidden
+    hidden: Tensor,  # [M, H] or [B, T, H]
+    index: Tensor,  # int64 [B], rows of hidden.flatten(0, -2)
     weight: Tensor,  # [L, H]
     bias: Tensor | None,  # [L]
 ) -> Tensor:  # fp32 [B, L]
     """``hidden[index] @ weight.T + bias`` in fp32."""
     acc = wide(hidden.dtype)
     bias = bias.to(acc) if bias is not None else None
-    return torch.nn.functional.linear(hidden[index].to(acc), weight.to(acc), bias)
+    return torch.nn.functional.linear(_rows(hidden, index).to(acc), weight.to(acc), bias)
+
+
+def pooled_reward_head(
+    hidden: Tensor,  # [B, T, H]
+    input_ids: Tensor,  # int [B, T]
+    weight: Tensor,  # [L, H]
+    bias: Tensor | None,  # [L]
+    attention_mask: Tensor | None,  # [B, T]
+    pad_token_id: int | None,
+    pooling: str,
+) -> tuple[Tensor, Tensor]:  # fp32 [B, L]; int64 [B], the pooled rows of hidden.flatten(0, 1)
+    """:func:`reward_head` of the tokens :func:`last_token` picks."""
+    column = last_token(input_ids, attention_mask, pad_token_id, pooling)
+    index = torch.arange(hidden.shape[0], device=column.device) * hidden.shape[1] + column
+    return reward_head(hidden, index, weight, bias), index
 
 
 def reward_head_backward(
     grad: Tensor,  # fp32 [B, L]
-    hidden: Tensor,
+    hidden: Tensor,  # [M, H] or [B, T, H]
     index: Tensor,
     weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # hidden [M, H], weight [L, H], bias [L] (fp32)
-    """Gradients of :func:`reward_head`; rows picked twice get the sum."""
+    used_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # like hidden (used_only: [B, H]), [L, H], [L]
+    """Gradients of :func:`reward_head`; rows picked twice get the sum.
+
+    With ``used_only``, row ``i`` is the gradient of row ``index[i]`` of hidden where ``i`` is its
+    first use, and zero at later ones: a scatter-add of the rows gives the whole gradient.
+    """
     acc = wide(hidden.dtype)
     grad = grad.to(acc)
-    grad_hidden = torch.zeros(hidden.shape, dtype=acc, device=hidden.device)
-    grad_hidden.index_add_(0, index, grad @ weight.to(acc))
-    grad_weight = grad.mT @ hidden[index].to(acc)
-    return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad.sum(0)
+    grad_hidden = rows_gradient(grad, index, weight, hidden.shape, hidden.dtype, used_only)
+    grad_weight = grad.mT @ _rows(hidden, index).to(acc)
+    return grad_hidden, grad_weight.to(weight.dtype), grad.sum(0)
+
+
+def rows_gradient(
+    grad: Tensor,  # fp32 [B, L]
+    index: Tensor,  # int64 [B]
+    weight: Tensor,  # [L, H]
+    shape: torch.Size,  # of hidden
+    dtype: torch.dtype,  # of hidden
+    used_only: bool = False,
+) -> Tensor:
+    """The part of :func:`reward_head_backward` that belongs to hidden."""
+    rows, use = index.unique(return_inverse=True)
+    sums = grad.new_zeros(rows.shape[0], shape[-1])
+    sums.index_add_(0, use, grad @ weight.to(grad.dtype))
+    if used_only:
+        every, shape = torch.arange(index.shape[0], device=index.device), (len(index), shape[-1])
+        rows = torch.full_like(rows, len(index)).scatter_reduce(0, use, every, "amin")
+    out = torch.zeros(shape, dtype=dtype, device=grad.device)
+    out.view(-1, shape[-1])[rows] = sums.to(dtype)
+    return out
+
+
+# --- the pairwise loss
+
+
+def pair_scores(scores: Tensor, pairs: str | Tensor) -> tuple[Tensor, Tensor]:  # [P], [P]
+    """Scores of the chosen and of the rejected: ``pairs`` is "halves", "interleaved" or [P, 2]."""
+    if isinstance(pairs, Tensor):
+        return scores[pairs[:, 0]], scores[pairs[:, 1]]
+    if pairs == "interleaved":
+        return scores[0::2], scores[1::2]
+    half = scores.shape[0] // 2
+    return scores[:half], scores[half:]
+
+
+def pairwise_loss(
+    scores: Tensor,  # [B]
+    pairs: str | Tensor,
+    margin: Tensor | None = None,  # [P]
+    target: Tensor | None = None,  # [P]
+    weight: Tensor | None = None,  # [P]
+    label_smoothing: float = 0.0,
+    center: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:  # [] or [P]; [6]
+    """Negative log-likelihood of the preferences under Bradley and Terry's model, and metrics.
+
+    The metrics: share of pairs with chosen > rejected, share of ties, mean of chosen - rejected;
+    mean, least and greatest score.
+    """
+    scores = scores.to(wide(scores.dtype))
+    chosen, rejected = pair_scores(scores, pairs)
+    z = chosen - rejected
+    if margin is not None:
+        z = z - margin.to(z.dtype)
+    t = 1 - label_smoothing if target is None else target.to(z.dtype)
+    logsigmoid = torch.nn.functional.logsigmoid
+    loss = -(t * logsigmoid(z))
+    if target is not None or label_smoothing:
+        loss = loss - (1 - t) * logsigmoid(-z)
+    if weight is not None:
+        loss = loss * weight.to(z.dtype)
+    loss = loss + center * (chosen + rejected) ** 2 if center else loss
+    with torch.no_grad():
+        metrics = torch.stack(
+            [
+                (chosen > rejected).to(z.dtype).mean(),
+                (chosen == rejected).to(z.dtype).mean(),
+                (chosen - rejected).mean(),
+                scores.mean(),
+                scores.min(),
+                scores.max(),
+            ]
+        )
+    if reduction == "none":
+        return loss, metrics
+    return (loss.mean() if reduction == "mean" else loss.sum()), metrics
+
+
+def pairwise_gradients(
+    scores: Tensor,
+    pairs: str | Tensor,
+    margin: Tensor | None = None,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    center: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:  # [2, P]
+    """:func:`pairwise_loss` by the chosen and by the rejected score of each pair."""
+    chosen, rejected = pair_scores(scores.to(wide(scores.dtype)), pairs)
+    z = chosen - rejected
+    if margin is not None:
+        z = z - margin.to(z.dtype)
+    t = 1 - label_smoothing if target is None else target.to(z.dtype)
+    slope = (1 - t) * torch.sigmoid(z) - t * torch.sigmoid(-z)
+    if weight is not None:
+        slope = slope * weight.to(z.dtype)
+    both = 2 * center * (chosen + rejected)
+    grads = torch.stack([both + slope, both - slope])
+    return grads / len(z) if reduction == "mean" else grads
+
+
+def pairwise_loss_backward(
+    grad: Tensor,  # [] or [P]
+    grads: Tensor,  # [2, P]
+    pairs: str | Tensor,
+    batch: int,
+) -> Tensor:  # [B], fp32
+    """Gradient of the scores: a score in many pairs gets the sum, one in none zero."""
+    items = torch.arange(batch, device=grads.device)
+    use = torch.stack(pair_scores(items, pairs)).flatten()
+    out = torch.zeros(batch, dtype=grads.dtype, device=grads.device)
+    return out.index_add_(0, use, (grads * grad).flatten())
+
+
+def reward_head_pairwise_loss(
+    hidden: Tensor,  # [M, H]
+    index: Tensor,  # int64 [B]
+    weight: Tensor,  # [1, H]
+    bias: Tensor | None,  # [1]
+    pairs: str | Tensor,
+    *options: Tensor | float | str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # [] or [P]; [B]; [6]
+    """:func:`reward_head`, then :func:`pairwise_loss` with its ``options``."""
+    scores = reward_head(hidden, index, weight, bias)[:, 0]
+    loss, metrics = pairwise_loss(scores, pairs, *options)
+    return loss, scores, metrics
 
 
 # --- attention under the trie
