@@ -57,6 +57,34 @@ def head_cases() -> Iterable[tuple[str, Case]]:
     yield "head forward, H 4096, bf16, 5 labels", Case(_bind(call, 4096, torch.bfloat16, 5, True))
 
 
+def listwise_cases() -> Iterable[tuple[str, Case]]:
+    offsets = torch.zeros(33, dtype=torch.int64)
+
+    def forward(kind: str, dtype: torch.dtype, ranks: torch.dtype, size: int) -> None:
+        from rmfast.kernels import listwise_loss
+
+        scores, order = torch.empty(512, dtype=dtype), torch.empty(512, dtype=ranks)
+        listwise_loss.listwise_loss(scores, order, offsets, kind, size)
+
+    def backward(dtype: torch.dtype, size: int) -> None:
+        from rmfast.kernels import listwise_loss
+
+        slope = torch.empty(512, dtype=torch.promote_types(dtype, torch.float32))
+        grad = slope.new_empty(32)
+        listwise_loss.listwise_loss_backward(grad, slope, offsets, size, dtype)
+
+    for kind in ("all_pairs", "plackett_luce"):
+        for size in (4, 16, 32, 64):
+            case = Case(_bind(forward, kind, torch.float32, torch.int64, size))
+            yield f"{kind} forward, K {size}, fp32", case
+        for name, dtype in (("bf16", torch.bfloat16), ("fp64", torch.float64)):
+            case = Case(_bind(forward, kind, dtype, dtype, 64))
+            yield f"{kind} forward, K 64, {name}, ranks too", case
+    yield "listwise backward, K 4, fp32", Case(_bind(backward, torch.float32, 4))
+    yield "listwise backward, K 64, bf16", Case(_bind(backward, torch.bfloat16, 64))
+    yield "listwise backward, K 64, fp64", Case(_bind(backward, torch.float64, 64))
+
+
 def _widths() -> Iterable[tuple[int, str]]:
     """Every width in bf16, the other dtypes in one small and one large."""
     for width in WIDTHS:
@@ -70,7 +98,7 @@ def _bind(call: Callable, *arguments: object) -> Callable[[], object]:
     return lambda: call(*arguments)
 
 
-for _cases in (head_cases,):
+for _cases in (head_cases, listwise_cases):
     CASES.update(_cases())
 
 
