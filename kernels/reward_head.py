@@ -1,6 +1,16 @@
 """Last-token pooling and scalar head: ``scores[b, l] = hidden[index[b]] . weight[l] + bias[l]``.
 
-One program a score. The rows are read where they lie, once per label, and summed in fp32.
+Sums run in fp32, in fp64 for fp64 inputs. With M rows of H elements of s bytes, B sequences, L
+labels, and each byte counted once:
+
+forward, 1 launch: one program a sequence and 8 labels. Of a padded batch it first looks for the
+    pooled token, from the right. At least ``B*H*s + L*H*s + 4*B*L + 8*B`` bytes, and the token ids
+    (or mask) from the pooled one on.
+backward, 1 launch, 2 where B > 2048: programs that write rows of the gradient of ``hidden``, each
+    element once, zeros where no sequence was pooled; beside them programs that sum the gradients
+    of ``weight`` and ``bias`` over the sequences, in their order. At least ``M*H*s`` (used rows
+    only: ``B*H*s``) ``+ B*H*s + 2*L*H*s + 4*B*L + 8*B``; the second launch adds one H*L row of fp32
+    per 1024 sequences, written and read.
 """
 
 from __future__ import annotations
@@ -10,48 +20,338 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
+from rmfast.kernels.pairwise_loss import item_of
+
+_TILE = 4096  # elements of weight a forward program holds, labels x columns
+_ROWS_TILE = 8192  # elements of the gradient of hidden a program writes at once
+_PROGRAMS = 512  # programs that write rows: more than this only where there are more row blocks
+_WEIGHT_BLOCK = 128  # columns of a program that sums the gradient of weight
+_ONE_PASS = 2048  # sequences up to which the gradient of weight is summed in one launch
+_PART = 1024  # sequences in a part of that sum where there are more
 
 
 @triton.jit
 def _forward_kernel(
-    hidden, index, weight, bias, scores,
-    width, labels,
-    stride_row, stride_col, stride_label, stride_weight,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    hidden, index, tokens, weight, bias, scores,
+    length, width, labels, skipped,
+    stride_batch, stride_row, stride_col, stride_sequence, stride_token,
+    stride_label, stride_weight,
+    POOL: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    sequence, label = tl.program_id(0), tl.program_id(1)
-    row = tl.load(index + sequence).to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float32)
+    sequence = tl.program_id(0).to(tl.int64)
+    label = tl.program_id(1) * LABELS + tl.arange(0, LABELS)
+    if POOL == "given":
+        row = tl.load(index + sequence)
+    else:
+        if POOL == "last":
+            column = sequence * 0 + length - 1
+        else:  # rightmost token that is not `skipped`, column 0 where there is none
+            start = tl.zeros([], tl.int32) + (length - 1) // TOKENS * TOKENS
+            found = tl.full([], -1, tl.int32)
+            while (found < 0) & (start >= 0):
+                place = start + tl.arange(0, TOKENS)
+                at = tokens + sequence * stride_sequence + place.to(tl.int64) * stride_token
+                token = tl.load(at, mask=place < length, other=0)
+                kept = (token != skipped) & (place < length)
+                found = tl.max(tl.where(kept, place, -1), axis=0)
+                start -= TOKENS
+            column = tl.maximum(found, 0).to(tl.int64)
+        row = sequence * length + column
+        if tl.program_id(1) == 0:
+            tl.store(index + sequence, row)
+    hidden += row // length * stride_batch + row % length * stride_row
+    weight += label[:, None].to(tl.int64) * stride_label
+    total = tl.zeros([LABELS, BLOCK], ACC)
     for start in range(0, width, BLOCK):
         col = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = col < width
-        h = tl.load(hidden + row * stride_row + col * stride_col, mask=inside, other=0.0)
-        w = tl.load(
-            weight + label.to(tl.int64) * stride_label + col * stride_weight,
-            mask=inside,
-            other=0.0,
-        )
-        total += h.to(tl.float32) * w.to(tl.float32)
-    score = tl.sum(total, axis=0)
+        h = tl.load(hidden + col * stride_col, mask=col < width, other=0.0).to(ACC)
+        inside = (label < labels)[:, None] & (col < width)[None, :]
+        w = tl.load(weight + col[None, :] * stride_weight, mask=inside, other=0.0).to(ACC)
+        total += h[None, :] * w
+    score = tl.sum(total, axis=1)
     if HAS_BIAS:
-        score += tl.load(bias + label).to(tl.float32)
-    tl.store(scores + sequence.to(tl.int64) * labels + label, score)
+        score += tl.load(bias + label, mask=label < labels, other=0.0).to(ACC)
+    tl.store(scores + sequence * labels + label, score, mask=label < labels)
+
+
+@triton.jit
+def _coefficient(
+    target, label, grad, index, pairs,
+    uses, stride_use, stride_label,
+    LAYOUT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, USES: tl.constexpr,
+):  # fmt: skip
+    """Sum of the gradients of the scores read from row ``target``, and the first of its uses."""
+    total = tl.zeros([ROWS], ACC)
+    first = tl.zeros([ROWS], tl.int32) + uses
+    for start in range(0, uses, USES):
+        use = start + tl.arange(0, USES)
+        item = item_of(use, use < uses, pairs, uses // 2, LAYOUT)
+        row = tl.load(index + item, mask=use < uses, other=-1)
+        at = grad + use.to(tl.int64) * stride_use + label * stride_label
+        g = tl.load(at, mask=use < uses, other=0.0).to(ACC)
+        same = (row[None, :] == target[:, None]) & (use < uses)[None, :]
+        total += tl.sum(tl.where(same, g[None, :], 0.0), axis=1)
+        first = tl.minimum(first, tl.min(tl.where(same, use[None, :], uses), axis=1))
+    return total, first
+
+
+@triton.jit
+def write_rows(
+    program, scale, grad, index, pairs, weight, grad_hidden,
+    uses, rows, splits, width, labels, stride_use, stride_grad, stride_label, stride_weight,
+    LAYOUT: tl.constexpr, USED_ONLY: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, USES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``scale *`` the gradient of ROWS rows of hidden: zeros in rows that no score was read from.
+
+    Program ``i`` has the block of rows ``i // splits``, and of it each ``splits``-th block of
+    columns. Score ``u`` of ``uses`` was read from row ``index[item_of(u)]``. With USED_ONLY, row
+    ``i`` stands for row ``index[i]`` of hidden where ``i`` is its first use, and is zero elsewhere.
+    """
+    slot = (program // splits).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    target = slot
+    if USED_ONLY:
+        target = tl.load(index + slot, mask=slot < rows, other=-1)
+    factor, first = _coefficient(
+        target, 0, grad, index, pairs, uses, stride_use, stride_grad, LAYOUT, ACC, ROWS, USES
+    )
+    used = (first == slot) if USED_ONLY else (first < uses)
+    used = used & (slot < rows)
+    some = tl.max(used.to(tl.int32), axis=0)
+    for start in range(program % splits * BLOCK, width, splits * BLOCK):
+        col = start + tl.arange(0, BLOCK).to(tl.int64)
+        total = tl.zeros([ROWS, BLOCK], ACC)
+        if some > 0:
+            w = tl.load(weight + col * stride_weight, mask=col < width, other=0.0).to(ACC)
+            total += (factor * scale)[:, None] * w[None, :]
+            for label in range(1, labels):
+                other, _ = _coefficient(
+                    target, tl.cast(label, tl.int64), grad, index, pairs,
+                    uses, stride_use, stride_grad, LAYOUT, ACC, ROWS, USES,
+                )  # fmt: skip
+                at = weight + tl.cast(label, tl.int64) * stride_label + col * stride_weight
+                w = tl.load(at, mask=col < width, other=0.0).to(ACC)
+                total += (other * scale)[:, None] * w[None, :]
+        total = tl.where(used[:, None], total, 0.0)
+        inside = (slot < rows)[:, None] & (col < width)[None, :]
+        tl.store(grad_hidden + slot[:, None] * width + col[None, :], total, mask=inside)
+
+
+@triton.jit
+def sum_parts(
+    parts, column, inside, count, stride,
+    ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``parts[:count, column]`` summed over its rows, ``stride`` apart, in their order."""
+    total = tl.zeros([BLOCK], ACC)
+    for start in range(0, count, PARTS):
+        part = start + tl.arange(0, PARTS).to(tl.int64)
+        mask = (part < count)[:, None] & inside[None, :]
+        at = parts + part[:, None] * stride + column[None, :]
+        total += tl.sum(tl.load(at, mask=mask, other=0.0).to(ACC), axis=0)
+    return total
+
+
+@triton.jit
+def _backward_kernel(
+    grad, hidden, index, weight, grad_hidden, grad_weight, grad_bias,
+    uses, rows, span, splits, weight_programs, length, width, labels,
+    stride_use, stride_grad, stride_batch, stride_row, stride_col, stride_label, stride_weight,
+    HAS_BIAS: tl.constexpr, USED_ONLY: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, USES: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT_USES: tl.constexpr, WEIGHT_BLOCK: tl.constexpr, LABELS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < weight_programs:  # sequences [part * span, ...) of a block of columns and labels
+        blocks = tl.cdiv(width, WEIGHT_BLOCK)
+        groups = tl.cdiv(labels, LABELS)
+        part = (program // (blocks * groups)).to(tl.int64)
+        label = program // blocks % groups * LABELS + tl.arange(0, LABELS)
+        block = program % blocks
+        col = block * WEIGHT_BLOCK + tl.arange(0, WEIGHT_BLOCK).to(tl.int64)
+        total = tl.zeros([LABELS, WEIGHT_BLOCK], ACC)
+        total_bias = tl.zeros([LABELS], ACC)
+        end = tl.minimum(part * span + span, uses)
+        for start in range(part * span, end, WEIGHT_USES):
+            use = start + tl.arange(0, WEIGHT_USES).to(tl.int64)
+            row = tl.load(index + use, mask=use < end, other=0)
+            at = row // length * stride_batch + row % length * stride_row
+            mask = (use < end)[:, None] & (col < width)[None, :]
+            h = tl.load(hidden + at[:, None] + col[None, :] * stride_col, mask=mask, other=0.0)
+            mask = (use < end)[:, None] & (label < labels)[None, :]
+            at = use[:, None] * stride_use + label[None, :].to(tl.int64) * stride_grad
+            g = tl.load(grad + at, mask=mask, other=0.0).to(ACC)
+            total += tl.sum(g[:, :, None] * h.to(ACC)[:, None, :], axis=0)
+            total_bias += tl.sum(g, axis=0)
+        at = part * labels + label
+        inside = (label < labels)[:, None] & (col < width)[None, :]
+        tl.store(grad_weight + at[:, None] * width + col[None, :], total, mask=inside)
+        if HAS_BIAS:
+            tl.store(grad_bias + at, total_bias, mask=(label < labels) & (block == 0))
+    else:
+        write_rows(
+            program - weight_programs, 1.0, grad, index, index, weight, grad_hidden,
+            uses, rows, splits, width, labels, stride_use, stride_grad, stride_label, stride_weight,
+            "halves", USED_ONLY, ACC, ROWS, USES, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_kernel(
+    weight_parts, bias_parts, grad_weight, grad_bias,
+    parts, elements, labels,
+    ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    blocks = tl.cdiv(elements, BLOCK)
+    if program < blocks:
+        at = program * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+        total = sum_parts(weight_parts, at, at < elements, parts, elements, ACC, PARTS, BLOCK)
+        tl.store(grad_weight + at, total, mask=at < elements)
+    else:
+        at = (program - blocks) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+        total = sum_parts(bias_parts, at, at < labels, parts, labels, ACC, PARTS, BLOCK)
+        tl.store(grad_bias + at, total, mask=at < labels)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def row_blocks(rows: int, width: int, rows_tile: int = _ROWS_TILE) -> tuple[dict, int, int]:
+    """Block sizes, splits and number of programs of :func:`write_rows`."""
+    block = min(512, triton.next_power_of_2(width))
+    tall = min(64, triton.next_power_of_2(max(rows, 1)), max(1, rows_tile // block))
+    tiles = triton.cdiv(rows, tall)
+    splits = min(triton.cdiv(width, block), max(1, _PROGRAMS // max(tiles, 1)))
+    return {"ROWS": tall, "USES": 128, "BLOCK": block}, splits, tiles * splits
+
+
+def _forward(
+    hidden: Tensor,  # [B, T, H], any strides
+    index: Tensor,  # int64 [B]
+    pool: str,
+    tokens: Tensor | None,  # [B, T], any strides
+    skipped: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile: int,
+    tokens_block: int,
+) -> Tensor:
+    batch, labels, width = index.shape[0], *weight.shape
+    scores = torch.empty(batch, labels, dtype=wide(hidden.dtype), device=hidden.device)
+    group = min(8, triton.next_power_of_2(labels))
+    block = min(max(tile // group, 16), triton.next_power_of_2(width))
+    _forward_kernel[(batch, triton.cdiv(labels, group))](
+        hidden, index, tokens if tokens is not None else index, weight,
+        bias.contiguous() if bias is not None else weight, scores,
+        hidden.shape[1], width, labels, skipped,
+        *hidden.stride(), *(tokens.stride() if tokens is not None else (0, 0)), *weight.stride(),
+        POOL=pool, HAS_BIAS=bias is not None, ACC=accumulator(hidden.dtype),
+        LABELS=group, BLOCK=block, TOKENS=tokens_block,
+        num_warps=min(8, max(1, group * block // 512)),
+    )  # fmt: skip
+    return scores
 
 
 def reward_head(
     hidden: Tensor,  # [M, H], any strides
-    index: Tensor,  # int64 [B], contiguous
+    index: Tensor,  # int64 [B]
     weight: Tensor,  # [L, H], any strides
     bias: Tensor | None,  # [L]
+    *,
+    tile: int = _TILE,
 ) -> Tensor:  # fp32 [B, L]
-    batch, labels, width = index.shape[0], weight.shape[0], hidden.shape[1]
-    scores = torch.empty(batch, labels, dtype=torch.float32, device=hidden.device)
-    block = min(_BLOCK, triton.next_power_of_2(width))
-    _forward_kernel[(batch, labels)](
-        hidden, index, weight, bias if bias is not None else weight, scores,
-        width, labels,
-        *hidden.stride(), *weight.stride(),
-        HAS_BIAS=bias is not None, BLOCK=block,
+    index = index.contiguous()
+    return _forward(hidden[:, None], index, "given", None, 0, weight, bias, tile, 1)
+
+
+def pooled_reward_head(
+    hidden: Tensor,  # [B, T, H], any strides
+    input_ids: Tensor,  # int [B, T], any strides
+    weight: Tensor,  # [L, H], any strides
+    bias: Tensor | None,  # [L]
+    attention_mask: Tensor | None,  # [B, T], any strides; read with pooling "mask" alone
+    pad_token_id: int | None,
+    pooling: str,  # as reference.last_token has it
+    *,
+    tile: int = _TILE,
+    tokens_block: int = 256,
+) -> tuple[Tensor, Tensor]:  # fp32 [B, L]; int64 [B], pooled rows of hidden.flatten(0, 1)
+    index = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    tokens, skipped = (attention_mask, 0) if pooling == "mask" else (input_ids, pad_token_id)
+    pool = "last" if tokens is None or skipped is None else "search"
+    if pool == "last":
+        tokens, skipped = None, 0
+    elif tokens.dtype == torch.bool:
+        tokens = tokens.view(torch.uint8)
+    scores = _forward(hidden, index, pool, tokens, skipped, weight, bias, tile, tokens_block)
+    return scores, index
+
+
+def reward_head_backward(
+    grad: Tensor,  # fp32 [B, L], any strides
+    hidden: Tensor,  # [M, H] or [B, T, H], any strides
+    index: Tensor,  # int64 [B], rows of hidden.flatten(0, -2)
+    weight: Tensor,  # [L, H], any strides
+    bias: Tensor | None,  # [L]
+    used_only: bool = False,
+    needs_hidden: bool = True,
+    needs_weight: bool = True,  # and bias, where there is one
+    *,
+    rows_tile: int = _ROWS_TILE,
+    one_pass: int = _ONE_PASS,
+    part: int = _PART,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden (used rows only: ``[B, H]``), weight and bias; None where not needed."""
+    index = index.contiguous()
+    uses, labels, width = index.shape[0], *weight.shape
+    padded = hidden if hidden.ndim == 3 else hidden[:, None]
+    acc, device = wide(hidden.dtype), hidden.device
+    grad_hidden = grad_weight = grad_bias = None
+    rows = uses if used_only else padded.shape[0] * padded.shape[1]
+    sizes, splits, row_programs = row_blocks(rows, width, rows_tile)
+    if needs_hidden:
+        shape = (uses, width) if used_only else hidden.shape
+        grad_hidden = torch.empty(shape, dtype=hidden.dtype, device=device)
+    else:
+        row_programs = 0
+    block = min(_WEIGHT_BLOCK, triton.next_power_of_2(width))
+    group = min(8, triton.next_power_of_2(labels))
+    parts = 1 if uses <= one_pass else triton.cdiv(uses, part)
+    weight_programs = 0
+    sums = sums_bias = None
+    if needs_weight:
+        grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+        if bias is not None:
+            grad_bias = torch.empty(labels, dtype=bias.dtype, device=device)
+        weight_programs = parts * triton.cdiv(labels, group) * triton.cdiv(width, block)
+        sums, sums_bias = grad_weight, grad_bias
+        if parts > 1:
+            sums = torch.empty(parts, labels, width, dtype=acc, device=device)
+            sums_bias = torch.empty(parts, labels, dtype=acc, device=device)
+    _backward_kernel[(weight_programs + row_programs,)](
+        grad, padded, index, weight,
+        grad_hidden if grad_hidden is not None else grad,
+        sums if sums is not None else grad,
+        sums_bias if sums_bias is not None else grad,
+        uses, rows, uses if parts == 1 else part, splits, weight_programs,
+        padded.shape[1], width, labels,
+        *grad.stride(), *padded.stride(), *weight.stride(),
+        HAS_BIAS=grad_bias is not None, USED_ONLY=used_only, ACC=accumulator(hidden.dtype),
+        **sizes, WEIGHT_USES=max(1, 32 // group), WEIGHT_BLOCK=block, LABELS=group,
+        num_warps=8,
     )  # fmt: skip
-    return scores
+    if needs_weight and parts > 1:
+        bias_programs = triton.cdiv(labels, 256) if bias is not None else 0
+        _sum_kernel[(triton.cdiv(labels * width, 256) + bias_programs,)](
+            sums, sums_bias, grad_weight, grad_bias if bias is not None else grad_weight,
+            parts, labels * width, labels,
+            ACC=accumulator(hidden.dtype), PARTS=16, BLOCK=256,
+        )  # fmt: skip
+    return grad_hidden, grad_weight, grad_bias

@@ -245,10 +245,20 @@ class ScoringForward(PackedForward):
             return self.unpacked(call)
         inputs = {k: v for k, v in call.items() if k not in ("labels", "return_dict")}
         out = models.inner(self.module)(**inputs, return_dict=True)
-        batch, length, width = out[0].shape
-        start = torch.arange(batch, device=out[0].device) * length
-        index = start + self.pooled(ids, call.get("attention_mask")).to(out[0].device)
-        scores = self.scores(out[0].reshape(batch * length, width), index)
+        hidden, mask = out[0], call.get("attention_mask")
+        linear = models.linear(self.module.score)
+        if linear is not None and ids.shape == hidden.shape[:2]:
+            pad, pooling = self.rule(ids)
+            mask = mask.to(hidden.device) if mask is not None and pooling == "mask" else None
+            scores = ops.pooled_reward_head(
+                hidden, ids.to(hidden.device), linear.weight, linear.bias,
+                attention_mask=mask, pad_token_id=pad, pooling=pooling,
+            )  # fmt: skip
+            return self.scored(call, scores, out)
+        batch, length, width = hidden.shape
+        start = torch.arange(batch, device=hidden.device) * length
+        index = start + self.pooled(ids, mask).to(hidden.device)
+        scores = self.scores(hidden.reshape(batch * length, width), index)
         return self.scored(call, scores, out)
 
     def unpacked(self, call: dict[str, Any]) -> Any:
@@ -257,14 +267,17 @@ class ScoringForward(PackedForward):
         out.logits = out.logits.to(reference.wide(out.logits.dtype))
         return out if as_dict else out.to_tuple()
 
-    def pooled(self, ids: Tensor, mask: Tensor | None) -> Tensor:  # int64 [B]
+    def rule(self, ids: Tensor) -> tuple[int | None, str]:
         pad, pooling = (
             self.module.config.get_text_config().pad_token_id,
             self.patch.options.pooling,
         )
         if pad is None and pooling == "hf" and ids.shape[0] != 1:
             raise ValueError("Cannot handle batch sizes > 1 if no padding token is defined.")
-        return reference.last_token(ids, mask, pad, pooling)
+        return pad, pooling
+
+    def pooled(self, ids: Tensor, mask: Tensor | None) -> Tensor:  # int64 [B]
+        return reference.last_token(ids, mask, *self.rule(ids))
 
     def scores(self, hidden: Tensor, index: Tensor) -> Tensor:  # [M, H], [B] -> [B, num_labels]
         linear = models.linear(self.module.score)

@@ -51,31 +51,65 @@ def last_token(
     return (columns * counts).argmax(-1)
 
 
+def _rows(hidden: Tensor, index: Tensor) -> Tensor:  # [M, H] or [B, T, H] -> [B, H]
+    if hidden.ndim == 2:
+        return hidden[index]
+    return hidden[index // hidden.shape[1], index % hidden.shape[1]]
+
+
 def reward_head(
-    hidden: Tensor,  # [M, H]
-    index: Tensor,  # int64 [B], rows of hidden
+    hidden: Tensor,  # [M, H] or [B, T, H]
+    index: Tensor,  # int64 [B], rows of hidden.flatten(0, -2)
     weight: Tensor,  # [L, H]
     bias: Tensor | None,  # [L]
 ) -> Tensor:  # fp32 [B, L]
     """``hidden[index] @ weight.T + bias`` in fp32."""
     acc = wide(hidden.dtype)
     bias = bias.to(acc) if bias is not None else None
-    return torch.nn.functional.linear(hidden[index].to(acc), weight.to(acc), bias)
+    return torch.nn.functional.linear(_rows(hidden, index).to(acc), weight.to(acc), bias)
+
+
+def pooled_reward_head(
+    hidden: Tensor,  # [B, T, H]
+    input_ids: Tensor,  # int [B, T]
+    weight: Tensor,  # [L, H]
+    bias: Tensor | None,  # [L]
+    attention_mask: Tensor | None,  # [B, T]
+    pad_token_id: int | None,
+    pooling: str,
+) -> tuple[Tensor, Tensor]:  # fp32 [B, L]; int64 [B], the pooled rows of hidden.flatten(0, 1)
+    """:func:`reward_head` of the tokens :func:`last_token` picks."""
+    column = last_token(input_ids, attention_mask, pad_token_id, pooling)
+    index = torch.arange(hidden.shape[0], device=column.device) * hidden.shape[1] + column
+    return reward_head(hidden, index, weight, bias), index
 
 
 def reward_head_backward(
     grad: Tensor,  # fp32 [B, L]
-    hidden: Tensor,
+    hidden: Tensor,  # [M, H] or [B, T, H]
     index: Tensor,
     weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # hidden [M, H], weight [L, H], bias [L] (fp32)
-    """Gradients of :func:`reward_head`; rows picked twice get the sum."""
+    used_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # like hidden (used_only: [B, H]), [L, H], [L]
+    """Gradients of :func:`reward_head`; rows picked twice get the sum.
+
+    With ``used_only``, row ``i`` is the gradient of row ``index[i]`` of hidden where ``i`` is its
+    first use, and zero at later ones: a scatter-add of the rows gives the whole gradient.
+    """
     acc = wide(hidden.dtype)
     grad = grad.to(acc)
-    grad_hidden = torch.zeros(hidden.shape, dtype=acc, device=hidden.device)
-    grad_hidden.index_add_(0, index, grad @ weight.to(acc))
-    grad_weight = grad.mT @ hidden[index].to(acc)
-    return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad.sum(0)
+    rows, use = index.unique(return_inverse=True)
+    sums = torch.zeros(rows.shape[0], hidden.shape[-1], dtype=acc, device=hidden.device)
+    sums.index_add_(0, use, grad @ weight.to(acc))
+    where, total = rows, hidden.shape[:-1].numel()
+    if used_only:
+        every, total = torch.arange(index.shape[0], device=index.device), index.shape[0]
+        where = torch.full_like(rows, total).scatter_reduce(0, use, every, "amin")
+    grad_hidden = torch.zeros(total, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+    grad_hidden[where] = sums.to(hidden.dtype)
+    grad_weight = grad.mT @ _rows(hidden, index).to(acc)
+    shape = grad_hidden.shape if used_only else hidden.shape
+    return grad_hidden.view(shape), grad_weight.to(weight.dtype), grad.sum(0)
 
 
 # --- losses of ranked groups
