@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import traceback
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,21 +40,51 @@ BATCH, TOKENS = 16, 1024  # a launch's grid, and strides: no code depends on the
 
 
 def head_cases() -> Iterable[tuple[str, Case]]:
-    def call(width: int, dtype: torch.dtype, labels: int, bias: bool) -> None:
+    def forward(width: int, dtype: torch.dtype, labels: int, pooling: str | None) -> None:
         from rmfast.kernels import reward_head
 
-        reward_head.reward_head(
+        weight = torch.empty(labels, width, dtype=dtype)
+        bias = torch.empty(labels, dtype=dtype) if labels > 1 else None
+        if pooling is None:
+            hidden = torch.empty(TOKENS, width, dtype=dtype)
+            index = torch.empty(BATCH, dtype=torch.int64)
+            reward_head.reward_head(hidden, index, weight, bias)
+        else:
+            hidden = torch.empty(BATCH, 64, width, dtype=dtype)
+            ids = torch.empty(BATCH, 64, dtype=torch.int64)
+            reward_head.pooled_reward_head(hidden, ids, weight, bias, ids != 0, 7, pooling)
+
+    def backward(width: int, dtype: torch.dtype, labels: int, batch: int, used_only: bool) -> None:
+        from rmfast.kernels import reward_head
+
+        reward_head.reward_head_backward(
+            torch.empty(batch, labels),
             torch.empty(TOKENS, width, dtype=dtype),
-            torch.empty(BATCH, dtype=torch.int64),
+            torch.empty(batch, dtype=torch.int64),
             torch.empty(labels, width, dtype=dtype),
-            torch.empty(labels, dtype=dtype) if bias else None,
+            torch.empty(labels, dtype=dtype) if labels > 1 else None,
+            used_only,
         )
 
     wide = ("reward_head._forward_kernel",)
     for width, name in _widths():
-        case = Case(_bind(call, width, DTYPES[name], 1, False), wide if width >= 1024 else ())
+        case = Case(_bind(forward, width, DTYPES[name], 1, None), wide if width >= 1024 else ())
         yield f"head forward, H {width}, {name}", case
-    yield "head forward, H 4096, bf16, 5 labels", Case(_bind(call, 4096, torch.bfloat16, 5, True))
+    five = Case(_bind(forward, 4096, torch.bfloat16, 5, None), wide)
+    yield "head forward, H 4096, bf16, 5 labels", five
+    for pooling in ("hf", "mask"):
+        case = Case(_bind(forward, 4096, torch.bfloat16, 1, pooling), wide)
+        yield f"head forward, H 4096, bf16, pooled by {pooling}", case
+    wide = ("reward_head._backward_kernel",)
+    for width, name in _widths():
+        case = Case(
+            _bind(backward, width, DTYPES[name], 1, BATCH, False), wide if width >= 1024 else ()
+        )
+        yield f"head backward, H {width}, {name}", case
+    five = Case(_bind(backward, 4096, torch.bfloat16, 5, BATCH, False), wide)
+    yield "head backward, H 4096, bf16, 5 labels", five
+    many = Case(_bind(backward, 4096, torch.bfloat16, 1, 4096, True), wide)
+    yield "head backward, H 4096, bf16, used rows, B 4096", many
 
 
 def listwise_cases() -> Iterable[tuple[str, Case]]:
@@ -102,19 +132,20 @@ for _cases in (head_cases, listwise_cases):
     CASES.update(_cases())
 
 
-def compile_case(name: str, chip: str) -> list[launches.Compiled]:
-    """Every kernel the case launches, as ``chip`` would run it."""
-    with chips.launching_for(chip), launches.record() as recorded:
-        CASES[name].call()
-    return [launches.compile(launch, chip) for launch in recorded]
+def compile_cases(names: Iterable[str], chip: str) -> dict[str, list[launches.Compiled] | str]:
+    """Every kernel each case launches, as ``chip`` would run it; the traceback of one that fails.
 
-
-def compile_all(
-    pool: Executor, names: Iterable[str] = CASES, on: Iterable[str] = chips.CHIPS
-) -> dict[tuple[str, str], Future[list[launches.Compiled]]]:
-    """By case and chip; ``pool`` is one of :func:`launches.processes`."""
-    names = list(names)
-    return {(name, chip): pool.submit(compile_case, name, chip) for chip in on for name in names}
+    All cases of a chip in one process: what they have in common is compiled once.
+    """
+    out: dict[str, list[launches.Compiled] | str] = {}
+    for name in names:
+        try:
+            with chips.launching_for(chip), launches.record() as recorded:
+                CASES[name].call()
+            out[name] = [launches.compile(launch, chip) for launch in recorded]
+        except Exception:
+            out[name] = traceback.format_exc()
+    return out
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -132,8 +163,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [name for name in CASES if args.cases in name]
     rows = []
     with launches.processes(args.jobs) as pool:
-        for (case, _), compiled in compile_all(pool, names, args.chips).items():
-            rows += [{"case": case, **one._asdict()} for one in compiled.result()]
+        for chip, cases in zip(
+            args.chips, pool.map(compile_cases, [names] * len(args.chips), args.chips), strict=True
+        ):
+            for case, compiled in cases.items():
+                if isinstance(compiled, str):
+                    raise SystemExit(f"{case}, {chip}:\n{compiled}")
+                rows += [{"case": case, **one._asdict()} for one in compiled]
     rows.sort(key=lambda row: (row["kernel"], names.index(row["case"])))  # chips stay in order
     _show(rows if args.all else _worst(rows))
     if args.csv is not None:

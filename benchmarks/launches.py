@@ -153,7 +153,7 @@ def _driver(chip: str) -> Iterator[None]:
         vars(driver).update(before)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _nvidia(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -39,14 +39,15 @@ def loads_wide(compiled):
 
 @pytest.fixture(scope="module")
 def compiled(request):
-    """Of each case and chip among the tests that were chosen, a future of its kernels."""
+    """Of each chip a future of the cases among the tests that were chosen."""
     chosen = [item.callspec.params for item in request.session.items if _is_case(item)]
+    cases = {}
+    for one in chosen:
+        cases.setdefault(one["chip"], []).append(one["case"])
     with launches.processes() as pool:
         yield {
-            (one["case"], one["chip"]): pool.submit(
-                compile_report.compile_case, one["case"], one["chip"]
-            )
-            for one in chosen
+            chip: pool.submit(compile_report.compile_cases, names, chip)
+            for chip, names in cases.items()
         }
 
 
@@ -54,10 +55,11 @@ def _is_case(item):
     return getattr(item, "originalname", "") == "test_case" and item.path == Path(__file__)
 
 
-@pytest.mark.parametrize("chip", chips.CHIPS)
 @pytest.mark.parametrize("case", compile_report.CASES)
+@pytest.mark.parametrize("chip", chips.CHIPS)
 def test_case(case, chip, compiled):
-    kernels = compiled[case, chip].result()
+    kernels = compiled[chip].result()[case]
+    assert not isinstance(kernels, str), kernels
     assert kernels, "nothing was launched"
     for one in kernels:
         assert one.chip == chip
