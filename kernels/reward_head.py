@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels.pairwise_loss import item_of
+from rmfast.kernels.pairwise_loss import accumulator, item_of, wide
 
 _TILE = 4096  # elements of weight a forward program holds, labels x columns
 _ROWS_TILE = 8192  # elements of the gradient of hidden a program writes at once
@@ -188,7 +188,8 @@ def _backward_kernel(
         inside = (label < labels)[:, None] & (col < width)[None, :]
         tl.store(grad_weight + at[:, None] * width + col[None, :], total, mask=inside)
         if HAS_BIAS:
-            tl.store(grad_bias + at, total_bias, mask=(label < labels) & (block == 0))
+            if block == 0:
+                tl.store(grad_bias + at, total_bias, mask=label < labels)
     else:
         write_rows(
             program - weight_programs, 1.0, grad, index, index, weight, grad_hidden,
@@ -213,14 +214,6 @@ def _sum_kernel(
         at = (program - blocks) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
         total = sum_parts(bias_parts, at, at < labels, parts, labels, ACC, PARTS, BLOCK)
         tl.store(grad_bias + at, total, mask=at < labels)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def row_blocks(rows: int, width: int, rows_tile: int = _ROWS_TILE) -> tuple[dict, int, int]:

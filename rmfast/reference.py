@@ -112,6 +112,100 @@ def reward_head_backward(
     return grad_hidden.view(shape), grad_weight.to(weight.dtype), grad.sum(0)
 
 
+# --- the pairwise loss
+
+
+def pair_scores(scores: Tensor, pairs: str | Tensor) -> tuple[Tensor, Tensor]:  # [P], [P]
+    """Scores of the chosen and of the rejected: ``pairs`` is "halves", "interleaved" or [P, 2]."""
+    if isinstance(pairs, Tensor):
+        return scores[pairs[:, 0]], scores[pairs[:, 1]]
+    if pairs == "interleaved":
+        return scores[0::2], scores[1::2]
+    half = scores.shape[0] // 2
+    return scores[:half], scores[half:]
+
+
+def pairwise_loss(
+    scores: Tensor,  # [B]
+    pairs: str | Tensor,
+    margin: Tensor | None = None,  # [P]
+    target: Tensor | None = None,  # [P]
+    weight: Tensor | None = None,  # [P]
+    label_smoothing: float = 0.0,
+    center: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:  # [] or [P]; [6]
+    """Negative log-likelihood of the preferences under Bradley and Terry's model, and metrics.
+
+    The metrics: share of pairs with chosen > rejected, share of ties, mean of chosen - rejected;
+    mean, least and greatest score.
+    """
+    scores = scores.to(wide(scores.dtype))
+    chosen, rejected = pair_scores(scores, pairs)
+    z = chosen - rejected
+    if margin is not None:
+        z = z - margin.to(z.dtype)
+    t = 1 - label_smoothing if target is None else target.to(z.dtype)
+    logsigmoid = torch.nn.functional.logsigmoid
+    loss = -(t * logsigmoid(z))
+    if target is not None or label_smoothing:
+        loss = loss - (1 - t) * logsigmoid(-z)
+    if weight is not None:
+        loss = loss * weight.to(z.dtype)
+    loss = loss + center * (chosen + rejected) ** 2 if center else loss
+    with torch.no_grad():
+        metrics = torch.stack(
+            [
+                (chosen > rejected).to(z.dtype).mean(),
+                (chosen == rejected).to(z.dtype).mean(),
+                (chosen - rejected).mean(),
+                scores.mean(),
+                scores.min(),
+                scores.max(),
+            ]
+        )
+    if reduction == "none":
+        return loss, metrics
+    return (loss.mean() if reduction == "mean" else loss.sum()), metrics
+
+
+def pairwise_gradients(
+    scores: Tensor,
+    pairs: str | Tensor,
+    margin: Tensor | None = None,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    center: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:  # [2, P]
+    """:func:`pairwise_loss` by the chosen and by the rejected score of each pair."""
+    chosen, rejected = pair_scores(scores.to(wide(scores.dtype)), pairs)
+    z = chosen - rejected
+    if margin is not None:
+        z = z - margin.to(z.dtype)
+    t = 1 - label_smoothing if target is None else target.to(z.dtype)
+    slope = (1 - t) * torch.sigmoid(z) - t * torch.sigmoid(-z)
+    if weight is not None:
+        slope = slope * weight.to(z.dtype)
+    both = 2 * center * (chosen + rejected)
+    grads = torch.stack([both + slope, both - slope])
+    return grads / len(z) if reduction == "mean" else grads
+
+
+def pairwise_loss_backward(
+    grad: Tensor,  # [] or [P]
+    grads: Tensor,  # [2, P]
+    pairs: str | Tensor,
+    batch: int,
+) -> Tensor:  # [B], fp32
+    """Gradient of the scores: a score in many pairs gets the sum, one in none zero."""
+    items = torch.arange(batch, device=grads.device)
+    use = torch.stack(pair_scores(items, pairs)).flatten()
+    out = torch.zeros(batch, dtype=grads.dtype, device=grads.device)
+    return out.index_add_(0, use, (grads * grad).flatten())
+
+
 # --- losses of ranked groups
 
 

@@ -20,3 +20,44 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def device():
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Memory that nobody has written yet is NaN, or a large negative integer."""
+
+    def poisoned(make):
+        def run(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(float("nan") if x.is_floating_point() else -(2**31) + 7)
+
+        return run
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """A list that grows by the name of each kernel launched from the modules given to it."""
+    seen = []
+
+    def watch(*modules):
+        for module in modules:
+            for name in [n for n in vars(module) if n.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, _Watched(name, getattr(module, name), seen))
+        return seen
+
+    return watch
+
+
+class _Watched:
+    def __init__(self, name, kernel, seen):
+        self.name, self.kernel, self.seen = name, kernel, seen
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.seen.append(self.name)
+            return self.kernel[grid](*args, **kwargs)
+
+        return launch
