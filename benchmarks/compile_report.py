@@ -81,10 +81,63 @@ def head_cases() -> Iterable[tuple[str, Case]]:
             _bind(backward, width, DTYPES[name], 1, BATCH, False), wide if width >= 1024 else ()
         )
         yield f"head backward, H {width}, {name}", case
-    five = Case(_bind(backward, 4096, torch.bfloat16, 5, BATCH, False), wide)
+    five = Case(_bind(backward, 4096, torch.bfloat16, 5, BATCH, False))
     yield "head backward, H 4096, bf16, 5 labels", five
     many = Case(_bind(backward, 4096, torch.bfloat16, 1, 4096, True), wide)
     yield "head backward, H 4096, bf16, used rows, B 4096", many
+
+
+def pairwise_cases() -> Iterable[tuple[str, Case]]:
+    def call(batch: int, dtype: torch.dtype, layout: str, all_options: bool) -> None:
+        from rmfast.kernels import pairwise_loss
+
+        count = batch // 2
+        pairs = torch.empty(count, 2, dtype=torch.int64) if layout == "index" else None
+        each = [torch.empty(count) if all_options else None for _ in ("margin", "target", "weight")]
+        _, _, grads = pairwise_loss.pairwise_loss(
+            torch.empty(batch, dtype=dtype), pairs, *each, layout, 0.0, 0.01 * all_options, "mean"
+        )
+        grad = torch.empty((), dtype=grads.dtype)
+        pairwise_loss.pairwise_loss_backward(grad, grads, pairs, layout, batch, dtype)
+
+    for batch in (BATCH, 4096):
+        case = Case(_bind(call, batch, torch.float32, "halves", False))
+        yield f"pairwise loss, halves, B {batch}, fp32", case
+    for layout in ("interleaved", "index"):
+        case = Case(_bind(call, 4096, torch.bfloat16, layout, True))
+        yield f"pairwise loss, {layout}, B 4096, bf16, all options", case
+    yield (
+        "pairwise loss, index, B 4096, fp64",
+        Case(_bind(call, 4096, torch.float64, "index", True)),
+    )
+
+
+def fused_cases() -> Iterable[tuple[str, Case]]:
+    def call(width: int, dtype: torch.dtype, batch: int, layout: str, all_options: bool) -> None:
+        from rmfast.kernels import fused_loss
+
+        count = batch // 2
+        hidden, weight = torch.empty(TOKENS, width, dtype=dtype), torch.empty(1, width, dtype=dtype)
+        index = torch.empty(batch, dtype=torch.int64)
+        bias = torch.empty(1, dtype=dtype) if all_options else None
+        pairs = torch.empty(count, 2, dtype=torch.int64) if layout == "index" else None
+        each = [torch.empty(count) if all_options else None for _ in ("margin", "target", "weight")]
+        *_, grads, partial = fused_loss.fused_loss(
+            hidden, index, weight, bias, pairs, *each, layout, 0.0, 0.01 * all_options, "mean"
+        )
+        fused_loss.fused_loss_backward(
+            torch.empty(()), grads, partial, index, weight, bias, pairs, layout, TOKENS, dtype
+        )
+
+    wide = ("fused_loss._forward_kernel",)
+    for width, name in _widths():
+        call_ = _bind(call, width, DTYPES[name], BATCH, "halves", False)
+        yield f"head and loss, H {width}, {name}", Case(call_, wide if width >= 1024 else ())
+    for layout in ("interleaved", "index"):
+        case = Case(_bind(call, 4096, torch.bfloat16, BATCH, layout, True), wide)
+        yield f"head and loss, H 4096, bf16, {layout}, all options", case
+    many = Case(_bind(call, 4096, torch.bfloat16, 4096, "halves", False), wide)
+    yield "head and loss, H 4096, bf16, B 4096", many
 
 
 def listwise_cases() -> Iterable[tuple[str, Case]]:
@@ -128,7 +181,7 @@ def _bind(call: Callable, *arguments: object) -> Callable[[], object]:
     return lambda: call(*arguments)
 
 
-for _cases in (head_cases, listwise_cases):
+for _cases in (head_cases, pairwise_cases, fused_cases, listwise_cases):
     CASES.update(_cases())
 
 
