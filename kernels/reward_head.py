@@ -247,7 +247,7 @@ def _forward(
         *hidden.stride(), *(tokens.stride() if tokens is not None else (0, 0)), *weight.stride(),
         POOL=pool, HAS_BIAS=bias is not None, ACC=accumulator(hidden.dtype),
         LABELS=group, BLOCK=block, TOKENS=tokens_block,
-        num_warps=min(8, max(1, group * block // 512)),
+        num_warps=min(8, max(1, group * block * weight.dtype.itemsize // 1024)),
     )  # fmt: skip
     return scores
 

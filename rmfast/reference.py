@@ -503,3 +503,53 @@ def trie_attention_backward(
             grad_s += gs
     grad_s = None if grad_s is None else grad_s.to(sinks.dtype)
     return grad_q, grad_k.to(key.dtype), grad_v.to(value.dtype), grad_s
+
+
+# --- losses of ranked groups
+
+
+def listwise_loss(
+    scores: Tensor,  # [B]
+    ranks: Tensor,  # int or float [B], lower is better
+    offsets: Tensor,  # int64 [G + 1], rising from 0 to B
+    kind: str,  # "all_pairs" | "plackett_luce"
+) -> tuple[Tensor, Tensor]:  # fp32 [G], [B]
+    """Loss of each group of items, and its gradient by each item's score.
+
+    With K items in a group: all pairs (InstructGPT, arXiv 2203.02155, eq. 1) is
+    ``-log sigmoid(better - worse)`` summed over the pairs that are not tied, over K choose 2.
+    Plackett-Luce (Plackett 1975) is ``logsumexp(scores ranked no better) - score`` summed over
+    the items: tied items see each other (Breslow 1974).
+    """
+    sizes = offsets.diff()
+    item = torch.arange(max(1, int(sizes.max())) if len(sizes) else 1, device=scores.device)
+    inside = item < sizes[:, None]  # [G, K]
+    s = scores.new_zeros(inside.shape, dtype=wide(scores.dtype))
+    s = s.masked_scatter(inside, scores.to(s.dtype))
+    r = ranks.new_zeros(inside.shape).masked_scatter(inside, ranks)
+    both = inside[:, :, None] & inside[:, None, :]
+    if kind == "all_pairs":
+        better = both & (r[:, :, None] < r[:, None, :])  # [G, K, K], row better than column
+        gap = s[:, :, None] - s[:, None, :]
+        pairs = (sizes * (sizes - 1) // 2).clamp(min=1).to(s.dtype)
+        terms = -torch.nn.functional.logsigmoid(gap).masked_fill(~better, 0.0)
+        loss = terms.sum((1, 2)) / pairs
+        wrong = torch.sigmoid(-gap).masked_fill(~better, 0.0)
+        slope = (wrong.sum(1) - wrong.sum(2)) / pairs[:, None]
+    else:
+        # of each row: the items left when it is chosen; a row past the end sees itself
+        left = (both & (r[:, None, :] >= r[:, :, None])) | (item[:, None] == item)
+        logits = s[:, None, :].masked_fill(~left, float("-inf"))
+        loss = (logits.logsumexp(2) - s).sum(1)
+        slope = logits.softmax(2).masked_fill(~both, 0.0).sum(1) - 1
+    return loss, slope[inside]
+
+
+def listwise_loss_backward(
+    grad: Tensor,  # [G]
+    slope: Tensor,  # [B], from the forward
+    offsets: Tensor,  # int64 [G + 1]
+    dtype: torch.dtype,
+) -> Tensor:  # dtype [B]
+    """Gradient of the scores: each group's gradient times the slope of its items."""
+    return (grad.repeat_interleave(offsets.diff()) * slope).to(dtype)

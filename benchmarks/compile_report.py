@@ -1,0 +1,253 @@
+"""Compiles every kernel for chips that are not there: registers, spills, shared memory, occupancy.
+
+    python -m rmfast.benchmarks.compile_report
+
+No GPU is needed, and nothing is timed. ``tests/compile`` asserts what the cases promise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from rmfast.benchmarks import launches
+from rmfast.kernels import chips
+
+COLUMNS = (
+    "kernel case chip num_warps num_stages registers spills local_bytes shared programs occupancy"
+).split()
+
+
+class Case(NamedTuple):
+    """A launcher called once. Kernels are named as ``file.function``."""
+
+    call: Callable[[], object]  # with CPU tensors; nothing is run
+    wide: tuple[str, ...] = ()  # kernels that must have 16-byte global loads
+    dots: tuple[str, ...] = ()  # kernels that must have tensor-core instructions
+
+
+CASES: dict[str, Case] = {}
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WIDTHS = (64, 576, 2048, 4096, 8192, 16384)
+BATCH, TOKENS = 16, 1024  # a launch's grid, and strides: no code depends on them
+
+
+def head_cases() -> Iterable[tuple[str, Case]]:
+    def forward(width: int, dtype: torch.dtype, labels: int, pooling: str | None) -> None:
+        from rmfast.kernels import reward_head
+
+        weight = torch.empty(labels, width, dtype=dtype)
+        bias = torch.empty(labels, dtype=dtype) if labels > 1 else None
+        if pooling is None:
+            hidden = torch.empty(TOKENS, width, dtype=dtype)
+            index = torch.empty(BATCH, dtype=torch.int64)
+            reward_head.reward_head(hidden, index, weight, bias)
+        else:
+            hidden = torch.empty(BATCH, 64, width, dtype=dtype)
+            ids = torch.empty(BATCH, 64, dtype=torch.int64)
+            reward_head.pooled_reward_head(hidden, ids, weight, bias, ids != 0, 7, pooling)
+
+    def backward(width: int, dtype: torch.dtype, labels: int, batch: int, used_only: bool) -> None:
+        from rmfast.kernels import reward_head
+
+        reward_head.reward_head_backward(
+            torch.empty(batch, labels),
+            torch.empty(TOKENS, width, dtype=dtype),
+            torch.empty(batch, dtype=torch.int64),
+            torch.empty(labels, width, dtype=dtype),
+            torch.empty(labels, dtype=dtype) if labels > 1 else None,
+            used_only,
+        )
+
+    wide = ("reward_head._forward_kernel",)
+    for width, name in _widths():
+        case = Case(_bind(forward, width, DTYPES[name], 1, None), wide if width >= 1024 else ())
+        yield f"head forward, H {width}, {name}", case
+    five = Case(_bind(forward, 4096, torch.bfloat16, 5, None), wide)
+    yield "head forward, H 4096, bf16, 5 labels", five
+    for pooling in ("hf", "mask"):
+        case = Case(_bind(forward, 4096, torch.bfloat16, 1, pooling), wide)
+        yield f"head forward, H 4096, bf16, pooled by {pooling}", case
+    wide = ("reward_head._backward_kernel",)
+    for width, name in _widths():
+        case = Case(
+            _bind(backward, width, DTYPES[name], 1, BATCH, False), wide if width >= 1024 else ()
+        )
+        yield f"head backward, H {width}, {name}", case
+    five = Case(_bind(backward, 4096, torch.bfloat16, 5, BATCH, False))
+    yield "head backward, H 4096, bf16, 5 labels", five
+    many = Case(_bind(backward, 4096, torch.bfloat16, 1, 4096, True), wide)
+    yield "head backward, H 4096, bf16, used rows, B 4096", many
+
+
+def pairwise_cases() -> Iterable[tuple[str, Case]]:
+    def call(batch: int, dtype: torch.dtype, layout: str, all_options: bool) -> None:
+        from rmfast.kernels import pairwise_loss
+
+        count = batch // 2
+        pairs = torch.empty(count, 2, dtype=torch.int64) if layout == "index" else None
+        each = [torch.empty(count) if all_options else None for _ in ("margin", "target", "weight")]
+        _, _, grads = pairwise_loss.pairwise_loss(
+            torch.empty(batch, dtype=dtype), pairs, *each, layout, 0.0, 0.01 * all_options, "mean"
+        )
+        grad = torch.empty((), dtype=grads.dtype)
+        pairwise_loss.pairwise_loss_backward(grad, grads, pairs, layout, batch, dtype)
+
+    for batch in (BATCH, 4096):
+        case = Case(_bind(call, batch, torch.float32, "halves", False))
+        yield f"pairwise loss, halves, B {batch}, fp32", case
+    for layout in ("interleaved", "index"):
+        case = Case(_bind(call, 4096, torch.bfloat16, layout, True))
+        yield f"pairwise loss, {layout}, B 4096, bf16, all options", case
+    yield (
+        "pairwise loss, index, B 4096, fp64",
+        Case(_bind(call, 4096, torch.float64, "index", True)),
+    )
+
+
+def fused_cases() -> Iterable[tuple[str, Case]]:
+    def call(width: int, dtype: torch.dtype, batch: int, layout: str, all_options: bool) -> None:
+        from rmfast.kernels import fused_loss
+
+        count = batch // 2
+        hidden, weight = torch.empty(TOKENS, width, dtype=dtype), torch.empty(1, width, dtype=dtype)
+        index = torch.empty(batch, dtype=torch.int64)
+        bias = torch.empty(1, dtype=dtype) if all_options else None
+        pairs = torch.empty(count, 2, dtype=torch.int64) if layout == "index" else None
+        each = [torch.empty(count) if all_options else None for _ in ("margin", "target", "weight")]
+        *_, grads, partial = fused_loss.fused_loss(
+            hidden, index, weight, bias, pairs, *each, layout, 0.0, 0.01 * all_options, "mean"
+        )
+        fused_loss.fused_loss_backward(
+            torch.empty(()), grads, partial, index, weight, bias, pairs, layout, TOKENS, dtype
+        )
+
+    wide = ("fused_loss._forward_kernel",)
+    for width, name in _widths():
+        call_ = _bind(call, width, DTYPES[name], BATCH, "halves", False)
+        yield f"head and loss, H {width}, {name}", Case(call_, wide if width >= 1024 else ())
+    for layout in ("interleaved", "index"):
+        case = Case(_bind(call, 4096, torch.bfloat16, BATCH, layout, True), wide)
+        yield f"head and loss, H 4096, bf16, {layout}, all options", case
+    many = Case(_bind(call, 4096, torch.bfloat16, 4096, "halves", False), wide)
+    yield "head and loss, H 4096, bf16, B 4096", many
+
+
+def listwise_cases() -> Iterable[tuple[str, Case]]:
+    offsets = torch.zeros(33, dtype=torch.int64)
+
+    def forward(kind: str, dtype: torch.dtype, ranks: torch.dtype, size: int) -> None:
+        from rmfast.kernels import listwise_loss
+
+        scores, order = torch.empty(512, dtype=dtype), torch.empty(512, dtype=ranks)
+        listwise_loss.listwise_loss(scores, order, offsets, kind, size)
+
+    def backward(dtype: torch.dtype, size: int) -> None:
+        from rmfast.kernels import listwise_loss
+
+        slope = torch.empty(512, dtype=torch.promote_types(dtype, torch.float32))
+        grad = slope.new_empty(32)
+        listwise_loss.listwise_loss_backward(grad, slope, offsets, size, dtype)
+
+    for kind in ("all_pairs", "plackett_luce"):
+        for size in (4, 16, 32, 64):
+            case = Case(_bind(forward, kind, torch.float32, torch.int64, size))
+            yield f"{kind} forward, K {size}, fp32", case
+        for name, dtype in (("bf16", torch.bfloat16), ("fp64", torch.float64)):
+            case = Case(_bind(forward, kind, dtype, dtype, 64))
+            yield f"{kind} forward, K 64, {name}, ranks too", case
+    yield "listwise backward, K 4, fp32", Case(_bind(backward, torch.float32, 4))
+    yield "listwise backward, K 64, bf16", Case(_bind(backward, torch.bfloat16, 64))
+    yield "listwise backward, K 64, fp64", Case(_bind(backward, torch.float64, 64))
+
+
+def _widths() -> Iterable[tuple[int, str]]:
+    """Every width in bf16, the other dtypes in one small and one large."""
+    for width in WIDTHS:
+        yield width, "bf16"
+    for name in ("fp16", "fp32"):
+        yield 576, name
+        yield 4096, name
+
+
+def _bind(call: Callable, *arguments: object) -> Callable[[], object]:
+    return lambda: call(*arguments)
+
+
+for _cases in (head_cases, pairwise_cases, fused_cases, listwise_cases):
+    CASES.update(_cases())
+
+
+def compile_cases(names: Iterable[str], chip: str) -> dict[str, list[launches.Compiled] | str]:
+    """Every kernel each case launches, as ``chip`` would run it; the traceback of one that fails.
+
+    All cases of a chip in one process: what they have in common is compiled once.
+    """
+    out: dict[str, list[launches.Compiled] | str] = {}
+    for name in names:
+        try:
+            with chips.launching_for(chip), launches.record() as recorded:
+                CASES[name].call()
+            out[name] = [launches.compile(launch, chip) for launch in recorded]
+        except Exception:
+            out[name] = traceback.format_exc()
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("compile_report", description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", default="", help="only those with this in their name")
+    parser.add_argument("--chips", nargs="+", default=list(chips.CHIPS), choices=chips.CHIPS)
+    parser.add_argument("--jobs", type=int, help="processes; as many as CPUs if not given")
+    parser.add_argument(
+        "--all", action="store_true", help="print all cases, not each kernel's worst"
+    )
+    results = Path(__file__).with_name("results")
+    default = results / "compile.csv" if results.is_dir() else None
+    parser.add_argument("--csv", type=Path, default=default, help="written anew: %(default)s")
+    args = parser.parse_args(argv)
+    names = [name for name in CASES if args.cases in name]
+    rows = []
+    with launches.processes(args.jobs) as pool:
+        for chip, cases in zip(
+            args.chips, pool.map(compile_cases, [names] * len(args.chips), args.chips), strict=True
+        ):
+            for case, compiled in cases.items():
+                if isinstance(compiled, str):
+                    raise SystemExit(f"{case}, {chip}:\n{compiled}")
+                rows += [{"case": case, **one._asdict()} for one in compiled]
+    rows.sort(key=lambda row: (row["kernel"], names.index(row["case"])))  # chips stay in order
+    _show(rows if args.all else _worst(rows))
+    if args.csv is not None:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row | {"occupancy": f"{row['occupancy']:.2f}"} for row in rows)
+
+
+def _worst(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each kernel on each chip the case of least occupancy; of those, of most registers."""
+    worst: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        kept = worst.setdefault((row["kernel"], row["chip"]), row)
+        if (row["occupancy"], -row["registers"]) < (kept["occupancy"], -kept["registers"]):
+            worst[row["kernel"], row["chip"]] = row
+    return list(worst.values())
+
+
+def _show(rows: Iterable[dict[str, Any]]) -> None:
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    for row in rows:
+        cells = row | {"occupancy": f"{row['occupancy']:.2f}"}
+        print(f"| {' | '.join(str(cells[column]) for column in COLUMNS)} |")
+
+
+if __name__ == "__main__":
+    main()

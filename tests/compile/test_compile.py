@@ -1,0 +1,205 @@
+"""Every kernel compiled for chips that are not there: what is promised of the machine code."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from rmfast.benchmarks import compile_report, launches
+from rmfast.kernels import chips
+
+# wgmma on Hopper, tcgen05 on datacentre Blackwell where Triton's dot becomes it, mma elsewhere
+TENSOR_CORES = {
+    "sm_80": ("HMMA",),
+    "sm_90": ("HGMMA",),
+    "sm_100": ("UTCHMMA", "HMMA"),
+    "sm_120": ("HMMA",),
+    "gfx942": ("v_mfma",),
+    "gfx950": ("v_mfma",),
+}
+# global to register or to shared (cache hints stand before the width), and by the copy engine
+WIDE_LOADS = {
+    "cuda": r"LDG(STS)?\.(.*\.)?(128|256)(\.|$)|UTMALDG|UBLKCP",
+    "hip": r"(global|buffer)_load_(lds_)?dwordx4",
+}
+
+
+def has(compiled, opcodes):
+    return any(name.startswith(opcodes) for name in compiled.opcodes())
+
+
+def loads_wide(compiled):
+    wide = WIDE_LOADS[chips.CHIPS[compiled.chip].backend]
+    return any(re.match(wide, name) for name in compiled.opcodes())
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    """Of each chip a future of the cases among the tests that were chosen."""
+    chosen = [item.callspec.params for item in request.session.items if _is_case(item)]
+    cases = {}
+    for one in chosen:
+        cases.setdefault(one["chip"], []).append(one["case"])
+    with launches.processes() as pool:
+        yield {
+            chip: pool.submit(compile_report.compile_cases, names, chip)
+            for chip, names in cases.items()
+        }
+
+
+def _is_case(item):
+    return getattr(item, "originalname", "") == "test_case" and item.path == Path(__file__)
+
+
+@pytest.mark.parametrize("case", compile_report.CASES)
+@pytest.mark.parametrize("chip", chips.CHIPS)
+def test_case(case, chip, compiled):
+    kernels = compiled[chip].result()[case]
+    assert not isinstance(kernels, str), kernels
+    assert kernels, "nothing was launched"
+    for one in kernels:
+        assert one.chip == chip
+        assert (one.spills, one.local_bytes) == (0, 0), one.kernel
+        assert one.shared <= chips.CHIPS[chip].shared, one.kernel
+        assert one.programs >= 1, one.kernel
+    names = {one.kernel for one in kernels}
+    expected = compile_report.CASES[case]
+    assert names >= {*expected.wide, *expected.dots}
+    assert {one.kernel for one in kernels if loads_wide(one)} >= set(expected.wide)
+    assert {one.kernel for one in kernels if has(one, TENSOR_CORES[chip])} >= set(expected.dots)
+
+
+# --- the checks see what they look for
+
+
+@pytest.fixture
+def compile_one(tmp_path, monkeypatch):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1: nothing can be compiled in this process")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+
+    def one(chip, launch):
+        with chips.launching_for(chip), launches.record() as recorded:
+            launch()
+        (launch,) = recorded
+        return launches.compile(launch, chip)
+
+    return one
+
+
+@pytest.fixture
+def wrong():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("wrong", Path(__file__).with_name("wrong.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("chip", chips.CHIPS)
+def test_spills_are_seen(chip, compile_one, wrong):
+    elements = 256 if chips.CHIPS[chip].backend == "cuda" else 512  # of a thread: its registers
+    rows = elements * chips.CHIPS[chip].warp_size // 128
+    x = torch.empty(256, 128)
+    got = compile_one(chip, lambda: wrong.spill[(1,)](x, x, ROWS=rows, SIZE=128, num_warps=1))
+    assert got.spills > 0 and got.local_bytes > 0
+
+
+@pytest.mark.parametrize("chip", chips.CHIPS)
+def test_narrow_loads_are_seen(chip, compile_one, wrong):
+    x, y = torch.empty(4096), torch.empty(1024)
+
+    def wide(x, stride):
+        return loads_wide(compile_one(chip, lambda: wrong.copy[(1,)](x, y, stride, SIZE=1024)))
+
+    assert wide(x, 1) and not wide(x, 2)
+    # AMD's wide loads need no alignment
+    assert wide(x[1:], 1) == (chips.CHIPS[chip].backend == "hip")
+
+
+@pytest.mark.parametrize("chip", chips.CHIPS)
+def test_tensor_cores_are_seen(chip, compile_one, wrong):
+    a, c = torch.empty(64, 64, dtype=torch.bfloat16), torch.empty(64, 64)
+
+    def uses_them(dot):
+        got = compile_one(chip, lambda: wrong.matmul[(1,)](a, a, c, 0.5, SIZE=64, DOT=dot))
+        return has(got, TENSOR_CORES[chip])
+
+    assert uses_them(True) and not uses_them(False)
+
+
+def test_launches_are_specialised_as_triton_does(compile_one, wrong):
+    a = torch.empty(64, 64, dtype=torch.float16)
+    with launches.record() as recorded:
+        wrong.copy[(3, 2)](a, a[0, 1:], 48, 64, num_warps=2)
+        wrong.copy[lambda meta: (meta["SIZE"],)](a, a, SIZE=16, stride=1)
+        wrong.copy[(1,)](a, a, 2**40 + 1, SIZE=16)
+    first, second, third = recorded
+    assert (first.grid, second.grid) == ((3, 2), (16,))
+    assert first.options == {"num_warps": 2} and second.options == {}
+    assert (first.arguments["stride"], first.arguments["SIZE"]) == (48, 64)
+    keys = [launches.specialised(one, "sm_90") for one in (first, second, third)]
+    assert [key.signature["stride"] for key in keys] == ["i32", "constexpr", "i64"]
+    assert {key.signature["x"] for key in keys} == {"*fp16"}
+    aligned = [["tt.divisibility", 16]]
+    assert [keys[0].attrs[(i,)] for i in range(3)] == [aligned, [], aligned]
+    assert keys[1].constants[(2,)] == 1
+
+
+def test_recording_ends():
+    from triton.runtime.jit import JITFunction
+
+    before = JITFunction.run
+    with pytest.raises(ZeroDivisionError), launches.record():
+        assert JITFunction.run is not before
+        raise ZeroDivisionError
+    assert JITFunction.run is before
+
+
+def test_the_driver_is_put_back(compile_one, wrong):
+    from triton.runtime import driver
+
+    before = dict(vars(driver))
+    x = torch.empty(64)
+    compile_one("sm_90", lambda: wrong.copy[(1,)](x, x, 1, SIZE=64))
+    assert dict(vars(driver)) == before
+
+
+@pytest.mark.parametrize(
+    ("chip", "warps", "registers", "shared", "programs"),
+    [
+        ("sm_90", 4, 32, 0, 16),  # 64 warps
+        ("sm_90", 4, 168, 0, 3),  # 12 warps of 168 registers: 2 * 65536 / (168 * 32)
+        ("sm_90", 8, 128, 100 << 10, 2),  # 16 warps of 128 registers; 2 * (100 + 1) KiB
+        ("sm_90", 1, 16, 0, 32),
+        ("sm_80", 4, 128, 82 << 10, 1),  # two would take 166 KiB of 164
+        ("sm_80", 4, 128, 81 << 10, 2),
+        ("sm_120", 4, 32, 0, 12),
+        ("gfx942", 4, 128, 0, 4),  # 4 waves on each of 4 SIMDs
+        ("gfx942", 4, 129, 0, 3),
+        ("gfx942", 1, 64, 0, 32),
+        ("gfx942", 2, 32, 0, 16),
+        ("gfx942", 4, 64, 33 << 10, 1),
+        ("gfx950", 4, 64, 33 << 10, 4),
+    ],
+)
+def test_occupancy(chip, warps, registers, shared, programs):
+    assert launches.resident(chip, warps, registers, shared) == programs
+
+
+def test_report(tmp_path, capsys):
+    out = tmp_path / "compile.csv"
+    case = next(iter(compile_report.CASES))
+    compile_report.main(["--cases", case, "--chips", "sm_90", "gfx950", "--csv", str(out)])
+    header, *lines = out.read_text().splitlines()
+    assert header.split(",") == compile_report.COLUMNS
+    assert any("sm_90" in line for line in lines) and any("gfx950" in line for line in lines)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("| kernel | case | chip |")
+    assert len(printed) == 2 + len(lines)
