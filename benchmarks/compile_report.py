@@ -20,7 +20,8 @@ from rmfast.benchmarks import launches
 from rmfast.kernels import chips
 
 COLUMNS = (
-    "kernel case chip num_warps num_stages registers spills local_bytes shared programs occupancy"
+    "kernel case chip num_warps num_stages registers spills scalar_spills local_bytes shared "
+    "programs occupancy"
 ).split()
 
 
@@ -30,6 +31,7 @@ class Case(NamedTuple):
     call: Callable[[], object]  # with CPU tensors; nothing is run
     wide: tuple[str, ...] = ()  # kernels that must have 16-byte global loads
     dots: tuple[str, ...] = ()  # kernels that must have tensor-core instructions
+    narrow: tuple[str, ...] = ()  # of those: tiles of less than 64 rows, no wgmma on Hopper
 
 
 CASES: dict[str, Case] = {}
@@ -168,6 +170,56 @@ def listwise_cases() -> Iterable[tuple[str, Case]]:
     yield "listwise backward, K 64, fp64", Case(_bind(backward, torch.float64, 64))
 
 
+def attention_cases() -> Iterable[tuple[str, Case]]:
+    """Every row of the table of configurations, and each option on one of them."""
+
+    def call(
+        width: int, dtype: torch.dtype, *, value_width: int | None = None, pooled: bool = False,
+        window: int | None = None, softcap: float | None = None, sinks: bool = False,
+        keep: bool = True,
+    ) -> None:  # fmt: skip
+        import rmfast
+        from rmfast.kernels import trie_attention
+
+        trie = rmfast.pack([torch.arange(TOKENS)])
+        queries = torch.arange(0, TOKENS, 32) if pooled else None
+        rows = TOKENS if queries is None else len(queries)
+        q, k, v = (
+            torch.empty(1, length, heads, size, dtype=dtype).transpose(1, 2)
+            for length, heads, size in (
+                (rows, 4, width),
+                (TOKENS, 2, width),
+                (TOKENS, 2, value_width or width),
+            )
+        )
+        rest = (
+            *(trie.subtree_end, trie.position_ids, queries),
+            *(torch.empty(4, dtype=dtype) if sinks else None, 0.1, window, softcap),
+        )
+        out, lse = trie_attention.trie_attention(q, k, v, *rest, keep)
+        if keep:
+            trie_attention.trie_attention_backward(out, q, k, v, *rest, out, lse)
+
+    forward, dq, dkv = (f"trie_attention._{name}_kernel" for name in ("forward", "dq", "dkv"))
+    every = (forward, dq, dkv)
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for width in (64, 128):
+        yield f"attention, D {width}, bf16", Case(_bind(call, width, bf16), every, every)
+        yield f"attention, D {width}, fp32", Case(_bind(call, width, fp32), every)
+    # two fp32 sums of head_dim 256 leave no room for 64 keys
+    yield "attention, D 256, bf16", Case(_bind(call, 256, bf16), every, every, (dkv,))
+    case = Case(_bind(call, 256, bf16, softcap=50.0, window=64), every, every, (dkv,))
+    yield "attention, D 256, bf16, soft cap, window", case
+    case = Case(_bind(call, 128, bf16, window=64, sinks=True), every, every)
+    yield "attention, D 128, bf16, window, sinks", case
+    case = Case(_bind(call, 128, bf16, pooled=True), every, every, (forward, dq))
+    yield "attention, D 128, bf16, pooled queries", case
+    case = Case(_bind(call, 192, bf16, value_width=128), every, every, (dkv,))
+    yield "attention, D 192 and 128, bf16", case
+    case = Case(_bind(call, 80, fp16, keep=False), (forward,), (forward,))
+    yield "attention, D 80, fp16, inference", case
+
+
 def _widths() -> Iterable[tuple[int, str]]:
     """Every width in bf16, the other dtypes in one small and one large."""
     for width in WIDTHS:
@@ -177,11 +229,11 @@ def _widths() -> Iterable[tuple[int, str]]:
         yield 4096, name
 
 
-def _bind(call: Callable, *arguments: object) -> Callable[[], object]:
-    return lambda: call(*arguments)
+def _bind(call: Callable, *arguments: object, **options: object) -> Callable[[], object]:
+    return lambda: call(*arguments, **options)
 
 
-for _cases in (head_cases, pairwise_cases, fused_cases, listwise_cases):
+for _cases in (head_cases, pairwise_cases, fused_cases, listwise_cases, attention_cases):
     CASES.update(_cases())
 
 

@@ -40,7 +40,8 @@ class Compiled(NamedTuple):
     num_warps: int
     num_stages: int
     registers: int  # of a thread; on AMD vector registers, accumulators included
-    spills: int  # NVIDIA: instructions to or from local memory; AMD: registers spilled
+    spills: int  # NVIDIA: instructions to or from local memory; AMD: vector registers spilled
+    scalar_spills: int  # AMD: scalar registers kept in lanes of vector ones, not in memory
     local_bytes: int  # of a thread: stack, spilled registers, arrays indexed at run time
     shared: int  # bytes of a program
     programs: int  # that a multiprocessor (compute unit) can hold at once
@@ -164,6 +165,7 @@ def _nvidia(cubin: bytes) -> dict[str, Any]:
     return {
         "registers": resource["REG"],
         "spills": sum(op.startswith(("STL", "LDL")) for op in _SASS.findall(text)),
+        "scalar_spills": 0,
         "local_bytes": resource["STACK"] + resource["LOCAL"],
         "text": text,
     }
@@ -180,7 +182,8 @@ def _amd(text: str) -> dict[str, Any]:
     fields = {k: int(v) for k, v in re.findall(r"^ +\.(\w+): +(\d+)$", text, re.MULTILINE)}
     return {
         "registers": fields["vgpr_count"],
-        "spills": fields["vgpr_spill_count"] + fields["sgpr_spill_count"],
+        "spills": fields["vgpr_spill_count"],
+        "scalar_spills": fields["sgpr_spill_count"],
         "local_bytes": fields["private_segment_fixed_size"],
         "text": text,
     }
