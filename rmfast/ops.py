@@ -377,8 +377,10 @@ def _pairwise_loss(
 @torch.library.custom_op("rmfast::pairwise_loss_backward", mutates_args=())
 @_exact
 def _pairwise_loss_backward(
-    grad: Tensor, grads: Tensor, pairs: Tensor | None, layout: str, batch: int, dtype: torch.dtype
+    grad: Tensor, grads: Tensor, scores: Tensor, pairs: Tensor | None, layout: str
 ) -> Tensor:
+    # of scores only the shape, and that autograd sees a second derivative asked for
+    batch, dtype = scores.shape[0], scores.dtype
     if _use_kernels(grads):
         from rmfast.kernels import pairwise_loss as kernel
 
@@ -397,8 +399,8 @@ def _(scores, pairs, margin, target, weight, layout, smoothing, center, reductio
 
 
 @_pairwise_loss_backward.register_fake
-def _(grad, grads, pairs, layout, batch, dtype):
-    return grads.new_empty(batch, dtype=dtype)
+def _(grad, grads, scores, pairs, layout):
+    return scores.new_empty(scores.shape)
 
 
 _no_second_derivative(_pairwise_loss_backward, "pairwise_loss")
@@ -408,14 +410,14 @@ def _pairwise_loss_setup(ctx, inputs, output):
     scores, pairs, *_ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2], pairs)
-    ctx.rest = (inputs[5], scores.shape[0], scores.dtype)
+    ctx.save_for_backward(output[2], scores, pairs)
+    ctx.layout = inputs[5]
 
 
 def _pairwise_loss_autograd(ctx, grad, *_):
     grad_scores = None
     if grad is not None:
-        grad_scores = _pairwise_loss_backward(grad, *ctx.saved_tensors, *ctx.rest)
+        grad_scores = _pairwise_loss_backward(grad, *ctx.saved_tensors, ctx.layout)
     return grad_scores, *[None] * 9
 
 
@@ -586,15 +588,16 @@ def _reward_head_pairwise_loss_backward(
     grad: Tensor,
     grads: Tensor,
     partial: Tensor | None,
+    hidden: Tensor,
     index: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     pairs: Tensor | None,
     layout: str,
-    rows: int,
-    dtype: torch.dtype,
     needs_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # of hidden only the shape, and that autograd sees a second derivative asked for
+    rows, dtype = hidden.shape[0], hidden.dtype
     if _use_kernels(weight):
         from rmfast.kernels import fused_loss as kernel
 
@@ -607,9 +610,7 @@ def _reward_head_pairwise_loss_backward(
         )
         out = [None, None, None]
         if needs_hidden:
-            out[0] = reference.rows_gradient(
-                by_score[:, None], index, weight, (rows, weight.shape[1]), dtype
-            )
+            out[0] = reference.rows_gradient(by_score[:, None], index, weight, hidden.shape, dtype)
         if partial is not None:
             out[1] = (partial.sum(0, keepdim=True) * grad).to(weight.dtype)
             out[2] = None if bias is None else by_score.sum(0, keepdim=True).to(bias.dtype)
@@ -639,10 +640,10 @@ def _(
 
 
 @_reward_head_pairwise_loss_backward.register_fake
-def _(grad, grads, partial, index, weight, bias, pairs, layout, rows, dtype, needs_hidden):
+def _(grad, grads, partial, hidden, index, weight, bias, pairs, layout, needs_hidden):
     out = [None, None, None]
     if needs_hidden:
-        out[0] = weight.new_empty(rows, weight.shape[1], dtype=dtype)
+        out[0] = hidden.new_empty(hidden.shape)
     if partial is not None:
         out[1] = weight.new_empty(weight.shape)
         out[2] = None if bias is None else bias.new_empty(1)
@@ -657,10 +658,10 @@ def _reward_head_pairwise_loss_setup(ctx, inputs, output):
     *_, grads, partial = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grads, partial, index, weight, bias, pairs)
+    ctx.save_for_backward(grads, partial, hidden, index, weight, bias, pairs)
     needs = ctx.needs_input_grad
     ctx.needs = (needs[0], needs[2], needs[3])
-    ctx.rest = (inputs[8], hidden.shape[0], hidden.dtype)
+    ctx.layout = inputs[8]
 
 
 def _reward_head_pairwise_loss_autograd(ctx, grad, *_):
@@ -670,7 +671,7 @@ def _reward_head_pairwise_loss_autograd(ctx, grad, *_):
         grads, partial, *saved = ctx.saved_tensors
         partial = partial if needs_weight or needs_bias else None
         out = _reward_head_pairwise_loss_backward(
-            grad, grads, partial, *saved, *ctx.rest, needs_hidden
+            grad, grads, partial, *saved, ctx.layout, needs_hidden
         )
         out = [g if need else None for g, need in zip(out, ctx.needs, strict=True)]
     return out[0], None, out[1], out[2], *[None] * 10
