@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024  # pairs at a time in the forward, scores a program in the backward
-_USES = 64  # of the pairs' scores at a time, where a score may be in many pairs
+_USES = 32  # of the pairs' scores at a time, where a score may be in many pairs
 
 
 @triton.jit

@@ -783,13 +783,14 @@ def _listwise_loss(
 @torch.library.custom_op("rmfast::listwise_loss_backward", mutates_args=())
 @_exact
 def _listwise_loss_backward(
-    grad: Tensor, slope: Tensor, offsets: Tensor, max_size: int, dtype: torch.dtype
+    grad: Tensor, slope: Tensor, scores: Tensor, offsets: Tensor, max_size: int
 ) -> Tensor:
+    # of scores only the dtype, and that autograd sees a second derivative asked for
     if _use_kernels(slope):
         from rmfast.kernels import listwise_loss as kernel
 
-        return kernel.listwise_loss_backward(grad, slope, offsets, max_size, dtype)
-    return reference.listwise_loss_backward(grad, slope, offsets, dtype)
+        return kernel.listwise_loss_backward(grad, slope, offsets, max_size, scores.dtype)
+    return reference.listwise_loss_backward(grad, slope, offsets, scores.dtype)
 
 
 @_listwise_loss.register_fake
@@ -800,8 +801,8 @@ def _(scores, ranks, offsets, kind, max_size):
 
 
 @_listwise_loss_backward.register_fake
-def _(grad, slope, offsets, max_size, dtype):
-    return slope.new_empty(slope.shape, dtype=dtype)
+def _(grad, slope, scores, offsets, max_size):
+    return scores.new_empty(scores.shape)
 
 
 _no_second_derivative(_listwise_loss_backward, "listwise_loss")
@@ -811,14 +812,14 @@ def _listwise_loss_setup(ctx, inputs, output):
     scores, _, offsets, _, max_size = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], offsets)
-    ctx.rest = (max_size, scores.dtype)
+    ctx.save_for_backward(output[1], scores, offsets)
+    ctx.max_size = max_size
 
 
 def _listwise_loss_autograd(ctx, grad, _):
     grad_scores = None
     if grad is not None:
-        grad_scores = _listwise_loss_backward(grad, *ctx.saved_tensors, *ctx.rest)
+        grad_scores = _listwise_loss_backward(grad, *ctx.saved_tensors, ctx.max_size)
     return grad_scores, None, None, None, None
 
 
@@ -877,13 +878,14 @@ def listwise_loss(
         scores = scores[:, 0]
     if scores.ndim != 1:
         raise ValueError(f"scores must be [B] or [B, 1], got shape {tuple(scores.shape)}")
-    if not scores.is_floating_point():
-        raise ValueError(f"scores must be of a floating dtype, got {scores.dtype}: convert it")
+    _check_floating(scores=scores)
     if ranks.shape != scores.shape or ranks.is_complex() or ranks.dtype == torch.bool:
         raise ValueError(
             f"ranks must be int or float [{scores.shape[0]}] like scores, "
             f"got {ranks.dtype} {tuple(ranks.shape)}"
         )
+    if ranks.requires_grad:
+        raise ValueError("ranks is not differentiated: detach it")
     if offsets.ndim != 1 or offsets.dtype != torch.int64 or not offsets.shape[0]:
         raise ValueError(
             f"offsets must be int64 [G + 1], got {offsets.dtype} {tuple(offsets.shape)}"

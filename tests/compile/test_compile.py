@@ -105,7 +105,7 @@ def wrong():
     return module
 
 
-@pytest.mark.parametrize("chip", chips.CHIPS)
+@pytest.mark.parametrize("chip", ["sm_90", "gfx942"])
 def test_spills_are_seen(chip, compile_one, wrong):
     elements = 256 if chips.CHIPS[chip].backend == "cuda" else 512  # of a thread: its registers
     rows = elements * chips.CHIPS[chip].warp_size // 128
@@ -114,7 +114,7 @@ def test_spills_are_seen(chip, compile_one, wrong):
     assert got.spills > 0 and got.local_bytes > 0
 
 
-@pytest.mark.parametrize("chip", chips.CHIPS)
+@pytest.mark.parametrize("chip", ["sm_80", "sm_100", "gfx950"])
 def test_narrow_loads_are_seen(chip, compile_one, wrong):
     x, y = torch.empty(4096), torch.empty(1024)
 
