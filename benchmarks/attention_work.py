@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -70,13 +70,14 @@ def loop_instructions(compiled: launches.Compiled) -> int:
 def _loops(chip: str, width: int, plain: bool) -> dict[str, int]:
     """By kernel. ``plain``: the same source with tiles one after the other, no list."""
     import triton
+
     from rmfast.kernels import trie_attention
 
     if plain:
 
         @triton.jit
-        def one_after_the_other(tiles, i):
-            return i
+        def one_after_the_other(tiles, i, SIZE):
+            return i * SIZE
 
         trie_attention._listed = one_after_the_other
     trie = rmfast.pack([torch.arange(1024)])

@@ -80,7 +80,7 @@ def _config(kernel: str, like: Tensor, width: int, pooled: bool, capped: bool) -
 class Plan(NamedTuple):
     """For each tile, the blocks to visit: ``blocks[t, : counts[t, 0]]`` are full."""
 
-    blocks: Tensor  # int32 [tiles, blocks]; full ones, then partial ones, each rising; then rest
+    blocks: Tensor  # int32 [tiles, blocks + 1]; full ones, then partial ones, each rising; rest
     counts: Tensor  # int32 [tiles, 2]: full ones; all to visit
 
 
@@ -144,7 +144,7 @@ def plan(who: Rule, rows: int, nodes: int, by_block: bool = False) -> Plan:
         some, full = some.T, full.T
     counts = torch.stack([full.sum(1), some.sum(1)], 1).to(torch.int32)
     order = torch.where(full, 0, torch.where(some, 1, 2)).sort(dim=1, stable=True).indices
-    return Plan(order.to(torch.int32).contiguous(), counts)
+    return Plan(pad(order.to(torch.int32), (0, 1)), counts)  # a loop looks one ahead
 
 
 def _lowest(position: Tensor, rows: int) -> Tensor:
@@ -182,8 +182,9 @@ def _planned(who: Rule, position_ids: Tensor, config: Config, by_block: bool, po
 
 
 @triton.jit
-def _listed(tiles, i):
-    return tl.load(tiles + i)
+def _listed(tiles, i, SIZE: tl.constexpr):
+    """First row of the tile, or node of the block, that comes ``i``-th: ``tiles`` points at it."""
+    return tl.load(tiles) * SIZE
 
 
 @triton.jit
@@ -260,8 +261,11 @@ def _forward_tiles(
     DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    blocks += start
+    begin = _listed(blocks, start, N)
     for i in range(start, stop):
-        begin = _listed(blocks, i) * N
+        blocks += 1
+        after = _listed(blocks, i + 1, N)
         k = _load(key, kv_head, begin, nodes, k_head, k_row, k_col, N, WIDTH, D, MASKED, DOT)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         x, factor, _ = _logits(products, scale, softcap, CAPPED)
@@ -280,6 +284,7 @@ def _forward_tiles(
         v = _load(value, kv_head, begin, nodes, v_head, v_row, v_col, N, V_WIDTH, DV, MASKED, DOT)
         total = tl.dot(weights.to(DOT), v, total * shrink[:, None], input_precision=PRECISION)
         highest = new
+        begin = after
     return total, denominator, highest
 
 
@@ -288,7 +293,7 @@ def _forward_kernel(
     query, key, value, out, lse, sinks,
     first, last, row_position, node_position, blocks, counts,
     rows, nodes, listed, window, scale, softcap,
-    q_head, q_row, q_col, k_head, k_row, k_col, v_head, v_row, v_col, out_head, out_row,
+    q_head, q_row, q_col, k_head, k_row, k_col, v_head, v_row, v_col, out_head, out_row, lse_head,
     GROUP: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     SINKS: tl.constexpr, KEEP: tl.constexpr,
     WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -328,7 +333,7 @@ def _forward_kernel(
     total = total / denominator[:, None]
     _store(out, total, head, begin, rows, out_head, out_row, M, V_WIDTH, DV)
     if KEEP:
-        where = lse + head.to(tl.int64) * rows + row
+        where = lse + head.to(tl.int64) * lse_head + row
         tl.store(where, highest + tl.log2(denominator), mask=row < rows)
 
 
@@ -343,8 +348,11 @@ def _dq_tiles(
     DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    blocks += start
+    begin = _listed(blocks, start, N)
     for i in range(start, stop):
-        begin = _listed(blocks, i) * N
+        blocks += 1
+        after = _listed(blocks, i + 1, N)
         k = _load(key, kv_head, begin, nodes, k_head, k_row, k_col, N, WIDTH, D, MASKED, DOT)
         v = _load(value, kv_head, begin, nodes, v_head, v_row, v_col, N, V_WIDTH, DV, MASKED, DOT)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -361,6 +369,7 @@ def _dq_tiles(
         grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         grad_products = weights * (grad_weights - delta[:, None]) * slope
         total = tl.dot(grad_products.to(DOT), k, total, input_precision=PRECISION)
+        begin = after
     return total
 
 
@@ -370,7 +379,7 @@ def _dq_kernel(
     first, last, row_position, node_position, blocks, counts,
     rows, nodes, listed, window, scale, softcap,
     q_head, q_row, q_col, k_head, k_row, k_col, v_head, v_row, v_col,
-    out_head, out_row, grad_head, grad_row, grad_col, gq_head, gq_row,
+    out_head, out_row, grad_head, grad_row, grad_col, gq_head, gq_row, lse_head,
     GROUP: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     SINKS: tl.constexpr,
     WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -381,7 +390,7 @@ def _dq_kernel(
     kv_head = head // GROUP
     begin = tile * M
     row = begin + tl.arange(0, M)
-    of_row = head.to(tl.int64) * rows + row
+    of_row = head.to(tl.int64) * lse_head + row
     q = _load(query, head, begin, rows, q_head, q_row, q_col, M, WIDTH, D, True, DOT)
     g = _load(grad, head, begin, rows, grad_head, grad_row, grad_col, M, V_WIDTH, DV, True, DOT)
     o = _load(out, head, begin, rows, out_head, out_row, 1, M, V_WIDTH, DV, True, tl.float32)
@@ -417,15 +426,18 @@ def _dkv_tiles(
     grad_k, grad_v, k, v, query, grad, lse, delta, head, begin_node,
     first, last, row_position, node_position, tiles, start, stop,
     rows, nodes, window, scale, softcap,
-    q_head, q_row, q_col, grad_head, grad_row, grad_col,
+    q_head, q_row, q_col, grad_head, grad_row, grad_col, lse_head,
     MASKED: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr,
     CAPPED: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    of_head = head.to(tl.int64) * rows
+    of_head = head.to(tl.int64) * lse_head
+    tiles += start
+    begin = _listed(tiles, start, M)
     for i in range(start, stop):
-        begin = _listed(tiles, i) * M
+        tiles += 1
+        after = _listed(tiles, i + 1, M)
         row = begin + tl.arange(0, M)
         q = _load(query, head, begin, rows, q_head, q_row, q_col, M, WIDTH, D, MASKED, DOT)
         g = _load(
@@ -450,6 +462,7 @@ def _dkv_tiles(
         grad_weights = tl.dot(v, tl.trans(g), input_precision=PRECISION)
         grad_products = weights * (grad_weights - mean[None, :]) * slope
         grad_k = tl.dot(grad_products.to(DOT), q, grad_k, input_precision=PRECISION)
+        begin = after
     return grad_k, grad_v
 
 
@@ -459,7 +472,7 @@ def _dkv_kernel(
     first, last, row_position, node_position, tiles, counts,
     rows, nodes, listed, window, scale, softcap,
     q_head, q_row, q_col, k_head, k_row, k_col, v_head, v_row, v_col,
-    grad_head, grad_row, grad_col, gk_head, gk_row, gv_head, gv_row,
+    grad_head, grad_row, grad_col, gk_head, gk_row, gv_head, gv_row, lse_head,
     GROUP: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
 
     WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -479,14 +492,14 @@ def _dkv_kernel(
             grad_k, grad_v, k, v, query, grad, lse, delta, head, begin,
             first, last, row_position, node_position, tiles, 0, full,
             rows, nodes, window, scale, softcap,
-            q_head, q_row, q_col, grad_head, grad_row, grad_col,
+            q_head, q_row, q_col, grad_head, grad_row, grad_col, lse_head,
             False, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
         )  # fmt: skip
         grad_k, grad_v = _dkv_tiles(
             grad_k, grad_v, k, v, query, grad, lse, delta, head, begin,
             first, last, row_position, node_position, tiles, full, stop,
             rows, nodes, window, scale, softcap,
-            q_head, q_row, q_col, grad_head, grad_row, grad_col,
+            q_head, q_row, q_col, grad_head, grad_row, grad_col, lse_head,
             True, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
         )  # fmt: skip
     _store(grad_key, grad_k * scale, kv_head, begin, nodes, gk_head, gk_row, N, WIDTH, D)
@@ -540,20 +553,21 @@ def trie_attention(
     softcap: float | None,
     keep: bool,  # the log-sum-exp too, for the backward
     config: Config | None = None,
-) -> tuple[Tensor, Tensor]:  # [1, M, Hq, Dv]; fp32 [Hq, M] in base 2, else empty
+) -> tuple[Tensor, Tensor]:  # [1, M, Hq, Dv]; fp32 [Hq, M rounded up] in base 2, or empty
     _, heads, rows, _ = query.shape
     pooled = queries is not None
     chosen, constants = _tile("forward", query, value, pooled, softcap is not None, config)
     who = _rule(subtree_end, position_ids, queries, window)
     tiles = _planned(who, position_ids, chosen, False, pooled)
     out = query.new_empty(1, rows, heads, value.shape[-1])
-    lse = query.new_empty((heads, rows) if keep else 0, dtype=torch.float32)
+    # each head's begins at 64 bytes
+    lse = query.new_empty((heads, -(-rows // 16) * 16) if keep else (1, 0), dtype=torch.float32)
     _forward_kernel[(tiles.counts.shape[0], heads)](
         query, key, value, out, lse, lse if sinks is None else sinks,
         *_mask(who), *tiles,
         rows, key.shape[2], tiles.blocks.shape[1], window or 0, scale, softcap or 1.0,
         *query.stride()[1:], *key.stride()[1:], *value.stride()[1:],
-        out.stride(2), out.stride(1),
+        out.stride(2), out.stride(1), lse.stride(0),
         WINDOW=window is not None, CAPPED=softcap is not None, SINKS=sinks is not None, KEEP=keep,
         **constants,
     )  # fmt: skip
@@ -596,7 +610,8 @@ def trie_attention_backward(
         query, key, value, out, grad, lse, delta, grad_q, lse if sinks is None else sinks, partial,
         *_mask(who), *tiles,
         rows, nodes, tiles.blocks.shape[1], window or 0, scale, softcap or 1.0,
-        *strides, out.stride(2), out.stride(1), *g_strides, grad_q.stride(1), grad_q.stride(2),
+        *strides, out.stride(2), out.stride(1), *g_strides,
+        grad_q.stride(1), grad_q.stride(2), lse.stride(0),
         SINKS=sinks is not None, **flags, **constants,
     )  # fmt: skip
 
@@ -607,7 +622,7 @@ def trie_attention_backward(
         *_mask(who), *blocks,
         rows, nodes, blocks.blocks.shape[1], window or 0, scale, softcap or 1.0,
         *strides, *g_strides,
-        grad_k.stride(1), grad_k.stride(2), grad_v.stride(1), grad_v.stride(2),
+        grad_k.stride(1), grad_k.stride(2), grad_v.stride(1), grad_v.stride(2), lse.stride(0),
         **flags, **constants,
     )  # fmt: skip
     grad_sinks = None if sinks is None else partial.sum(0).to(sinks.dtype)

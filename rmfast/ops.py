@@ -932,9 +932,8 @@ def _trie_attention(
         from rmfast.kernels import trie_attention as kernels
 
         return kernels.trie_attention(query, key, value, *rule, keep)
-    return reference.trie_attention(query, key, value, *rule), query.new_empty(
-        0, dtype=torch.float32
-    )
+    lse = query.new_empty(1, 0, dtype=torch.float32)
+    return reference.trie_attention(query, key, value, *rule), lse
 
 
 @torch.library.custom_op("rmfast::trie_attention_backward", mutates_args=())
@@ -970,7 +969,8 @@ def _(
     keep,
 ):  # fmt: skip
     _, heads, rows, _ = query.shape
-    lse = query.new_empty((heads, rows) if triton and keep else 0, dtype=torch.float32)
+    shape = (heads, (rows + 15) // 16 * 16) if triton and keep else (1, 0)
+    lse = query.new_empty(shape, dtype=torch.float32)
     return query.new_empty(1, rows, heads, value.shape[-1]), lse
 
 
