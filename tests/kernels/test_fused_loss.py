@@ -199,3 +199,28 @@ def test_programs_cover_the_pairs_and_buffer_little(count, rows, width, low):
     if grid > 1:
         moved = (rows + 2 * count) * width * dtype.itemsize
         assert 2 * 4 * grid * width <= 0.04 * moved
+
+
+def test_opcheck(device):
+    """The kernels give what their fakes promise: shapes, dtypes, strides, nothing aliased."""
+    torch.manual_seed(0)
+    hidden, index, weight, pairs = problem(6, "index", 5, torch.float32, device, rows=300)
+    hidden = hidden.nan_to_num(0.5).requires_grad_()
+    weight.requires_grad_()
+    bias = torch.randn(1, device=device, requires_grad=True)
+    scores = torch.randn(9, 2, device=device)[:, 1].requires_grad_()
+    padded = torch.randn(3, 2, 5, device=device).transpose(0, 1).requires_grad_()
+    ids = torch.tensor([[1, 0, 0], [1, 1, 0]], device=device)
+    rmfast, none = torch.ops.rmfast, (None, None, None)
+    both = rmfast.reward_head_pairwise_loss.default
+    calls = [
+        (rmfast.reward_head.default, (hidden, index, weight, bias)),
+        (rmfast.pooled_reward_head.default, (padded, ids, weight, bias, None, 0, "hf")),
+        (rmfast.pairwise_loss.default,
+         (scores, pairs, *none, "index", 0.1, 0.0, "none", True)),
+        (both, (hidden, index, weight, bias, pairs, *none, "index", 0.1, 0.0, "sum", True, True)),
+        (both, (hidden, index[:8], weight, None, None, *none, "halves", 0.1, 0.0, "mean",
+                True, True)),
+    ]  # fmt: skip
+    for op, args in calls:
+        torch.library.opcheck(op, args)
