@@ -1,0 +1,345 @@
+"""Counts work instead of timing it: what kernels move and launch, against the least there is to do.
+
+    python -m rmfast.benchmarks.work
+
+No GPU is needed. Bytes are counted while Triton's interpreter runs the kernels, launch by launch:
+each address that is read once, whatever read it how often (a repeat is served by the cache as long
+as the rows of a batch fit into it), and each store each time. Launches are counted in one training
+step of head and loss, forward and backward: Triton's, and torch's operations that write memory
+(views and allocations launch nothing; an operation counts as one, though on a GPU some launch
+several kernels). The gradient of the loss, a one, is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rmfast.benchmarks import launches
+
+
+class Figure(NamedTuple):
+    what: str
+    case: str
+    counted: float
+    least: float | None
+    ratio: float | None  # counted / least
+    limit: float | None  # that the ratio, or without one the count, may have
+
+
+def figure(
+    what: str, case: str, counted: float, least: float | None = None, limit: float | None = None
+) -> Figure:
+    ratio = None if least is None else counted / least
+    return Figure(what, case, counted, least, ratio, limit)
+
+
+# --- bytes
+
+
+class Traffic(NamedTuple):
+    """Bytes of one launch."""
+
+    kernel: str
+    read: int
+    written: int
+
+
+@contextlib.contextmanager
+def traffic() -> Iterator[list[Traffic]]:
+    """Launches inside the block, in a process where Triton interprets."""
+    from triton.runtime import interpreter
+
+    done: list[Traffic] = []
+    reads: dict[int, list[np.ndarray]] = {}  # addresses by bytes of an element
+    written = [0]
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, rmw = (
+        builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+    )  # fmt: skip
+    launch = executor.__call__
+
+    def size(pointers: Any) -> int:
+        return pointers.get_element_ty().primitive_bitwidth // 8
+
+    def read(pointers: Any, mask: Any) -> None:
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+        reads.setdefault(size(pointers), []).append(np.unique(addresses))
+
+    def write(pointers: Any, mask: Any) -> None:
+        shape = np.broadcast_shapes(pointers.data.shape, mask.data.shape)
+        written[0] += size(pointers) * int(np.broadcast_to(mask.data, shape).sum())
+
+    def loads(self, pointers, mask, *rest):
+        read(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def stores(self, pointers, value, mask, *rest):
+        write(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def atomics(self, operation, pointers, value, mask, *rest):
+        read(pointers, mask)
+        write(pointers, mask)
+        return rmw(self, operation, pointers, value, mask, *rest)
+
+    def launches_(self, *args, **kwargs):
+        reads.clear()
+        written[0] = 0
+        launch(self, *args, **kwargs)
+        distinct = sum(k * np.unique(np.concatenate(v)).size for k, v in reads.items())
+        name = f"{self.fn.__module__.split('.')[-1]}.{self.fn.__name__}"
+        done.append(Traffic(name, distinct, written[0]))
+
+    builder.create_masked_load, builder.create_masked_store = loads, stores
+    builder.create_atomic_rmw, executor.__call__ = atomics, launches_
+    try:
+        yield done
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+        builder.create_atomic_rmw, executor.__call__ = rmw, launch
+
+
+TOKENS, WIDTH, BATCH = 512, 4096, 32  # rows of hidden; sequences, half of them chosen
+
+
+def bytes_moved() -> list[Figure]:
+    """Head and losses. The least is what the kernels' own docstrings say, tensor by tensor."""
+    cases = [*_head_bytes(), *_fused_bytes(), *_pairwise_bytes(), *_listwise_bytes()]
+    out = []
+    for name, call, least in cases:
+        with traffic() as moved:
+            call()
+        counted = sum(one.read + one.written for one in moved)
+        out.append(figure("bytes moved", name, counted, least, 1.05))
+    return out
+
+
+def _head(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH).to(dtype)
+    return hidden, torch.randperm(TOKENS)[:BATCH], torch.randn(1, WIDTH).to(dtype)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(x.nbytes for x in tensors)
+
+
+_Case = tuple[str, Callable[[], object], int]
+
+
+def _head_bytes() -> Iterable[_Case]:
+    from rmfast.kernels import reward_head as kernel
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        hidden, index, weight = _head(dtype)
+        scores = torch.randn(BATCH, 1)
+        rows = hidden[index]
+        yield (
+            f"head forward, {name}",
+            lambda args=(hidden, index, weight): kernel.reward_head(*args, None),
+            _bytes(rows, weight, index, scores),
+        )
+        yield (
+            f"head backward, {name}",
+            lambda args=(scores, hidden, index, weight): kernel.reward_head_backward(*args, None),
+            _bytes(scores, rows, index, weight) + _bytes(hidden, weight),
+        )
+        yield (
+            f"head backward, used rows, {name}",
+            lambda args=(scores, hidden, index, weight): kernel.reward_head_backward(
+                *args, None, True
+            ),
+            _bytes(scores, rows, index, weight) + _bytes(rows, weight),
+        )
+
+
+def _fused_bytes() -> Iterable[_Case]:
+    from rmfast import ops
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        hidden, index, weight = _head(dtype)
+        scores, pairs, metrics, loss = (torch.empty(n) for n in (BATCH, BATCH, 6, 1))
+        forward = _bytes(hidden[index], weight, index, scores, pairs, metrics, loss)
+        backward = _bytes(weight, index, pairs, loss) + _bytes(hidden, weight)
+
+        def step(hidden=hidden, index=index, weight=weight) -> None:
+            leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+            loss = ops.reward_head_pairwise_loss(leaves[0], index, leaves[1]).loss
+            loss.backward(torch.ones(()))
+
+        yield f"head and loss, forward and backward, {name}", step, forward + backward
+
+
+def _pairwise_bytes() -> Iterable[_Case]:
+    from rmfast import ops
+
+    scores = torch.randn(4096)
+    pairs, metrics, loss = torch.empty(4096), torch.empty(6), torch.empty(1)
+
+    def step() -> None:
+        ops.pairwise_loss(scores.clone().requires_grad_()).loss.backward(torch.ones(()))
+
+    least = _bytes(scores, loss, metrics, pairs) + _bytes(loss, pairs, scores)
+    yield "pairwise loss, forward and backward", step, least
+
+
+def _listwise_bytes() -> Iterable[_Case]:
+    from rmfast import ops
+
+    scores, ranks, offsets = torch.randn(512), torch.arange(512) % 16, torch.arange(0, 513, 16)
+    losses, slope = torch.empty(32), torch.empty(512)
+    least = _bytes(scores, ranks, offsets, losses, slope) + _bytes(losses, slope, offsets, scores)
+    for kind in ("all_pairs", "plackett_luce"):
+
+        def step(kind=kind) -> None:
+            leaf = scores.clone().requires_grad_()
+            loss = ops.listwise_loss(
+                leaf, ranks, offsets, kind=kind, reduction="none", max_size=16
+            )  # fmt: skip
+            loss.backward(torch.ones(32))
+
+        yield f"{kind}, forward and backward", step, least
+
+
+# --- launches
+
+# allocations, and the one view whose schema does not say so
+_FREE = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"
+}  # fmt: skip
+
+
+class Launches(TorchDispatchMode):
+    """Names of what runs on the device inside the block, in a process where Triton interprets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._interpreting = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "rmfast":  # opaque to torch: what is inside counts
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        name = func._schema.name.split("::")[1]
+        view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if not (self._interpreting or view or name in _FREE):
+            self.names.append(name)
+        return func(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def and_triton(self) -> Iterator[Launches]:
+        from triton.runtime import interpreter
+
+        launch = interpreter.GridExecutor.__call__
+
+        def run(executor, *args, **kwargs):
+            self.names.append(executor.fn.__name__)
+            self._interpreting = True  # the interpreter's own use of torch is nobody's launch
+            try:
+                launch(executor, *args, **kwargs)
+            finally:
+                self._interpreting = False
+
+        interpreter.GridExecutor.__call__ = run
+        try:
+            with self:
+                yield self
+        finally:
+            interpreter.GridExecutor.__call__ = launch
+
+
+def launches_per_step() -> list[Figure]:
+    """A training step of head and loss, on the rows of a packed batch and on a padded one."""
+    from rmfast import ops
+
+    def rmfast(hidden, index, weight):
+        return ops.reward_head_pairwise_loss(hidden, index, weight).loss
+
+    def rmfast_apart(hidden, index, weight):
+        return ops.pairwise_loss(ops.reward_head(hidden, index, weight)).loss
+
+    def eager(hidden, index, weight):
+        chosen, rejected = F.linear(hidden[index].float(), weight.float())[:, 0].chunk(2)
+        return -F.logsigmoid(chosen - rejected).mean()
+
+    def hugging_face(hidden, ids, weight):  # its sequence classifiers' pooling, and TRL's loss
+        logits = F.linear(hidden, weight)
+        columns = torch.arange(ids.shape[-1], dtype=torch.int32)
+        last = (columns * (ids != 0).to(torch.int32)).argmax(-1)
+        pooled = logits[torch.arange(len(ids)), last]
+        chosen, rejected = pooled.squeeze(-1).chunk(2)
+        return -F.logsigmoid(chosen - rejected).mean()
+
+    hidden, index, weight = _head(torch.bfloat16)
+    ids = torch.randint(1, 9, (BATCH, TOKENS // BATCH))
+    padded = hidden.view(*ids.shape, WIDTH)
+    contestants: list[tuple[str, Callable, Tensor, Tensor, int | None]] = [
+        ("rmfast, one op", rmfast, hidden, index, 2),
+        ("rmfast, head and loss apart", rmfast_apart, hidden, index, 4),
+        ("eager torch on the pooled rows", eager, hidden, index, None),
+        ("Hugging Face and TRL on the padded batch", hugging_face, padded, ids, None),
+    ]
+    out = []
+    for name, loss, states, rows, limit in contestants:
+        leaves = [x.clone().requires_grad_() for x in (states, weight)]
+        # once before: what is made at the first launch and kept does not count
+        one = torch.ones((), dtype=loss(leaves[0], rows, leaves[1]).dtype)
+        with Launches().and_triton() as seen:
+            loss(leaves[0], rows, leaves[1]).backward(one)
+        out.append(figure("launches a step", name, len(seen.names), limit=limit))
+    return out
+
+
+# --- what is counted, and in which kind of process: True where kernels are interpreted
+COUNTS: list[tuple[Callable[[], list[Figure]], bool]] = [
+    (bytes_moved, True),
+    (launches_per_step, True),
+]
+
+
+def count() -> list[Figure]:
+    """Every figure; a kind of process is started once."""
+    figures = {}
+    for interpret in sorted({kind for _, kind in COUNTS}):
+        with launches.processes(1, interpret) as pool:
+            chosen = [function for function, kind in COUNTS if kind == interpret]
+            for function, done in [(f, pool.submit(f)) for f in chosen]:
+                figures[function] = done.result()
+    return [one for function, _ in COUNTS for one in figures[function]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("work", description=__doc__.partition("\n")[0])
+    results = Path(__file__).with_name("results")
+    default = results / "work.csv" if results.is_dir() else None
+    parser.add_argument("--csv", type=Path, default=default, help="written anew: %(default)s")
+    args = parser.parse_args(argv)
+    figures = [
+        one._replace(ratio=one.ratio and round(one.ratio, 4))._asdict() for one in count()
+    ]  # fmt: skip
+    print(f"| {' | '.join(Figure._fields)} |\n|{'---|' * len(Figure._fields)}")
+    for one in figures:
+        print(f"| {' | '.join('' if x is None else str(x) for x in one.values())} |")
+    if args.csv is not None:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, Figure._fields, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(figures)
+
+
+if __name__ == "__main__":
+    main()
