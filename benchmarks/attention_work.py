@@ -1,36 +1,67 @@
-"""What the trie attention kernels do beyond what they must: tiles visited, instructions a tile."""
+"""What the trie attention kernels do beyond what they must: tiles visited, instructions a tile.
+
+Counted for :mod:`rmfast.benchmarks.work`, which says what for.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import rmfast
+from rmfast import embedded, reference
 from rmfast.benchmarks import launches
+from rmfast.data import read_pairs
 from rmfast.kernels import chips
 
 # --- tiles
 
 
+def tries(data: Path | None) -> dict[str, rmfast.PackedTrie]:
+    """Random batches, and batches of real text by bytes: a few pairs, groups of 8 answers."""
+    rng = np.random.default_rng(0)
+    out = {}
+    for name, values, length in (("random, much shared", 2, 300), ("random", 5, 700)):
+        rows = [rng.integers(values, size=rng.integers(1, length + 1)) for _ in range(64)]
+        out[name] = rmfast.pack(rows)
+    found = embedded.pairs("held-out") if data is None else read_pairs(data)
+    sides = [_bytes(side) for pair in found[:64] for side in pair.whole()]
+    out["8 pairs"] = rmfast.pack(sides[:16])
+    out["64 pairs"] = rmfast.pack(sides)
+    # a prompt and eight answers: those of other questions, as long as real ones
+    prompts, answers = sides[:16:2], sides[1::2]
+    rows = [
+        prompt + answers[(8 * i + j) % len(answers)]
+        for i, prompt in enumerate(prompts)
+        for j in range(8)
+    ]
+    out["8 groups of 8"] = rmfast.pack(rows)
+    return out
+
+
+def _bytes(side: str | list[dict]) -> list[int]:
+    text = side if isinstance(side, str) else "\n".join(turn["content"] for turn in side)
+    return list(text.encode())
+
+
 def tiles(trie: rmfast.PackedTrie, rows: int, nodes: int, window: int | None) -> tuple[int, int]:
-    """Tiles that the kernels visit, and those with an allowed pair, from the mask itself."""
+    """Tiles that the kernels visit, and those with an allowed pair, by the mask itself."""
     from rmfast.kernels import trie_attention
 
     who = trie_attention._rule(trie.subtree_end, trie.position_ids, None, window)
     visited = int(trie_attention.plan(who, rows, nodes).counts[:, 1].sum())
-    end, position = trie.subtree_end.numpy(), trie.position_ids.numpy()
-    node = np.arange(len(trie))
+    node = torch.arange(len(trie))
     needed = 0
     for start in range(0, len(trie), rows):
-        q = node[start : start + rows, None]
-        allowed = (node <= q) & (q < end)
-        if window is not None:
-            allowed &= position[q] - position < window
-        columns = np.pad(allowed.any(axis=0), (0, -len(trie) % nodes))
-        needed += int(columns.reshape(-1, nodes).any(axis=1).sum())
+        allowed = reference.trie_mask(
+            node[start : start + rows], node, trie.subtree_end, trie.position_ids, window
+        )
+        seen = torch.nn.functional.pad(allowed.any(0), (0, -len(trie) % nodes))
+        needed += int(seen.view(-1, nodes).any(1).sum())
     return visited, needed
 
 
@@ -94,8 +125,8 @@ def _loops(chip: str, width: int, plain: bool) -> dict[str, int]:
 
 def instructions(
     chip_names: Iterable[str], widths: Iterable[int]
-) -> Iterable[tuple[str, str, int, int]]:
-    """Kernel, case, instructions of its full-tile loop, those of plain causal attention's."""
+) -> Iterable[tuple[str, str, int, int, int]]:
+    """Kernel, chip, head_dim, instructions of its full-tile loop, those of plain causal's."""
     cases = [(chip, width) for chip in chip_names for width in widths]
     found: dict[bool, list[dict[str, int]]] = {}
     for plain in (False, True):  # a process sees one of the two sources
@@ -103,4 +134,4 @@ def instructions(
             found[plain] = list(pool.map(_loops, *zip(*cases, strict=True), [plain] * len(cases)))
     for (chip, width), ours, theirs in zip(cases, found[False], found[True], strict=True):
         for kernel, count in ours.items():
-            yield kernel, f"{chip}, D {width}", count, theirs[kernel]
+            yield kernel, chip, width, count, theirs[kernel]

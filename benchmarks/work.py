@@ -7,7 +7,9 @@ each address that is read once, whatever read it how often (a repeat is served b
 as the rows of a batch fit into it), and each store each time. Launches are counted in one training
 step of head and loss, forward and backward: Triton's, and torch's operations that write memory
 (views and allocations launch nothing; an operation counts as one, though on a GPU some launch
-several kernels). The gradient of the loss, a one, is given.
+several kernels). The gradient of the loss, a one, is given. Attention: tiles visited, against the
+mask itself; instructions of the loop over full tiles, against those of plain causal attention
+compiled from the same source.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from torch._library.custom_ops import OPDEFS
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmfast.benchmarks import launches
+from rmfast.benchmarks import attention_work, launches
+from rmfast.kernels import chips
 
 
 class Figure(NamedTuple):
@@ -304,22 +307,40 @@ def launches_per_step() -> list[Figure]:
     return out
 
 
-# --- what is counted, and in which kind of process: True where kernels are interpreted
-COUNTS: list[tuple[Callable[[], list[Figure]], bool]] = [
-    (bytes_moved, True),
-    (launches_per_step, True),
-]
+# --- attention
+
+TILES = ((128, 64, None), (64, 128, None), (128, 64, 128))  # queries, keys, sliding window
 
 
-def count() -> list[Figure]:
-    """Every figure; a kind of process is started once."""
-    figures = {}
-    for interpret in sorted({kind for _, kind in COUNTS}):
-        with launches.processes(1, interpret) as pool:
-            chosen = [function for function, kind in COUNTS if kind == interpret]
-            for function, done in [(f, pool.submit(f)) for f in chosen]:
-                figures[function] = done.result()
-    return [one for function, _ in COUNTS for one in figures[function]]
+def tiles_visited(data: Path | None = None) -> list[Figure]:
+    """Tiles that the kernels visit, against those that hold a pair the mask allows."""
+    out = []
+    for name, trie in attention_work.tries(data).items():
+        for rows, nodes, window in TILES:
+            case = f"{name}, {len(trie)} nodes, {rows} x {nodes}"
+            case += "" if window is None else f", window {window}"
+            counted, least = attention_work.tiles(trie, rows, nodes, window)
+            out.append(figure("tiles visited", case, counted, least, 1.0))
+    return out
+
+
+def loop_instructions(chip_names: Iterable[str]) -> list[Figure]:
+    """Instructions of the full-tile loop, against plain causal attention of the same source."""
+    out = []
+    for kernel, chip, width, counted, least in attention_work.instructions(chip_names, (64, 128)):
+        # AMD's loops are short, and looking up a tile takes 8 scalar instructions there
+        limit = 1.025 if chips.CHIPS[chip].backend == "cuda" else 1.05
+        what, case = f"instructions a full tile, {kernel}", f"{chip}, D {width}"
+        out.append(figure(what, case, counted, least, limit))
+    return out
+
+
+def count(chip_names: Iterable[str], data: Path | None = None) -> list[Figure]:
+    """Every figure."""
+    with launches.processes(1, interpret=True) as pool:
+        interpreted = [pool.submit(function) for function in (bytes_moved, launches_per_step)]
+        figures = [one for done in interpreted for one in done.result()]
+    return [*figures, *tiles_visited(data), *loop_instructions(chip_names)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -327,10 +348,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = Path(__file__).with_name("results")
     default = results / "work.csv" if results.is_dir() else None
     parser.add_argument("--csv", type=Path, default=default, help="written anew: %(default)s")
+    parser.add_argument("--chips", nargs="*", default=list(chips.CHIPS), choices=chips.CHIPS)
+    parser.add_argument("--data", type=Path, help="preference pairs as JSON lines, for the tiles")
     args = parser.parse_args(argv)
     figures = [
-        one._replace(ratio=one.ratio and round(one.ratio, 4))._asdict() for one in count()
-    ]  # fmt: skip
+        one._replace(ratio=one.ratio and round(one.ratio, 4))._asdict()
+        for one in count(args.chips, args.data)
+    ]
     print(f"| {' | '.join(Figure._fields)} |\n|{'---|' * len(Figure._fields)}")
     for one in figures:
         print(f"| {' | '.join('' if x is None else str(x) for x in one.values())} |")

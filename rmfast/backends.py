@@ -64,7 +64,6 @@ def _compiled_flex() -> Callable:
     return torch.compile(flex_attention, dynamic=True)
 
 
-@torch.compiler.disable
 @reference.once_a_batch
 def _block_mask(subtree_end, position_ids, queries, window):
     from torch.nn.attention.flex_attention import create_block_mask
@@ -119,7 +118,6 @@ class Varlen(NamedTuple):
     max_seqlen_k: int
 
 
-@torch.compiler.disable
 @reference.once_a_batch
 def varlen(subtree_end, position_ids, queries, window) -> Varlen:
     """Rows in preorder; with ``queries`` each of them is a row of its own."""

@@ -30,17 +30,14 @@ def _exact(function: Callable) -> Callable:
     return run
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _use_kernels(x: Tensor) -> bool:
     """Whether Triton runs what is asked of ``x``; under its interpreter, on a CPU too."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True
-    return x.is_cuda and _has_triton()
+    return x.is_cuda and _HAS_TRITON
 
 
 def _no_second_derivative(op: torch.library.CustomOpDef, name: str) -> None:

@@ -285,6 +285,8 @@ def patch(
     missing = backends.why_not(attention)
     if missing is not None:
         raise ValueError(missing)
+    if compile and attention in ("flex", "flash"):
+        raise ValueError(f"compile=True goes with 'triton' or 'sdpa', not attention={attention!r}")
     found = _attached(model)
     if found is not None:
         if found.holder not in model.modules():

@@ -215,6 +215,17 @@ def test_transformers_from_the_root_with_hugging_face_kernels(tmp_path):
     }
 
 
+def test_import_is_light():
+    """Neither Triton, which reads its environment then, nor what takes seconds to import."""
+    code = """
+import json, sys
+import rmfast
+heavy = ("triton", "torch._dynamo", "transformers", "rmfast.kernels.chips")
+print(json.dumps([name for name in heavy if name in sys.modules]))
+"""
+    assert ask(code, cwd=ROOT) == []
+
+
 def test_import_without_triton():
     code = """
 import json, sys
