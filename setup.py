@@ -34,7 +34,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # Listed, not found: neither folder may have an __init__.py (CONTRIBUTING.md says why).
-    packages=["rmfast", "rmfast.kernels", "rmfast.benchmarks"],
+    packages=["rmfast", "rmfast.ops", "rmfast.kernels", "rmfast.benchmarks"],
     package_dir={"rmfast.kernels": "kernels", "rmfast.benchmarks": "benchmarks"},
     install_requires=[
         "numpy>=1.26",

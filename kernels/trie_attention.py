@@ -16,6 +16,7 @@ between those indices' insertion points of ``k`` and ``subtree_end[k]``: an inte
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,8 +65,14 @@ _TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
 _FP32 = {64: Config(16, 16, 4, 1), 128: Config(16, 16, 8, 1)}
 
 
+_tuned: dict[tuple, Config] = {}  # what tune() found
+
+
 def _config(kernel: str, like: Tensor, width: int, pooled: bool, capped: bool) -> Config:
     """Tile sizes for ``forward``, ``dq`` or ``dkv`` at padded head_dim ``width``."""
+    tuned = _tuned.get((kernel, like.device, like.dtype, width, pooled, capped))
+    if tuned is not None:
+        return tuned
     if like.dtype == torch.float32:
         found = _FP32[max(width, 64)]
     else:  # a soft cap keeps one matrix more: the smallest tiles
@@ -627,3 +634,38 @@ def trie_attention_backward(
     )  # fmt: skip
     grad_sinks = None if sinks is None else partial.sum(0).to(sinks.dtype)
     return grad_q, grad_k, grad_v, grad_sinks
+
+
+def tune(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rule, timer: Callable | None = None
+) -> dict[str, Config]:
+    """Time the configurations of all chips on these inputs, and use the fastest from now on.
+
+    ``rule`` is ``subtree_end`` to ``softcap`` as :func:`trie_attention` takes them. What is found
+    holds in this process for inputs of the same head_dim, dtype and options on this device.
+    """
+    timer = timer or triton.testing.do_bench
+    _, _, queries, _, _, _, softcap = rule
+    inputs = (query, key, value, *rule)
+    width = max(16, *(triton.next_power_of_2(x.shape[-1]) for x in (query, value)))
+    pooled, capped = queries is not None, softcap is not None
+    out, lse = trie_attention(*inputs, True)
+    runs = {
+        "forward": lambda c: trie_attention(*inputs, True, c),
+        "dq": lambda c: trie_attention_backward(grad, *inputs, out, lse, (c, None)),
+        "dkv": lambda c: trie_attention_backward(grad, *inputs, out, lse, (None, c)),
+    }
+    best = {}
+    for i, (kernel, run) in enumerate(runs.items()):
+        known = [row[i] for row in _TABLE.values()]
+        if query.dtype == torch.float32:
+            known = list(_FP32.values())
+        times = {}
+        for config in dict.fromkeys(c._replace(rows=16) if pooled else c for c in known):
+            try:
+                times[config] = timer(lambda c=config, run=run: run(c))
+            except triton.runtime.errors.OutOfResources:
+                continue  # made for a chip with more shared memory
+        best[kernel] = min(times, key=times.__getitem__)
+        _tuned[kernel, query.device, query.dtype, width, pooled, capped] = best[kernel]
+    return best

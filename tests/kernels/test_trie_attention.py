@@ -195,6 +195,28 @@ def test_two_launches_backward(device, launches):
     assert seen == ["_forward_kernel", "_dq_kernel", "_dkv_kernel"]
 
 
+def test_tuning_keeps_what_was_fastest(device):
+    from rmfast.kernels import trie_attention as kernels
+
+    torch.manual_seed(0)
+    problem = Problem(random_trie(6), device, heads=(1, 1), dtype=torch.bfloat16)
+    used, tile = [], kernels._tile
+    args = (problem.grad, problem.q, problem.k, problem.v, *problem.mask, None, *problem.options)
+    order = iter(range(1000, 0, -1))  # the last one is the fastest
+    try:
+        best = kernels.tune(*args, timer=lambda run: next(order))
+        assert best == {
+            kernel: list(dict.fromkeys(row[i] for row in kernels._TABLE.values()))[-1]
+            for i, kernel in enumerate(("forward", "dq", "dkv"))
+        }
+        kernels._tile = lambda *a: used.append(tile(*a)) or used[-1]
+        problem.check(None)
+        assert [config for config, _ in used] == list(best.values())
+    finally:
+        kernels._tile = tile
+        kernels._tuned.clear()
+
+
 # --- the plan
 
 

@@ -1,0 +1,191 @@
+"""Attention under the packed trie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rmfast import reference
+from rmfast.ops._common import check_devices, exact, no_second_derivative, use_kernels
+
+
+@torch.library.custom_op("rmfast::trie_attention", mutates_args=())
+@exact
+def _trie_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    subtree_end: Tensor,
+    position_ids: Tensor,
+    queries: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    triton: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The second output is what the Triton backward needs besides: empty elsewhere."""
+    rule = (subtree_end, position_ids, queries, sinks, scale, window, softcap)
+    if triton:
+        from rmfast.kernels import trie_attention as kernels
+
+        return kernels.trie_attention(query, key, value, *rule, keep)
+    lse = query.new_empty(1, 0, dtype=torch.float32)
+    return reference.trie_attention(query, key, value, *rule), lse
+
+
+@torch.library.custom_op("rmfast::trie_attention_backward", mutates_args=())
+@exact
+def _trie_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    subtree_end: Tensor,
+    position_ids: Tensor,
+    queries: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap)
+    if lse is not None:
+        from rmfast.kernels import trie_attention as kernels
+
+        *grads, grad_sinks = kernels.trie_attention_backward(grad, *inputs, out, lse)
+    else:
+        *grads, grad_sinks = reference.trie_attention_backward(grad, *inputs)
+    return *grads, query.new_empty(0) if grad_sinks is None else grad_sinks
+
+
+@_trie_attention.register_fake
+def _(
+    query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap, triton,
+    keep,
+):  # fmt: skip
+    _, heads, rows, _ = query.shape
+    shape = (heads, (rows + 15) // 16 * 16) if triton and keep else (1, 0)
+    lse = query.new_empty(shape, dtype=torch.float32)
+    return query.new_empty(1, rows, heads, value.shape[-1]), lse
+
+
+@_trie_attention_backward.register_fake
+def _(
+    grad, query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap,
+    out, lse,
+):  # fmt: skip
+    grad_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return *(reference.tokens_first(x, x.dtype) for x in (query, key, value)), grad_sinks
+
+
+def _trie_attention_setup(ctx, inputs, output):
+    *tensors, scale, window, softcap, triton, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *(output if triton else (None, None)))
+    ctx.options = (scale, window, softcap)
+
+
+def _trie_attention_autograd(ctx, grad, _):
+    *saved, out, lse = ctx.saved_tensors  # once: checkpointing lets go of them after
+    *grads, grad_sinks = _trie_attention_backward(grad, *saved, *ctx.options, out, lse)
+    has_sinks = saved[-1] is not None
+    return *grads, None, None, None, grad_sinks if has_sinks else None, *(None,) * 5
+
+
+_trie_attention.register_autograd(_trie_attention_autograd, setup_context=_trie_attention_setup)
+no_second_derivative(_trie_attention_backward, "trie_attention")
+
+
+def why_not_triton(query: Tensor, value: Tensor, scale: float) -> str | None:
+    """Why the Triton attention kernel cannot take these; None: it can."""
+    if not use_kernels(query):
+        return f"tensors are on {query.device}, and Triton is for GPUs"
+    widest = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}.get(query.dtype)
+    if widest is None:
+        return f"it knows fp32, fp16 and bf16, not {query.dtype}"
+    if max(query.shape[-1], value.shape[-1]) > widest:
+        return f"it holds head_dim up to {widest} in {query.dtype}"
+    return None if scale > 0 else f"scale is {scale}, not above zero"
+
+
+def trie_attention(
+    query: Tensor,  # [1, Hq, M, D]
+    key: Tensor,  # [1, Hk, N, D]
+    value: Tensor,  # [1, Hk, N, Dv]
+    subtree_end: Tensor,  # int32 [N]
+    position_ids: Tensor,  # int64 [N]
+    *,
+    queries: Tensor | None = None,  # int64 [M]
+    sinks: Tensor | None = None,  # [Hq]
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention over a packed trie: query ``q`` sees key ``k`` iff ``k <= q < subtree_end[k]``.
+
+    Args:
+        query: ``[1, Hq, M, D]``; ``Hq`` a multiple of ``Hk`` (grouped heads).
+        key: ``[1, Hk, N, D]``, one key per trie node.
+        value: ``[1, Hk, N, Dv]``.
+        subtree_end: int32 ``[N]``, see :class:`rmfast.PackedTrie`.
+        position_ids: int64 ``[N]``; read only with ``window``.
+        queries: int64 ``[M]``, packed indices of the queries, rising. None: every node, ``M = N``.
+        sinks: ``[Hq]``, attention-sink logits.
+        scale: factor on the logits, ``D ** -0.5`` when not given.
+        window: sliding window, in positions: a key is seen when nearer than this.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        backend: ``"triton"``, the kernel (GPU; fp16 and bf16 with D and Dv up to 256,
+            fp32 up to 128); ``"sdpa"``, torch's own operations tile by tile, anywhere; ``"auto"``,
+            the first that can.
+
+    Returns:
+        ``[1, M, Hq, Dv]``, the layout attention functions of transformers return.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match, or inputs ``backend`` cannot take;
+            the message names the argument.
+    """
+    nodes = subtree_end.shape[0]
+    rows = nodes if queries is None else queries.shape[0]
+    if query.ndim != 4 or query.shape[0] != 1 or query.shape[2] != rows:
+        raise ValueError(f"query must be [1, Hq, {rows}, D], got shape {tuple(query.shape)}")
+    for name, x in (("key", key), ("value", value)):
+        if x.ndim != 4 or x.shape[0] != 1 or x.shape[2] != nodes:
+            raise ValueError(f"{name} must be [1, Hk, {nodes}, D], got shape {tuple(x.shape)}")
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name} is {x.dtype} and query {query.dtype}: cast one of them")
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"key has head_dim {key.shape[3]}, query {query.shape[3]}")
+    if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
+        raise ValueError(
+            f"query has {query.shape[1]} heads, key {key.shape[1]}, value {value.shape[1]}: need "
+            "as many key as value heads, and a multiple of them as query heads"
+        )
+    if sinks is not None and sinks.shape != (query.shape[1],):
+        raise ValueError(f"sinks must be [{query.shape[1]}], got shape {tuple(sinks.shape)}")
+    if position_ids.shape != (nodes,):
+        raise ValueError(f"position_ids must be [{nodes}], got shape {tuple(position_ids.shape)}")
+    check_devices(
+        query=query, key=key, value=value, subtree_end=subtree_end, position_ids=position_ids,
+        queries=queries, sinks=sinks,
+    )  # fmt: skip
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if backend not in ("auto", "triton", "sdpa"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'sdpa', got {backend!r}")
+    why_not = None if backend == "sdpa" else why_not_triton(query, value, scale)
+    if backend == "triton" and why_not is not None:
+        raise ValueError(f"backend='triton' cannot run: {why_not}; 'auto' takes what can")
+    triton = backend != "sdpa" and why_not is None
+    keep = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, value, sinks)
+    )
+    out, _ = _trie_attention(
+        query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap,
+        triton, keep,
+    )  # fmt: skip
+    return out

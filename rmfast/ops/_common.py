@@ -1,0 +1,57 @@
+"""What every op shares: dispatch, autocast, checks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def exact(function: Callable) -> Callable:
+    """Keeps autocast out: it would round the fp32 sums inside to bf16."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args)
+
+    return run
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether Triton runs what is asked of ``x``; under its interpreter, on a CPU too."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    return x.is_cuda and HAS_TRITON
+
+
+def no_second_derivative(op: torch.library.CustomOpDef, name: str) -> None:
+    """``op``, the backward of ``rmfast.ops.name``, says so when it is differentiated."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f"rmfast.ops.{name} has no second derivative: for one, write the operation in plain "
+            "torch, as rmfast/reference.py does"
+        )
+
+    op.register_autograd(refuse)
+
+
+def check_devices(**tensors: Tensor | None) -> None:
+    first, *others = ((name, x.device) for name, x in tensors.items() if x is not None)
+    for name, device in others:
+        if device != first[1]:
+            raise ValueError(f"{name} is on {device}, {first[0]} on {first[1]}: move one of them")
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{name} must be of a floating dtype, got {x.dtype}: convert it")

@@ -1,0 +1,235 @@
+"""Head and pairwise loss as one op."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rmfast import reference
+from rmfast.ops._common import check_devices, exact, no_second_derivative, use_kernels
+from rmfast.ops._head import check_head, check_rows
+from rmfast.ops._pairwise import check_pairs
+
+
+@torch.library.custom_op("rmfast::reward_head_pairwise_loss", mutates_args=())
+@exact
+def _reward_head_pairwise_loss(
+    hidden: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pairs: Tensor | None,
+    margin: Tensor | None,
+    target: Tensor | None,
+    pair_weight: Tensor | None,
+    layout: str,
+    label_smoothing: float,
+    center: float,
+    reduction: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = (label_smoothing, center, reduction)
+    if use_kernels(hidden):
+        from rmfast.kernels import fused_loss as kernel
+
+        loss, scores, metrics, grads, partial = kernel.fused_loss(
+            hidden, index, weight, bias, pairs, margin, target, pair_weight, layout, *options,
+            needs_hidden, needs_weight,
+        )  # fmt: skip
+    else:
+        rest = (layout if pairs is None else pairs, margin, target, pair_weight, *options)
+        loss, scores, metrics = reference.reward_head_pairwise_loss(
+            hidden, index, weight, bias, *rest
+        )
+        scores, grads, partial = scores.contiguous(), None, None
+        if needs_hidden or needs_weight:
+            grads = reference.pairwise_gradients(scores, *rest)
+        if needs_weight:
+            by_score = reference.pairwise_loss_backward(
+                grads.new_ones(()), grads, rest[0], len(scores)
+            )
+            partial = by_score[None] @ hidden[index].to(scores.dtype)
+    left = (scores.new_empty(0) if x is None else x for x in (grads, partial))
+    return loss, scores, metrics, *left
+
+
+@torch.library.custom_op("rmfast::reward_head_pairwise_loss_backward", mutates_args=())
+@exact
+def _reward_head_pairwise_loss_backward(
+    grad: Tensor,
+    grads: Tensor,
+    partial: Tensor | None,
+    hidden: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pairs: Tensor | None,
+    layout: str,
+    needs_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # of hidden only the shape, and that autograd sees a second derivative asked for
+    rows, dtype = hidden.shape[0], hidden.dtype
+    if use_kernels(weight):
+        from rmfast.kernels import fused_loss as kernel
+
+        out = kernel.fused_loss_backward(
+            grad, grads, partial, index, weight, bias, pairs, layout, rows, dtype, needs_hidden
+        )
+    else:
+        by_score = reference.pairwise_loss_backward(
+            grad, grads, layout if pairs is None else pairs, index.shape[0]
+        )
+        out = [None, None, None]
+        if needs_hidden:
+            out[0] = reference.rows_gradient(by_score[:, None], index, weight, hidden.shape, dtype)
+        if partial is not None:
+            out[1] = (partial.sum(0, keepdim=True) * grad).to(weight.dtype)
+            out[2] = None if bias is None else by_score.sum(0, keepdim=True).to(bias.dtype)
+    return tuple(weight.new_empty(0) if x is None else x for x in out)
+
+
+@_reward_head_pairwise_loss.register_fake
+def _(
+    hidden, index, weight, bias, pairs, margin, target, pair_weight, layout, label_smoothing,
+    center, reduction, needs_hidden, needs_weight,
+):  # fmt: skip
+    batch, width = index.shape[0], hidden.shape[1]
+    count = batch // 2 if pairs is None else pairs.shape[0]
+    acc = reference.wide(hidden.dtype)
+    parts = 1
+    if needs_weight and use_kernels(hidden):
+        from rmfast.kernels import fused_loss as kernel
+
+        parts = kernel.programs(count, batch, hidden.shape[0], width, hidden.dtype, True)[0]
+    return (
+        hidden.new_empty((), dtype=acc),
+        hidden.new_empty(batch, dtype=acc),
+        hidden.new_empty(6, dtype=acc),
+        hidden.new_empty((2, count) if needs_hidden or needs_weight else (0,), dtype=acc),
+        hidden.new_empty((parts, width) if needs_weight else (0,), dtype=acc),
+    )
+
+
+@_reward_head_pairwise_loss_backward.register_fake
+def _(grad, grads, partial, hidden, index, weight, bias, pairs, layout, needs_hidden):
+    out = [None, None, None]
+    if needs_hidden:
+        out[0] = hidden.new_empty(hidden.shape)
+    if partial is not None:
+        out[1] = weight.new_empty(weight.shape)
+        out[2] = None if bias is None else bias.new_empty(1)
+    return tuple(weight.new_empty(0) if x is None else x for x in out)
+
+
+no_second_derivative(_reward_head_pairwise_loss_backward, "reward_head_pairwise_loss")
+
+
+def _reward_head_pairwise_loss_setup(ctx, inputs, output):
+    hidden, index, weight, bias, pairs, *_ = inputs
+    *_, grads, partial = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grads, partial, hidden, index, weight, bias, pairs)
+    needs = ctx.needs_input_grad
+    ctx.needs = (needs[0], needs[2], needs[3])
+    ctx.layout = inputs[8]
+
+
+def _reward_head_pairwise_loss_autograd(ctx, grad, *_):
+    needs_hidden, needs_weight, needs_bias = ctx.needs
+    out = (None, None, None)
+    if grad is not None and any(ctx.needs):
+        grads, partial, *saved = ctx.saved_tensors
+        partial = partial if needs_weight or needs_bias else None
+        out = _reward_head_pairwise_loss_backward(
+            grad, grads, partial, *saved, ctx.layout, needs_hidden
+        )
+        out = [g if need else None for g, need in zip(out, ctx.needs, strict=True)]
+    return out[0], None, out[1], out[2], *[None] * 10
+
+
+_reward_head_pairwise_loss.register_autograd(
+    _reward_head_pairwise_loss_autograd, setup_context=_reward_head_pairwise_loss_setup
+)
+
+
+class RewardHeadPairwiseLoss(NamedTuple):
+    """What :func:`reward_head_pairwise_loss` gives; the metrics are :class:`PairwiseLoss`'s."""
+
+    loss: Tensor  # []
+    scores: Tensor  # [B], not differentiable here
+    accuracy: Tensor  # []
+    ties: Tensor  # []
+    margin: Tensor  # []
+    reward: Tensor  # []
+    reward_min: Tensor  # []
+    reward_max: Tensor  # []
+
+
+def reward_head_pairwise_loss(
+    hidden: Tensor,  # [M, H]
+    index: Tensor,  # int64 [B]
+    weight: Tensor,  # [1, H]
+    bias: Tensor | None = None,  # [1]
+    pairs: str | Tensor = "halves",
+    *,
+    margin: Tensor | None = None,  # [P]
+    target: Tensor | None = None,  # [P]
+    label_smoothing: float = 0.0,
+    pair_weight: Tensor | None = None,  # [P]
+    center: float = 0.0,
+    reduction: str = "mean",
+) -> RewardHeadPairwiseLoss:
+    """:func:`reward_head` and :func:`pairwise_loss` as one op: two launches a training step.
+
+    The gradient of ``weight`` is summed up while the rows are read for their scores.
+
+    Args:
+        hidden: hidden states ``[M, H]``, any floating dtype.
+        index: int64 ``[B]``, the row of each sequence's score, ``0 <= index < M`` (not checked on
+            a GPU); rows may repeat.
+        weight: ``[1, H]``.
+        bias: ``[1]`` or None.
+        pairs: as in :func:`pairwise_loss`, of the ``B`` scores.
+        margin: as in :func:`pairwise_loss`; so are ``target``, ``label_smoothing`` and ``center``.
+        pair_weight: :func:`pairwise_loss`'s ``weight``.
+        reduction: ``"mean"`` over the pairs or ``"sum"``.
+
+    Returns:
+        :class:`RewardHeadPairwiseLoss`, in fp32 (fp64 for fp64 inputs). Only ``loss`` is
+        differentiable, by hidden, weight and bias: ``scores`` carries no gradient. Where
+        something else depends on the scores, call the two ops one after the other.
+
+    Raises:
+        ValueError: shapes that do not match, no pair, an unknown ``pairs`` or ``reduction``, or a
+            margin, target or weight that requires a gradient; the message names the argument.
+    """
+    check_rows(hidden, index)
+    check_head(hidden, weight, bias)
+    if weight.shape[0] != 1:
+        raise ValueError(f"weight must be [1, H]: one score a sequence, got {tuple(weight.shape)}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"reduction must be 'mean' or 'sum', got {reduction!r}: for the loss of each pair, "
+            "call reward_head and pairwise_loss"
+        )
+    layout, rows = check_pairs(
+        index.shape[0], pairs, margin, target, pair_weight, label_smoothing,
+        ("index", "pair_weight"),
+    )  # fmt: skip
+    check_devices(
+        hidden=hidden, index=index, weight=weight, bias=bias, pairs=rows, margin=margin,
+        target=target, pair_weight=pair_weight,
+    )  # fmt: skip
+    needs_hidden = torch.is_grad_enabled() and hidden.requires_grad
+    needs_weight = torch.is_grad_enabled() and (
+        weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    loss, scores, metrics, _, _ = _reward_head_pairwise_loss(
+        hidden, index, weight, bias, rows, margin, target, pair_weight, layout, label_smoothing,
+        center, reduction, needs_hidden, needs_weight,
+    )  # fmt: skip
+    return RewardHeadPairwiseLoss(loss, scores, *metrics.unbind())

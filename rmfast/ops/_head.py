@@ -1,0 +1,291 @@
+"""Last-token pooling and the scalar head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rmfast import reference
+from rmfast.ops._common import (
+    check_devices,
+    check_floating,
+    exact,
+    no_second_derivative,
+    use_kernels,
+)
+
+
+@torch.library.custom_op("rmfast::reward_head", mutates_args=())
+@exact
+def _reward_head(hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if use_kernels(hidden):
+        from rmfast.kernels import reward_head as kernel
+
+        return kernel.reward_head(hidden, index, weight, bias)
+    return reference.reward_head(hidden, index, weight, bias)
+
+
+@torch.library.custom_op("rmfast::pooled_reward_head", mutates_args=())
+@exact
+def _pooled_reward_head(
+    hidden: Tensor,
+    input_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    attention_mask: Tensor | None,
+    pad_token_id: int | None,
+    pooling: str,
+) -> tuple[Tensor, Tensor]:
+    rule = (attention_mask, pad_token_id, pooling)
+    if use_kernels(hidden):
+        from rmfast.kernels import reward_head as kernel
+
+        return kernel.pooled_reward_head(hidden, input_ids, weight, bias, *rule)
+    return reference.pooled_reward_head(hidden, input_ids, weight, bias, *rule)
+
+
+@torch.library.custom_op("rmfast::reward_head_backward", mutates_args=())
+@exact
+def _reward_head_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    used_only: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if use_kernels(hidden):
+        from rmfast.kernels import reward_head as kernel
+
+        grads = kernel.reward_head_backward(
+            grad, hidden, index, weight, bias, used_only, needs_hidden, needs_weight
+        )
+    else:
+        grad_hidden, grad_weight, grad_bias = reference.reward_head_backward(
+            grad, hidden, index, weight, used_only
+        )
+        has_bias = needs_weight and bias is not None
+        grads = (
+            grad_hidden if needs_hidden else None,
+            grad_weight if needs_weight else None,
+            grad_bias.to(bias.dtype) if has_bias else None,
+        )
+    return tuple(hidden.new_empty(0) if g is None else g for g in grads)
+
+
+@_reward_head.register_fake
+def _(hidden, index, weight, bias):
+    acc = reference.wide(hidden.dtype)
+    return hidden.new_empty(index.shape[0], weight.shape[0], dtype=acc)
+
+
+@_pooled_reward_head.register_fake
+def _(hidden, input_ids, weight, bias, attention_mask, pad_token_id, pooling):
+    acc = reference.wide(hidden.dtype)
+    scores = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=acc)
+    return scores, hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+
+
+@_reward_head_backward.register_fake
+def _(grad, hidden, index, weight, bias, used_only, needs_hidden, needs_weight):
+    grad_hidden = grad_weight = grad_bias = None
+    if needs_hidden:
+        shape = (index.shape[0], hidden.shape[-1]) if used_only else hidden.shape
+        grad_hidden = hidden.new_empty(shape)
+    if needs_weight:
+        grad_weight = weight.new_empty(weight.shape)
+        grad_bias = bias.new_empty(bias.shape) if bias is not None else None
+    grads = (grad_hidden, grad_weight, grad_bias)
+    return tuple(hidden.new_empty(0) if g is None else g for g in grads)
+
+
+no_second_derivative(_reward_head_backward, "reward_head")
+
+
+def _reward_head_grads(ctx, grad, hidden, index, weight, bias):
+    """Gradients of hidden, weight and bias for the ``ctx`` of an op with these as inputs."""
+    needs_hidden, needs_weight, needs_bias = ctx.needs
+    if not any(ctx.needs):
+        return None, None, None
+    grads = _reward_head_backward(
+        grad, hidden, index, weight, bias, False, needs_hidden, needs_weight or needs_bias
+    )
+    return tuple(g if need else None for g, need in zip(grads, ctx.needs, strict=True))
+
+
+def _reward_head_setup(ctx, inputs, output):
+    hidden, index, weight, bias = inputs
+    ctx.save_for_backward(hidden, index, weight, bias)
+    needs = ctx.needs_input_grad
+    ctx.needs = (needs[0], needs[2], needs[3])
+
+
+def _reward_head_autograd(ctx, grad):
+    grad_hidden, grad_weight, grad_bias = _reward_head_grads(ctx, grad, *ctx.saved_tensors)
+    return grad_hidden, None, grad_weight, grad_bias
+
+
+_reward_head.register_autograd(_reward_head_autograd, setup_context=_reward_head_setup)
+
+
+def _pooled_reward_head_setup(ctx, inputs, output):
+    hidden, _, weight, bias, *_ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(hidden, output[1], weight, bias)
+    needs = ctx.needs_input_grad
+    ctx.needs = (needs[0], needs[2], needs[3])
+
+
+def _pooled_reward_head_autograd(ctx, grad, _):
+    grad_hidden, grad_weight, grad_bias = _reward_head_grads(ctx, grad, *ctx.saved_tensors)
+    return grad_hidden, None, grad_weight, grad_bias, None, None, None
+
+
+_pooled_reward_head.register_autograd(
+    _pooled_reward_head_autograd, setup_context=_pooled_reward_head_setup
+)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be [num_labels, {hidden.shape[-1]}] like hidden, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
+    check_floating(hidden=hidden, weight=weight, bias=bias)
+
+
+def check_rows(hidden: Tensor, index: Tensor) -> None:
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden must be [M, H], got shape {tuple(hidden.shape)}")
+    _check_index(index)
+
+
+def _check_index(index: Tensor) -> None:
+    if index.ndim != 1 or index.dtype != torch.int64:
+        raise ValueError(f"index must be int64 [B], got {index.dtype} {tuple(index.shape)}")
+
+
+def reward_head(
+    hidden: Tensor,  # [M, H]
+    index: Tensor,  # int64 [B]
+    weight: Tensor,  # [num_labels, H]
+    bias: Tensor | None = None,  # [num_labels]
+) -> Tensor:
+    """Last-token pooling and the scalar head in one op: ``hidden[index] @ weight.T + bias``.
+
+    Args:
+        hidden: hidden states ``[M, H]``, any floating dtype.
+        index: int64 ``[B]``, the row that carries each sequence's score, ``0 <= index < M`` (not
+            checked on a GPU); rows may repeat.
+        weight: ``[num_labels, H]``.
+        bias: ``[num_labels]`` or None.
+
+    Returns:
+        Scores ``[B, num_labels]`` in fp32 (fp64 for fp64 inputs), whatever the input dtype: a
+        bf16 backbone does not round the reward.
+
+    Raises:
+        ValueError: shapes that do not match; the message names the argument.
+    """
+    check_rows(hidden, index)
+    check_head(hidden, weight, bias)
+    check_devices(hidden=hidden, index=index, weight=weight, bias=bias)
+    return _reward_head(hidden, index, weight, bias)
+
+
+def pooled_reward_head(
+    hidden: Tensor,  # [B, T, H]
+    input_ids: Tensor,  # int [B, T]
+    weight: Tensor,  # [num_labels, H]
+    bias: Tensor | None = None,  # [num_labels]
+    *,
+    attention_mask: Tensor | None = None,  # [B, T]
+    pad_token_id: int | None = None,
+    pooling: str = "hf",
+) -> Tensor:
+    """:func:`reward_head` of a padded batch: the pooled tokens are found in the same launch.
+
+    Args:
+        hidden: hidden states ``[B, T, H]``, any floating dtype, any strides.
+        input_ids: int ``[B, T]``.
+        weight: ``[num_labels, H]``.
+        bias: ``[num_labels]`` or None.
+        attention_mask: ``[B, T]``, non-zero where a token counts. Read with ``pooling="mask"``.
+        pad_token_id: read with ``pooling="hf"``. None: there is no padding.
+        pooling: ``"hf"``, Hugging Face's rule: the rightmost token that is not the pad token
+            (column 0 of a row of pads; the last column without a pad token), whatever the mask
+            says. ``"mask"``: the rightmost token the mask lets through.
+
+    Returns:
+        Scores ``[B, num_labels]`` in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes that do not match, or an unknown ``pooling``; the message names the
+            argument.
+    """
+    if hidden.ndim != 3 or hidden.shape[1] == 0:
+        raise ValueError(f"hidden must be [B, T, H] with T > 0, got shape {tuple(hidden.shape)}")
+    if input_ids.shape != hidden.shape[:2] or input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids must be int {list(hidden.shape[:2])} like hidden, "
+            f"got {input_ids.dtype} {tuple(input_ids.shape)}"
+        )
+    if pooling not in ("hf", "mask"):
+        raise ValueError(f"pooling must be 'hf' or 'mask', got {pooling!r}")
+    if pooling == "hf":
+        attention_mask = None
+    elif attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be {list(input_ids.shape)} like input_ids, "
+            f"got shape {tuple(attention_mask.shape)}"
+        )
+    check_head(hidden, weight, bias)
+    check_devices(
+        hidden=hidden, input_ids=input_ids, weight=weight, bias=bias, attention_mask=attention_mask
+    )
+    rule = (attention_mask, pad_token_id, pooling)
+    return _pooled_reward_head(hidden, input_ids, weight, bias, *rule)[0]
+
+
+def reward_head_backward(
+    grad: Tensor,  # [B, num_labels]
+    hidden: Tensor,  # [M, H] or [B, T, H]
+    index: Tensor,  # int64 [B]
+    weight: Tensor,  # [num_labels, H]
+    *,
+    used_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`reward_head` by hand, for code that does not go through autograd.
+
+    Args:
+        grad: gradient of the scores ``[B, num_labels]``.
+        hidden: as it was given to :func:`reward_head`, or a padded batch's ``[B, T, H]``.
+        index: int64 ``[B]``, rows of ``hidden.flatten(0, -2)``.
+        weight: ``[num_labels, H]``.
+        used_only: instead of a gradient with a row for each row of ``hidden``, ``[B, H]``: row
+            ``i`` belongs to row ``index[i]`` where ``i`` is its first use, with all its uses
+            summed, and is zero at later ones.
+
+    Returns:
+        Gradients of hidden (in its dtype), of weight (in its dtype) and of a bias (fp32, fp64
+        for fp64 inputs).
+
+    Raises:
+        ValueError: shapes that do not match; the message names the argument.
+    """
+    if hidden.ndim not in (2, 3):
+        raise ValueError(f"hidden must be [M, H] or [B, T, H], got shape {tuple(hidden.shape)}")
+    _check_index(index)
+    check_head(hidden, weight, None)
+    if grad.shape != (index.shape[0], weight.shape[0]):
+        raise ValueError(
+            f"grad must be [{index.shape[0]}, {weight.shape[0]}], got shape {tuple(grad.shape)}"
+        )
+    check_devices(grad=grad, hidden=hidden, index=index, weight=weight)
+    bias = weight.new_empty(weight.shape[0], dtype=reference.wide(hidden.dtype))
+    return _reward_head_backward(grad, hidden, index, weight, bias, used_only, True, True)
