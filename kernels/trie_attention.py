@@ -341,7 +341,7 @@ def _forward_kernel(
     _store(out, total, head, begin, rows, out_head, out_row, M, V_WIDTH, DV)
     if KEEP:
         where = lse + head.to(tl.int64) * lse_head + row
-        tl.store(where, highest + tl.log2(denominator), mask=row < rows)
+        tl.store(where, highest + tl.log2(denominator), mask=row < lse_head)
 
 
 @triton.jit

@@ -213,3 +213,45 @@ def test_attention_names_the_argument():
         ops.trie_attention(q, k[:, :, 1:], v, *rest)
     with pytest.raises(ValueError, match="heads"):
         ops.trie_attention(q[:, :3], k, v, *rest)
+    with pytest.raises(ValueError, match=r"value is torch\.float64 and query"):
+        ops.trie_attention(q, k, v.double(), *rest)
+    with pytest.raises(ValueError, match="key has head_dim 7"):
+        ops.trie_attention(q, k[..., 1:], v, *rest)
+    with pytest.raises(ValueError, match="sinks"):
+        ops.trie_attention(q, k, v, *rest, sinks=torch.zeros(3))
+    with pytest.raises(ValueError, match="subtree_end must be int32"):
+        ops.trie_attention(q, k, v, rest[0].long(), rest[1])
+    with pytest.raises(ValueError, match="position_ids must be"):
+        ops.trie_attention(q, k, v, rest[0], rest[1][1:])
+    with pytest.raises(ValueError, match="queries must be int64"):
+        ops.trie_attention(q[:, :, :0], k, v, *rest, queries=rest[1][:0])
+    with pytest.raises(ValueError, match="backend='triton' cannot run"):
+        ops.trie_attention(q, k, v, *rest, backend="triton")
+    with pytest.raises(ValueError, match="backend must be"):
+        ops.trie_attention(q, k, v, *rest, backend="cudnn")
+
+
+def test_attention_compiles_in_one_graph():
+    trie = random_trie(0)
+    leaves = [x.requires_grad_() for x in qkv(trie, 4, 2, 8, torch.float32)]
+
+    def call(q, k, v):
+        return ops.trie_attention(q, k, v, trie.subtree_end, trie.position_ids, window=5)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    want, got = call(*leaves), compiled(*leaves)
+    assert torch.equal(got, want)
+    grad = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_attention_refuses_a_second_derivative():
+    trie = random_trie(0)
+    leaves = [x.requires_grad_() for x in qkv(trie, 4, 2, 8, torch.float32)]
+    out = ops.trie_attention(*leaves, trie.subtree_end, trie.position_ids)
+    (first,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="trie_attention has no second derivative"):
+        first.sum().backward()

@@ -150,6 +150,17 @@ def trie_attention(
         ValueError: shapes, dtypes or devices that do not match, or inputs ``backend`` cannot take;
             the message names the argument.
     """
+    for name, x, dtype in (
+        ("subtree_end", subtree_end, torch.int32),
+        ("position_ids", position_ids, torch.int64),
+        ("queries", queries, torch.int64),
+    ):
+        if x is not None and (x.ndim != 1 or x.dtype != dtype or x.shape[0] == 0):
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} must be {kind} with one dimension, not empty; "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
     nodes = subtree_end.shape[0]
     rows = nodes if queries is None else queries.shape[0]
     if query.ndim != 4 or query.shape[0] != 1 or query.shape[2] != rows:

@@ -195,6 +195,18 @@ def test_two_launches_backward(device, launches):
     assert seen == ["_forward_kernel", "_dq_kernel", "_dkv_kernel"]
 
 
+@pytest.mark.parametrize("options", [{}, {"pooled": True, "window": 5, "sinks": True}])
+def test_opcheck_of_the_op_that_launches_them(options, device):
+    torch.manual_seed(0)
+    problem = Problem(random_trie(7, 4, 20), device, heads=(2, 1), **options)
+    leaves = [x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    sinks = problem.sinks if problem.sinks is None else problem.sinks.clone().requires_grad_()
+    torch.library.opcheck(
+        torch.ops.rmfast.trie_attention.default,
+        (*leaves, *problem.mask, sinks, *problem.options, True, True),
+    )
+
+
 def test_tuning_keeps_what_was_fastest(device):
     from rmfast.kernels import trie_attention as kernels
 
