@@ -1,8 +1,9 @@
 """Flash attention over a packed trie: query ``q`` sees key ``k`` iff ``k <= q < subtree_end[k]``.
 
-The mask is an interval per key, so it is known tile by tile before anything is multiplied:
-:func:`plan` lists for each tile of queries the blocks of keys in which some pair is allowed, those
-in which all are first. A block that is not listed costs nothing, a full one runs without a mask.
+The mask is an interval per key, so it is known tile by tile before anything is multiplied, from
+the least and the greatest ``subtree_end`` of each block: :func:`plan` lists for a tile of queries
+the blocks of keys in which some pair is allowed, those in which all are first. A block that is not
+listed costs nothing, a full one runs without a mask.
 
 Forward: one launch; a program per query tile and head, online softmax in base 2 (Dao, 2023, arXiv
 2307.08691). Backward: two launches; ``dQ`` by query tile, then ``dK`` and ``dV`` by key block over
@@ -112,7 +113,7 @@ def _rule(
     return Rule(first, last, position_ids[queries], position_ids, window)
 
 
-_CHUNK = 1 << 24  # tiles x nodes looked at together
+_CHUNK = 1 << 21  # tiles x nodes looked at together: 16 MB a tensor
 
 
 def plan(who: Rule, rows: int, nodes: int, by_block: bool = False) -> Plan:
@@ -121,37 +122,50 @@ def plan(who: Rule, rows: int, nodes: int, by_block: bool = False) -> Plan:
     Exact, windows included: a block is listed iff the tile has an allowed pair in it.
     """
     size, count = who.row_position.shape[0], who.last.shape[0]
-    device = who.last.device
-    pad = torch.nn.functional.pad
+    device, pad = who.last.device, torch.nn.functional.pad
+    first = torch.arange(count, device=device) if who.first is None else who.first
     padding = (0, -count % nodes)  # nodes that nobody sees
-    first = pad(torch.arange(count, device=device) if who.first is None else who.first, padding)
-    last, position = pad(who.last, padding), pad(who.node_position, padding)
-    starts = torch.arange(0, size, rows, device=device)
-    if who.window is not None:
-        lowest = _lowest(who.row_position, rows)
-        highest = pad(who.row_position, (0, -size % rows)).view(-1, rows).amax(1)
-    some, full = [], []
-    for start in starts.split(max(1, _CHUNK // first.numel())):
-        start = start[:, None]
-        stop = (start + rows).clamp(max=size)
-        begin, end = first.maximum(start), last.minimum(stop)
-        seen, covered = begin < end, (first <= start) & (last >= stop)
-        if by_block:  # a program that goes from tile to tile wants whole ones
-            covered &= start + rows <= size
-        if who.window is not None:
-            level = torch.frexp((end - begin).clamp(min=1).double()).exponent.long() - 1
-            left, right = begin.clamp(max=size - 1), (end - (1 << level)).clamp(min=0)
-            nearest = lowest[level, left].minimum(lowest[level, right])
-            seen &= nearest - position < who.window
-            covered &= highest[start // rows] - position < who.window
-        some.append(seen.unflatten(1, (-1, nodes)).any(2))
-        full.append(covered.unflatten(1, (-1, nodes)).all(2))
-    some, full = torch.cat(some), torch.cat(full)
-    if by_block:
+    first, last = (pad(first, padding, value=count), pad(who.last, padding))
+    start = torch.arange(0, size, rows, device=device)[:, None]
+    stop = (start + rows).clamp(max=size)
+    if who.first is None and who.window is None:
+        # a block that begins inside the tile has the pair of a node and itself: extrema tell all
+        first, last = first.view(-1, nodes), last.view(-1, nodes)
+        some = (first[:, 0] < stop) & (last.amax(1) > start)
+        full = (first[:, -1] <= start) & (last.amin(1) >= stop)
+    else:
+        position = pad(who.node_position, padding)
+        few = max(1, _CHUNK // first.numel())
+        pieces = [
+            _by_node(who, first, last, position, a, b, rows, nodes)
+            for a, b in zip(start.split(few), stop.split(few), strict=True)
+        ]
+        some, full = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+    if by_block:  # a program that goes from tile to tile wants whole ones
+        full &= start + rows <= size
         some, full = some.T, full.T
     counts = torch.stack([full.sum(1), some.sum(1)], 1).to(torch.int32)
     order = torch.where(full, 0, torch.where(some, 1, 2)).sort(dim=1, stable=True).indices
     return Plan(pad(order.to(torch.int32), (0, 1)), counts)  # a loop looks one ahead
+
+
+def _by_node(
+    who: Rule, first: Tensor, last: Tensor, position: Tensor, start: Tensor, stop: Tensor,
+    rows: int, nodes: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Which blocks hold an allowed pair, and which nothing else, by tile."""
+    size = who.row_position.shape[0]
+    begin, end = first.maximum(start), last.minimum(stop)
+    seen, covered = begin < end, (first <= start) & (last >= stop)
+    if who.window is not None:
+        lowest = _lowest(who.row_position, rows)
+        highest = torch.nn.functional.pad(who.row_position, (0, -size % rows)).view(-1, rows)
+        level = torch.frexp((end - begin).clamp(min=1).double()).exponent.long() - 1
+        left, right = begin.clamp(max=size - 1), (end - (1 << level)).clamp(min=0)
+        nearest = lowest[level, left].minimum(lowest[level, right])
+        seen &= nearest - position < who.window
+        covered &= highest.amax(1)[start // rows] - position < who.window
+    return seen.unflatten(1, (-1, nodes)).any(2), covered.unflatten(1, (-1, nodes)).all(2)
 
 
 def _lowest(position: Tensor, rows: int) -> Tensor:
