@@ -43,27 +43,27 @@ class Config(NamedTuple):
 
 # by chip and padded head_dim, 16-bit inputs: forward, dQ, dK and dV
 _TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
-    ("sm_80", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 3)),
-    ("sm_80", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+    ("sm_80", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 128, 8, 2)),
+    ("sm_80", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm_80", 256): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
     ("sm_90", 64): (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
     ("sm_90", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
     ("sm_90", 256): (Config(128, 32, 8, 2), Config(64, 16, 8, 2), Config(32, 32, 8, 2)),
-    ("sm_100", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 64, 4, 2)),
+    ("sm_100", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
     ("sm_100", 128): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm_100", 256): (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
-    ("sm_120", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
+    ("sm_120", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 128, 8, 2)),
     ("sm_120", 128): (Config(128, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm_120", 256): (Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 2)),
     ("gfx942", 64): (Config(128, 64, 4, 1), Config(128, 64, 8, 1), Config(32, 64, 4, 1)),
     ("gfx942", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),
     ("gfx942", 256): (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
     ("gfx950", 64): (Config(128, 64, 4, 1), Config(128, 64, 8, 1), Config(64, 64, 4, 1)),
-    ("gfx950", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),
+    ("gfx950", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(32, 128, 4, 1)),
     ("gfx950", 256): (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
 }
 # any chip, by padded head_dim: without tensor cores the operands are in registers
-_FP32 = {64: Config(16, 16, 4, 1), 128: Config(16, 16, 8, 1)}
+_FP32 = {64: Config(16, 32, 4, 1), 128: Config(16, 16, 8, 1)}
 
 
 _tuned: dict[tuple, Config] = {}  # what tune() found
