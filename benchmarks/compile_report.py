@@ -137,6 +137,8 @@ def fused_cases() -> Iterable[tuple[str, Case]]:
     for layout in ("interleaved", "index"):
         case = Case(_bind(call, 4096, torch.bfloat16, BATCH, layout, True), wide)
         yield f"head and loss, H 4096, bf16, {layout}, all options", case
+    case = Case(_bind(call, 5, torch.float32, BATCH, "halves", True))
+    yield "head and loss, H 5, fp32, all options", case
     many = Case(_bind(call, 4096, torch.bfloat16, 4096, "halves", False), wide)
     yield "head and loss, H 4096, bf16, B 4096", many
 

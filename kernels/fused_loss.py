@@ -211,11 +211,11 @@ def _backward_kernel(
         tl.store(grad_weight + col, total * scale, mask=col < width)
         if HAS_BIAS:
             if program == 0:
-                total = tl.zeros([USES], ACC)
+                of_bias = tl.zeros([USES], ACC)
                 for start in range(0, uses, USES):
                     use = start + tl.arange(0, USES)
-                    total += tl.load(grads + use, mask=use < uses, other=0.0)
-                tl.store(grad_bias, tl.sum(total, axis=0) * scale)
+                    of_bias += tl.load(grads + use, mask=use < uses, other=0.0)
+                tl.store(grad_bias, tl.sum(of_bias, axis=0) * scale)
     else:
         write_rows(
             program - weight_programs, scale, grads, index, pairs, weight, grad_hidden,
@@ -229,7 +229,11 @@ _arrived: dict[tuple, Tensor] = {}
 
 def _counter(device: torch.device) -> Tensor:
     """An int32 that is zero between launches: one a stream, whose launches follow each other."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
+            return torch.zeros(1, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
     key = (device, stream)
     if key not in _arrived:
         _arrived[key] = torch.zeros(1, dtype=torch.int32, device=device)

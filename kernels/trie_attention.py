@@ -24,7 +24,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from rmfast.kernels import chips
 
@@ -105,6 +104,7 @@ class Rule(NamedTuple):
 def _rule(
     subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, window: int | None
 ) -> Rule:
+    subtree_end, position_ids = subtree_end.contiguous(), position_ids.contiguous()
     if queries is None:
         return Rule(None, subtree_end, position_ids, position_ids, window)
     nodes = torch.arange(subtree_end.shape[0], device=subtree_end.device)
@@ -177,26 +177,22 @@ def _lowest(position: Tensor, rows: int) -> Tensor:
     return torch.stack(table)
 
 
-class _Cached(NamedTuple):
-    written: tuple[int | None, ...]
-    position_ids: Tensor
-    plans: dict[tuple, Plan]
-
-
-_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by subtree_end, for the batch's other layers
-
-
 def _planned(who: Rule, position_ids: Tensor, config: Config, by_block: bool, pooled: bool) -> Plan:
-    if pooled:
+    """The plan; of a packed trie's whole passes kept on ``subtree_end``, for the other layers."""
+    kept = getattr(who.last, "_rmfast_kept", None)  # rmfast.PackedTrie's: nobody writes to it
+    if kept is None or pooled:
         return plan(who, config.rows, config.nodes, by_block)
-    written = tuple(None if x.is_inference() else x._version for x in (who.last, position_ids))
-    found = _cache.get(who.last)
-    if found is None or found.position_ids is not position_ids or found.written != written:
-        found = _cache[who.last] = _Cached(written, position_ids, {})
-    key = (config.rows, config.nodes, by_block, who.window)
-    if key not in found.plans:
-        found.plans[key] = plan(who, config.rows, config.nodes, by_block)
-    return found.plans[key]
+    stream, capturing = 0, False
+    if who.last.is_cuda:
+        stream = torch.cuda.current_stream(who.last.device).cuda_stream
+        capturing = torch.cuda.is_current_stream_capturing()
+    key = ("plan", config.rows, config.nodes, by_block, who.window, stream)
+    if key in kept and kept[key][0] is position_ids:
+        return kept[key][1]
+    made = plan(who, config.rows, config.nodes, by_block)
+    if not capturing:  # what a graph makes is there once it was replayed
+        kept[key] = (position_ids, made)
+    return made
 
 
 # --- kernels
@@ -327,8 +323,8 @@ def _forward_kernel(
     q = _load(query, head, begin, rows, q_head, q_row, q_col, M, WIDTH, D, True, DOT)
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * _LOG2E
-        highest = tl.zeros([M], tl.float32) + sink
-        denominator = tl.zeros([M], tl.float32) + 1.0
+        highest = tl.zeros([M], tl.float32) + tl.maximum(sink, -1e30)
+        denominator = tl.exp2(sink - highest)
     else:
         highest = tl.zeros([M], tl.float32) - 1e30  # finite: no NaN where a tile is all hidden
         denominator = tl.zeros([M], tl.float32)
@@ -577,6 +573,7 @@ def trie_attention(
 ) -> tuple[Tensor, Tensor]:  # [1, M, Hq, Dv]; fp32 [Hq, M rounded up] in base 2, or empty
     _, heads, rows, _ = query.shape
     pooled = queries is not None
+    sinks = None if sinks is None else sinks.contiguous()
     chosen, constants = _tile("forward", query, value, pooled, softcap is not None, config)
     who = _rule(subtree_end, position_ids, queries, window)
     tiles = _planned(who, position_ids, chosen, False, pooled)
@@ -615,6 +612,7 @@ def trie_attention_backward(
     kv_heads, nodes = key.shape[1:3]
     pooled = queries is not None
     who = _rule(subtree_end, position_ids, queries, window)
+    sinks = None if sinks is None else sinks.contiguous()
     grad_q, grad_k, grad_v = (
         torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         for x in (query, key, value)

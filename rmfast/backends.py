@@ -71,7 +71,7 @@ def _block_mask(subtree_end, position_ids, queries, window):
     nodes = subtree_end.shape[0]
     device = subtree_end.device
     row = torch.arange(nodes, device=device) if queries is None else queries
-    end, position = subtree_end.clone(), position_ids  # a key of the cache must not be kept in it
+    end, position = subtree_end.clone(), position_ids  # what is kept on a tensor must not hold it
 
     def seen(batch, head, q, k):
         allowed = (k <= row[q]) & (row[q] < end[k])

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -201,8 +200,9 @@ def pairwise_gradients(
     slope = (1 - t) * torch.sigmoid(z) - t * torch.sigmoid(-z)
     if weight is not None:
         slope = slope * weight.to(z.dtype)
-    both = 2 * center * (chosen + rejected)
-    grads = torch.stack([both + slope, both - slope])
+    grads = torch.stack([slope, -slope])
+    if center:
+        grads = grads + 2 * center * (chosen + rejected)
     return grads / len(z) if reduction == "mean" else grads
 
 
@@ -346,24 +346,20 @@ class Bundle(NamedTuple):
 
 
 def once_a_batch(make: Callable) -> Callable:
-    """Keep what ``make`` finds for whole passes, by ``subtree_end``, for the batch's other layers.
+    """Keep what ``make`` finds for whole passes of a :class:`rmfast.PackedTrie`, for other layers.
 
-    What is kept must not hold ``subtree_end`` itself, or neither is ever freed.
+    Only there, where nobody writes to ``subtree_end``: it is kept on that tensor.
     """
-    kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     @functools.wraps(make)
     def get(subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, window: int | None):
-        if queries is not None:
+        kept = getattr(subtree_end, "_rmfast_kept", None)
+        if kept is None or queries is not None:
             return make(subtree_end, position_ids, queries, window)
-        of = (subtree_end, position_ids)
-        written = tuple(None if x.is_inference() else x._version for x in of)
-        found = kept.get(subtree_end)
-        if found is None or found[0] != written or found[1] is not position_ids:
-            found = kept[subtree_end] = (written, position_ids, {})
-        if window not in found[2]:
-            found[2][window] = make(subtree_end, position_ids, None, window)
-        return found[2][window]
+        key = (make.__name__, window)
+        if key not in kept or kept[key][0] is not position_ids:
+            kept[key] = (position_ids, make(subtree_end, position_ids, None, window))
+        return kept[key][1]
 
     return get
 

@@ -18,9 +18,18 @@ from torch import Tensor
 _MAX_ID = 2**31  # token ids and positions share one int64 key, 32 bits each
 
 
+class _Kept(dict):
+    """What attention makes of a trie. Neither copied nor pickled along with it."""
+
+    def __reduce__(self) -> tuple:
+        return _Kept, ()
+
+
 @dataclass(frozen=True, eq=False)
 class PackedTrie:
     """A batch of ``B`` sequences as the ``N`` nodes of its token trie, in preorder.
+
+    Its tensors are not to be written to: what attention makes of them is kept for other layers.
 
     Attributes:
         input_ids: int64 ``[N]``, one token per node.
@@ -34,6 +43,9 @@ class PackedTrie:
     position_ids: Tensor
     subtree_end: Tensor
     pool_index: Tensor
+
+    def __post_init__(self) -> None:
+        self.subtree_end._rmfast_kept = _Kept()
 
     def __len__(self) -> int:
         return self.input_ids.numel()

@@ -336,3 +336,18 @@ def test_pooled_reward_head_names_the_argument(change, message):
     }
     with pytest.raises(ValueError, match=message):
         ops.pooled_reward_head(**(args | change))
+
+
+def test_gradients_of_huge_scores_are_torchs():
+    """Without centering no sum of the two scores is formed: it may be infinite, or NaN times 0."""
+    for values in ([float("-inf"), 2.0, 1.0, 2.0], [2e38, 0.0, 1.8e38, 0.0]):
+        ours, theirs = (torch.tensor(values, requires_grad=True) for _ in range(2))
+        ops.pairwise_loss(ours, reduction="sum").loss.backward()
+        chosen, rejected = theirs.chunk(2)
+        (-F.logsigmoid(chosen - rejected).sum()).backward()
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_pair_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="pairs must be from 0 to 3, got -1 to 2"):
+        ops.pairwise_loss(torch.randn(4), torch.tensor([[-1, 2]]))

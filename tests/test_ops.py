@@ -203,6 +203,12 @@ def test_reward_head_names_the_argument(change, message):
         ops.reward_head(**(args | change))
 
 
+@pytest.mark.parametrize("index", [[-1], [3], [0, 7]])
+def test_an_index_out_of_range_is_refused(index):
+    with pytest.raises(ValueError, match="index must be from 0 to 2"):
+        ops.reward_head(torch.randn(3, 4), torch.tensor(index), torch.randn(1, 4))
+
+
 def test_attention_names_the_argument():
     trie = random_trie(0)
     q, k, v = qkv(trie, 4, 2, 8, torch.float32)
@@ -225,6 +231,13 @@ def test_attention_names_the_argument():
         ops.trie_attention(q, k, v, rest[0], rest[1][1:])
     with pytest.raises(ValueError, match="queries must be int64"):
         ops.trie_attention(q[:, :, :0], k, v, *rest, queries=rest[1][:0])
+    with pytest.raises(ValueError, match="queries must rise"):
+        ops.trie_attention(q[:, :, :2], k, v, *rest, queries=torch.tensor([1, 1]))
+    for name, bad in (("window", 0), ("softcap", 0.0), ("softcap", -1.0)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            ops.trie_attention(q, k, v, *rest, **{name: bad})
+    with pytest.raises(ValueError, match="query must be of a floating dtype"):
+        ops.trie_attention(*(x.long() for x in (q, k, v)), *rest)
     with pytest.raises(ValueError, match="backend='triton' cannot run"):
         ops.trie_attention(q, k, v, *rest, backend="triton")
     with pytest.raises(ValueError, match="backend must be"):

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from rmfast import reference
-from rmfast.ops._common import check_devices, exact, no_second_derivative, use_kernels
+from rmfast.ops._common import (
+    check_devices,
+    check_floating,
+    exact,
+    no_second_derivative,
+    use_kernels,
+)
 
 
 @torch.library.custom_op("rmfast::trie_attention", mutates_args=())
@@ -27,6 +33,8 @@ def _trie_attention(
 ) -> tuple[Tensor, Tensor]:
     """The second output is what the Triton backward needs besides: empty elsewhere."""
     rule = (subtree_end, position_ids, queries, sinks, scale, window, softcap)
+    if queries is not None and not query.is_cuda and (queries.diff() <= 0).any():
+        raise ValueError("queries must rise: sort them, without repeats")
     if triton:
         from rmfast.kernels import trie_attention as kernels
 
@@ -109,6 +117,9 @@ def why_not_triton(query: Tensor, value: Tensor, scale: float) -> str | None:
         return f"it knows fp32, fp16 and bf16, not {query.dtype}"
     if max(query.shape[-1], value.shape[-1]) > widest:
         return f"it holds head_dim up to {widest} in {query.dtype}"
+    if query.is_cuda and torch.version.hip is None:
+        if torch.cuda.get_device_capability(query.device)[0] < 8:
+            return "it needs compute capability 8.0 or newer"
     return None if scale > 0 else f"scale is {scale}, not above zero"
 
 
@@ -134,7 +145,8 @@ def trie_attention(
         value: ``[1, Hk, N, Dv]``.
         subtree_end: int32 ``[N]``, see :class:`rmfast.PackedTrie`.
         position_ids: int64 ``[N]``; read only with ``window``.
-        queries: int64 ``[M]``, packed indices of the queries, rising. None: every node, ``M = N``.
+        queries: int64 ``[M]``, packed indices of the queries, each above the one before it (not
+            checked on a GPU). None: every node, ``M = N``.
         sinks: ``[Hq]``, attention-sink logits.
         scale: factor on the logits, ``D ** -0.5`` when not given.
         window: sliding window, in positions: a key is seen when nearer than this.
@@ -170,9 +182,10 @@ def trie_attention(
             raise ValueError(f"{name} must be [1, Hk, {nodes}, D], got shape {tuple(x.shape)}")
         if x.dtype != query.dtype:
             raise ValueError(f"{name} is {x.dtype} and query {query.dtype}: cast one of them")
+    check_floating(query=query, sinks=sinks)
     if key.shape[3] != query.shape[3]:
         raise ValueError(f"key has head_dim {key.shape[3]}, query {query.shape[3]}")
-    if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
+    if not key.shape[1] or query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
         raise ValueError(
             f"query has {query.shape[1]} heads, key {key.shape[1]}, value {value.shape[1]}: need "
             "as many key as value heads, and a multiple of them as query heads"
@@ -185,6 +198,10 @@ def trie_attention(
         query=query, key=key, value=value, subtree_end=subtree_end, position_ids=position_ids,
         queries=queries, sinks=sinks,
     )  # fmt: skip
+    if window is not None and window < 1:
+        raise ValueError(f"window must be 1 or more, or None, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above zero, or None, got {softcap}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend not in ("auto", "triton", "sdpa"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'sdpa', got {backend!r}")

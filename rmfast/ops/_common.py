@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -12,14 +13,21 @@ from torch import Tensor
 
 
 def exact(function: Callable) -> Callable:
-    """Keeps autocast out: it would round the fp32 sums inside to bf16."""
+    """On the device of the first argument, which Triton does not look at. Keeps autocast out.
+
+    It would round the fp32 sums inside to bf16.
+    """
 
     @functools.wraps(function)
     def run(first: Tensor, *args):
-        with torch.autocast(first.device.type, enabled=False):
+        with torch.autocast(first.device.type, enabled=False), _on(first.device):
             return function(first, *args)
 
     return run
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -42,6 +50,14 @@ def no_second_derivative(op: torch.library.CustomOpDef, name: str) -> None:
         )
 
     op.register_autograd(refuse)
+
+
+def check_places(name: str, places: Tensor, count: int) -> None:
+    """On a CPU alone: a GPU would have to be waited for."""
+    if places.numel() and not 0 <= places.min() <= places.max() < count:
+        raise ValueError(
+            f"{name} must be from 0 to {count - 1}, got {places.min()} to {places.max()}"
+        )
 
 
 def check_devices(**tensors: Tensor | None) -> None:

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from rmfast import reference
-from rmfast.ops._common import check_devices, exact, no_second_derivative, use_kernels
+from rmfast.ops._common import check_devices, check_places, exact, no_second_derivative, use_kernels
 from rmfast.ops._head import check_head, check_rows
 from rmfast.ops._pairwise import check_pairs
 
+# its kernel keeps a counter between launches, which memory of a CUDA graph cannot hold
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+_TAGS = {} if _UNSAFE is None else {"tags": _UNSAFE}
 
-@torch.library.custom_op("rmfast::reward_head_pairwise_loss", mutates_args=())
+
+@torch.library.custom_op("rmfast::reward_head_pairwise_loss", mutates_args=(), **_TAGS)
 @exact
 def _reward_head_pairwise_loss(
     hidden: Tensor,
@@ -40,6 +44,9 @@ def _reward_head_pairwise_loss(
             needs_hidden, needs_weight,
         )  # fmt: skip
     else:
+        check_places("index", index, hidden.shape[0])
+        if pairs is not None:
+            check_places("pairs", pairs, index.shape[0])
         rest = (layout if pairs is None else pairs, margin, target, pair_weight, *options)
         loss, scores, metrics = reference.reward_head_pairwise_loss(
             hidden, index, weight, bias, *rest

@@ -9,6 +9,7 @@ from rmfast import reference
 from rmfast.ops._common import (
     check_devices,
     check_floating,
+    check_places,
     exact,
     no_second_derivative,
     use_kernels,
@@ -22,6 +23,7 @@ def _reward_head(hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | N
         from rmfast.kernels import reward_head as kernel
 
         return kernel.reward_head(hidden, index, weight, bias)
+    check_places("index", index, hidden.shape[0])
     return reference.reward_head(hidden, index, weight, bias)
 
 
@@ -149,6 +151,8 @@ _pooled_reward_head.register_autograd(
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if not hidden.shape[-1] or (weight.ndim == 2 and not weight.shape[0]):
+        raise ValueError("hidden and weight are empty: no column, or no label")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must be [num_labels, {hidden.shape[-1]}] like hidden, "

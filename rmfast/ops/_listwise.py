@@ -117,7 +117,8 @@ def listwise_loss(
         reduction: ``"mean"`` or ``"sum"`` over the groups, or ``"none"``.
         max_size: items in the largest group, or more, at most 64. None: ``offsets`` is read to
             find it, for which the host waits for a GPU, and which ``torch.compile`` cannot
-            trace. Given, ``offsets`` is not checked on a GPU, and a larger group's loss is NaN.
+            trace. Given, ``offsets`` is not checked on a GPU: a larger group's loss is NaN, and
+            gradients of scores past the last offset are not written.
 
     Returns:
         In fp32 (fp64 for fp64 scores) a scalar, or ``[G]`` with ``reduction="none"``.
@@ -138,7 +139,7 @@ def listwise_loss(
         )
     if ranks.requires_grad:
         raise ValueError("ranks is not differentiated: detach it")
-    if offsets.ndim != 1 or offsets.dtype != torch.int64 or not offsets.shape[0]:
+    if offsets.ndim != 1 or offsets.dtype != torch.int64 or offsets.shape[0] < 2:
         raise ValueError(
             f"offsets must be int64 [G + 1], got {offsets.dtype} {tuple(offsets.shape)}"
         )

@@ -11,6 +11,7 @@ from rmfast import reference
 from rmfast.ops._common import (
     check_devices,
     check_floating,
+    check_places,
     exact,
     no_second_derivative,
     use_kernels,
@@ -39,6 +40,8 @@ def _pairwise_loss(
             scores, pairs, margin, target, weight, layout, *options, needs_grad
         )
         return loss, metrics, metrics.new_empty(0) if grads is None else grads
+    if pairs is not None:
+        check_places("pairs", pairs, scores.shape[0])
     args = (scores, layout if pairs is None else pairs, margin, target, weight, *options)
     loss, metrics = reference.pairwise_loss(*args)
     return (
@@ -142,7 +145,7 @@ def check_pairs(
             continue
         if x.shape != (count,):
             raise ValueError(f"{name} must be [{count}], one a pair, got shape {tuple(x.shape)}")
-        if x.requires_grad:
+        if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} gets no gradient here: detach it")
     if target is not None and label_smoothing:
         raise ValueError("target and label_smoothing say the same thing: give one of them")

@@ -76,6 +76,21 @@ def test_case(case, chip, compiled):
             assert has(one, narrow if one.kernel in expected.narrow else wide), one.kernel
 
 
+def test_the_last_program_sees_what_the_others_wrote(compiled):
+    """Stores, barrier, release; ticket; acquire, barrier: the interpreter has no threads to race."""
+    case = "head and loss, H 4096, bf16"
+    with launches.processes(1) as pool:
+        one, _ = pool.submit(compile_report.compile_cases, [case], "sm_90").result()[case]
+    ops = [
+        line for line in one.text.splitlines() if re.search(r"\bMEMBAR|ATOMG|BAR\.SYNC|LDG", line)
+    ]
+    (ticket,) = [i for i, line in enumerate(ops) if "ATOMG" in line]
+    assert re.search(r"ATOMG.*STRONG\.GPU", ops[ticket])
+    before, after = "\n".join(ops[:ticket]), "\n".join(ops[ticket + 1 :])
+    assert re.search(r"BAR\.SYNC(.|\n)*MEMBAR\.\w+\.GPU", before)
+    assert re.search(r"BAR\.SYNC(.|\n)*LDG\S*STRONG\.GPU", after)
+
+
 # --- the checks see what they look for
 
 

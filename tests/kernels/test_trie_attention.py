@@ -174,6 +174,30 @@ def test_rotated_positions_do_not_matter_without_a_window_and_shift_it_with_one(
     Problem(trie, device, window=4).check()
 
 
+@pytest.mark.parametrize("value", [float("-inf"), -1e4, 1e4])
+def test_extreme_sinks(value, device):
+    torch.manual_seed(0)
+    problem = Problem(random_trie(0), device, sinks=True)
+    problem.sinks[1] = value
+    assert not any(x.isnan().any() for x in problem.run())
+    problem.check()
+
+
+def test_small_tensors_of_any_strides(device):
+    torch.manual_seed(0)
+    problem = Problem(random_trie(0), device, sinks=True, window=4)
+    want = problem.run()
+
+    def strided(x):
+        return torch.stack([x, torch.full_like(x, 7)], 1)[:, 0]
+
+    end, positions, queries = problem.mask
+    problem.mask = (strided(end), strided(positions), queries)
+    problem.sinks = strided(problem.sinks)
+    for ours, theirs in zip(problem.run(), want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_inference_keeps_no_state_and_gives_the_same_bits(device):
     torch.manual_seed(0)
     problem = Problem(random_trie(3), device)
@@ -284,7 +308,7 @@ def test_plan_of_many_tiles_in_pieces(monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_a_plan_is_made_once_a_batch_and_not_for_another(monkeypatch):
+def test_a_packed_tries_plan_is_made_once(monkeypatch):
     from rmfast.kernels import trie_attention as kernels
 
     made = []
@@ -293,34 +317,34 @@ def test_a_plan_is_made_once_a_batch_and_not_for_another(monkeypatch):
     trie = random_trie(8)
     config = kernels.Config(*SMALL)
 
-    def planned(positions, window):
-        who = kernels._rule(trie.subtree_end, positions, None, window)
-        return kernels._planned(who, positions, config, False, False)
+    def planned(end, positions, window, pooled=False):
+        who = kernels._rule(end, positions, None, window)
+        return kernels._planned(who, positions, config, False, pooled)
 
-    first = planned(trie.position_ids, 3)
-    assert planned(trie.position_ids, 3) is first and len(made) == 1
-    planned(trie.position_ids, 5)
+    first = planned(trie.subtree_end, trie.position_ids, 3)
+    assert planned(trie.subtree_end, trie.position_ids, 3) is first and len(made) == 1
+    planned(trie.subtree_end, trie.position_ids, 5)
     assert len(made) == 2
-    planned(trie.position_ids.clone(), 3)
+    planned(trie.subtree_end, trie.position_ids.clone(), 3)
     assert len(made) == 3
-    trie.subtree_end.add_(0)
-    planned(trie.position_ids, 3)
-    assert len(made) == 4
+    end = trie.subtree_end.clone()  # anybody's tensor: it may be written to between the calls
+    for _ in range(2):
+        planned(end, trie.position_ids, 3)
+    assert len(made) == 5
 
 
-def test_a_plan_dies_with_its_batch():
-    import gc
-
-    from rmfast.kernels import trie_attention as kernels
-
-    trie = random_trie(9)
-    who = kernels._rule(trie.subtree_end, trie.position_ids, None, None)
-    before = len(kernels._cache)
-    kernels._planned(who, trie.position_ids, kernels.Config(*SMALL), False, False)
-    assert len(kernels._cache) == before + 1
-    del trie, who
-    gc.collect()
-    assert len(kernels._cache) == before
+def test_a_tensor_written_to_between_calls(device):
+    first, second = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([3, 2, 3], [3] * 3)
+    )
+    torch.manual_seed(0)
+    problem = Problem(chain(3), device)
+    with torch.inference_mode():
+        end = first.clone()
+        problem.mask = (end, *problem.mask[1:])
+        problem.check()
+        end.copy_(second)
+        problem.check()
 
 
 def test_bounds_would_notice_a_wrong_mask(device):
