@@ -76,8 +76,8 @@ def test_case(case, chip, compiled):
             assert has(one, narrow if one.kernel in expected.narrow else wide), one.kernel
 
 
-def test_the_last_program_sees_what_the_others_wrote(compiled):
-    """Stores, barrier, release; ticket; acquire, barrier: the interpreter has no threads to race."""
+def test_the_last_program_sees_what_the_others_wrote():
+    """Barrier, release, ticket, barrier, strong loads: the interpreter has no threads to race."""
     case = "head and loss, H 4096, bf16"
     with launches.processes(1) as pool:
         one, _ = pool.submit(compile_report.compile_cases, [case], "sm_90").result()[case]
