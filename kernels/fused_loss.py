@@ -229,6 +229,10 @@ _arrived: dict[tuple, Tensor] = {}
 
 def _counter(device: torch.device) -> Tensor:
     """An int32 that is zero between launches: one a stream, whose launches follow each other."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(
+            1, dtype=torch.int32, device=device
+        )  # belongs to the graph, with its zero
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (device, stream)
     if key not in _arrived:

@@ -82,7 +82,7 @@ def check(hidden, index, weight, bias, pairs, reduction="mean", tile=None, rows_
         if ours is not None:
             assert ours.shape == exact.shape
             assert ((ours - exact).abs() <= bound + ulp(exact, ours.dtype)).all()
-    unread = torch.ones(len(hidden), dtype=torch.bool)
+    unread = torch.ones(len(hidden), dtype=torch.bool, device=index.device)
     unread[index] = False
     assert (got[0][unread] == 0).all()
 

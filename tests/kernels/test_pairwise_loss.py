@@ -77,7 +77,8 @@ def check(scores, pairs, made, reduction, upstream, block=None):
     error = reference.pairwise_loss_backward(upstream.double().abs(), error_grads, pairs, batch)
     assert ((got - true).abs() <= error + ulp(true, dtype)).all()
     unused = torch.ones_like(exact)
-    unused[torch.stack(reference.pair_scores(torch.arange(batch), pairs)).flatten()] = 0
+    items = torch.arange(batch, device=scores.device)
+    unused[torch.stack(reference.pair_scores(items, pairs)).flatten()] = 0
     assert (got[unused.bool()] == 0).all()
 
 
