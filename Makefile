@@ -1,9 +1,9 @@
-# make setup | demo | test | bench | clean
+# make setup | demo | test | bench | gpu | clean (gpu: with the python on the PATH, no .venv)
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test bench clean
+.PHONY: setup demo test bench gpu clean
 
 setup: .venv/.complete
 
@@ -29,6 +29,10 @@ test: setup
 
 bench: setup
 	$(BIN)/rmfast bench
+
+gpu: # on a machine that has one: its own torch, see CONTRIBUTING.md
+	env -u TRITON_INTERPRET python -m pytest tests/kernels tests/gpu
+	python -m rmfast.benchmarks.kernels
 
 clean: # the .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

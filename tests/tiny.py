@@ -132,8 +132,8 @@ def run(m: nn.Module, **inputs) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and every parameter's gradient under a loss that weighs each score its own way."""
     m.zero_grad()
     logits = m(**inputs).logits
-    weight = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view_as(logits)
-    (logits * weight).sum().backward()
+    weight = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype, device=logits.device)
+    (logits * weight.view_as(logits)).sum().backward()
     grads = {n: p.grad.detach().clone() for n, p in m.named_parameters() if p.grad is not None}
     return logits.detach(), grads
 

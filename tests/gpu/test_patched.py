@@ -1,0 +1,78 @@
+"""Patched models on a GPU, by every attention: scores and gradients against Hugging Face."""
+
+import math
+
+import pytest
+import torch
+
+import rmfast
+import tiny
+
+FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "qwen3"])
+SEEDS = 8
+
+
+def model(family, dtype):
+    """Heads that FlexAttention can do; no routing, whose choice a rounding can turn."""
+    return tiny.model(family, dtype=dtype, head_dim=32, num_experts_per_tok=4).cuda()
+
+
+def batch(seed):
+    return {name: x.cuda() for name, x in tiny.padded(tiny.rows(seed)).items()}
+
+
+@pytest.fixture
+def triton_calls(monkeypatch):
+    from rmfast.kernels import trie_attention as kernels
+
+    calls, forward = [], kernels.trie_attention
+    monkeypatch.setattr(
+        kernels, "trie_attention", lambda *args: calls.append(args) or forward(*args)
+    )
+    return calls
+
+
+def patched(m, attention):
+    if attention == "flash":
+        pytest.importorskip("flash_attn")
+        if m.config.model_type == "gpt_oss":
+            pytest.skip("flash-attn knows no attention sinks")
+    rmfast.patch(m, attention=attention)
+    report = rmfast.report(m)
+    assert report.level == "trie" and f"attention: {attention}" in str(report)
+    return m
+
+
+@pytest.mark.parametrize("attention", ["auto", "triton", "sdpa", "flex"])
+@FAMILIES
+def test_fp32(family, attention, triton_calls):
+    m = model(family, torch.float32)
+    theirs, their_grads = tiny.run(m, **batch(0))
+    ours, our_grads = tiny.run(patched(m, attention), **batch(0))
+    assert not rmfast.report(m).fallbacks
+    assert len(triton_calls) == (3 if attention in ("auto", "triton") else 0)
+    assert tiny.score_error(ours, theirs) <= 1e-4
+    assert tiny.grad_error(our_grads, their_grads) <= 1e-4
+
+
+@pytest.mark.parametrize("attention", ["auto", "triton", "sdpa", "flex", "flash"])
+@FAMILIES
+def test_bf16(family, attention, triton_calls):
+    m, exact = model(family, torch.bfloat16), model(family, torch.float32)
+    exact.load_state_dict(m.state_dict())
+    oracle = [tiny.run(exact, **batch(seed)) for seed in range(SEEDS)]
+    theirs = [tiny.run(m, **batch(seed)) for seed in range(SEEDS)]
+    patched(m, attention)
+    ours = [tiny.run(m, **batch(seed)) for seed in range(SEEDS)]
+    assert not rmfast.report(m).fallbacks
+    assert bool(triton_calls) == (attention in ("auto", "triton"))
+
+    def errors(got):  # of all scores, of all gradients
+        scores = torch.cat([x - y for (x, _), (y, _) in zip(got, oracle, strict=True)])
+        grads = [tiny.grad_error(x, y) for (_, x), (_, y) in zip(got, oracle, strict=True)]
+        return scores.norm().item(), math.hypot(*grads)
+
+    (score, grad), (their_score, their_grad) = errors(ours), errors(theirs)
+    size = max(x.abs().max().item() for x, _ in oracle)
+    assert score <= 1.1 * their_score + 2.0**-8 * size
+    assert grad <= 1.1 * their_grad + 2.0**-8
