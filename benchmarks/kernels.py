@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -278,7 +279,7 @@ def preparations(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str
     calls: dict[str, Call] = {
         "FlexAttention": lambda: backends._block_mask(end.clone(), position, None, None)
     }
-    if ops._HAS_TRITON:
+    if importlib.util.find_spec("triton") is not None:
         from rmfast.kernels import trie_attention as kernels
 
         like = torch.empty(0, dtype=torch.bfloat16, device=device)
@@ -407,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.rounds is not None and args.rounds < 1:
         parser.error("--rounds must be 1 or more")
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    triton = importlib.import_module("triton").__version__ if ops._HAS_TRITON else ""
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else ""
     rounds = args.rounds or (3 if args.quick else 20)
     versions = {"device": name, "torch": torch.__version__, "triton": triton}
     rows = [row | versions for row in run(args.device, args.quick, rounds)]

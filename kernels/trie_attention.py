@@ -186,12 +186,14 @@ def _planned(who: Rule, position_ids: Tensor, config: Config, by_block: bool, po
     if who.last.is_cuda:
         stream = torch.cuda.current_stream(who.last.device).cuda_stream
         capturing = torch.cuda.is_current_stream_capturing()
-    key = ("plan", config.rows, config.nodes, by_block, who.window, stream)
-    if key in kept and kept[key][0] is position_ids:
-        return kept[key][1]
+    key = ("plan", config.rows, config.nodes, by_block, who.window)
+    positions, maker, made = kept.get(key, (None, None, None))
+    # another stream's may not be there yet; a capture begins when all is
+    if positions is position_ids and (maker == stream or capturing):
+        return made
     made = plan(who, config.rows, config.nodes, by_block)
     if not capturing:  # what a graph makes is there once it was replayed
-        kept[key] = (position_ids, made)
+        kept[key] = (position_ids, stream, made)
     return made
 
 
