@@ -21,19 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rmfast.kernels.pairwise_loss import log1p
+
 LARGEST = 64  # items in a group
 
 
 def _warps(size: int, acc: torch.dtype) -> int:
     """Of a [size, size] block: about 16 registers a thread for one value an element."""
     return min(max(1, size * size * acc.itemsize // 2048), 8)
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x in [0, 1], with the rounding of 1 + x taken back out."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def item_of(use, inside, pairs, count, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     """log(1 + x) for 0 <= x <= 1: the rounding of 1 + x is divided out again (Kahan)."""
     above = 1.0 + x
     return tl.where(above == 1.0, x, tl.log(above) * x / tl.where(above == 1.0, 1.0, above - 1.0))
@@ -56,7 +56,7 @@ def pair_loss(
     small = tl.exp(-tl.abs(z))  # never overflows
     below = tl.where(z >= 0, small, 1.0) / (1.0 + small)  # sigmoid(-z)
     above = tl.where(z >= 0, 1.0, small) / (1.0 + small)  # sigmoid(z)
-    tail = _log1p(small)
+    tail = log1p(small)
     lost = tail + tl.maximum(-z, 0.0)  # softplus(-z)
     if HAS_TARGET:
         t = tl.load(target + pair, mask=inside, other=0).to(ACC)
