@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,12 @@ from rmfast.ops._common import check_devices, check_places, exact, no_second_der
 from rmfast.ops._head import check_head, check_rows
 from rmfast.ops._pairwise import check_pairs
 
-# its kernel keeps a counter between launches, which memory of a CUDA graph cannot hold
-_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
-_TAGS = {} if _UNSAFE is None else {"tags": _UNSAFE}
+# its kernel keeps a counter between launches, which memory of a CUDA graph cannot hold; older
+# versions of torch cannot be told
+_TAGS = {}
+if "tags" in inspect.signature(torch.library.custom_op).parameters:
+    if hasattr(torch.Tag, "cudagraph_unsafe"):
+        _TAGS["tags"] = torch.Tag.cudagraph_unsafe
 
 
 @torch.library.custom_op("rmfast::reward_head_pairwise_loss", mutates_args=(), **_TAGS)
