@@ -21,9 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels.pairwise_loss import log1p
-
-LARGEST = 64  # items in a group
+from rmfast.kernels.pairwise_loss import accumulator, log1p, wide
 
 
 def _warps(size: int, acc: torch.dtype) -> int:
@@ -98,23 +96,18 @@ def listwise_loss(
 ) -> tuple[Tensor, Tensor]:  # fp32 (fp64 for fp64 scores) [G], [B]
     """Loss of each group, and its gradient by each item's score."""
     groups = offsets.shape[0] - 1
-    acc = torch.promote_types(scores.dtype, torch.float32)
+    acc = wide(scores.dtype)
     loss = torch.empty(groups, dtype=acc, device=scores.device)
     slope = torch.empty(scores.shape, dtype=acc, device=scores.device)
-    if ranks.dtype.is_floating_point:
-        rank = tl.float64 if ranks.dtype == torch.float64 else tl.float32
-    else:
-        rank = tl.int64
+    rank = accumulator(ranks.dtype) if ranks.dtype.is_floating_point else tl.int64
     size = triton.next_power_of_2(max_size)
-    if groups:
-        _forward_kernel[(groups,)](
-            scores, ranks, offsets, loss, slope,
-            max_size,
-            scores.stride(0), ranks.stride(0), offsets.stride(0),
-            ALL_PAIRS=kind == "all_pairs", RANK=rank, SIZE=size,
-            ACC=tl.float64 if acc == torch.float64 else tl.float32,
-            num_warps=_warps(size, acc),
-        )  # fmt: skip
+    _forward_kernel[(groups,)](
+        scores, ranks, offsets, loss, slope,
+        max_size,
+        scores.stride(0), ranks.stride(0), offsets.stride(0),
+        ALL_PAIRS=kind == "all_pairs", RANK=rank, SIZE=size, ACC=accumulator(scores.dtype),
+        num_warps=_warps(size, acc),
+    )  # fmt: skip
     return loss, slope
 
 
@@ -128,11 +121,10 @@ def listwise_loss_backward(
     """``grad`` of each group times ``slope``."""
     groups = offsets.shape[0] - 1
     out = torch.empty(slope.shape, dtype=dtype, device=slope.device)
-    if groups:
-        _backward_kernel[(groups,)](
-            grad, slope, offsets, out,
-            max_size,
-            grad.stride(0), offsets.stride(0),
-            SIZE=triton.next_power_of_2(max_size), num_warps=1,
-        )  # fmt: skip
+    _backward_kernel[(groups,)](
+        grad, slope, offsets, out,
+        max_size,
+        grad.stride(0), offsets.stride(0),
+        SIZE=triton.next_power_of_2(max_size), num_warps=1,
+    )  # fmt: skip
     return out

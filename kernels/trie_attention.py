@@ -135,9 +135,10 @@ def plan(who: Rule, rows: int, nodes: int, by_block: bool = False) -> Plan:
         full = (first[:, -1] <= start) & (last.amin(1) >= stop)
     else:
         position = pad(who.node_position, padding)
+        extrema = None if who.window is None else _extrema(who.row_position, rows)
         few = max(1, _CHUNK // first.numel())
         pieces = [
-            _by_node(who, first, last, position, a, b, rows, nodes)
+            _by_node(who, first, last, position, extrema, a, b, rows, nodes)
             for a, b in zip(start.split(few), stop.split(few), strict=True)
         ]
         some, full = (torch.cat(piece) for piece in zip(*pieces, strict=True))
@@ -150,51 +151,40 @@ def plan(who: Rule, rows: int, nodes: int, by_block: bool = False) -> Plan:
 
 
 def _by_node(
-    who: Rule, first: Tensor, last: Tensor, position: Tensor, start: Tensor, stop: Tensor,
-    rows: int, nodes: int,
+    who: Rule, first: Tensor, last: Tensor, position: Tensor,
+    extrema: tuple[Tensor, Tensor] | None, start: Tensor, stop: Tensor, rows: int, nodes: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Which blocks hold an allowed pair, and which nothing else, by tile."""
     size = who.row_position.shape[0]
     begin, end = first.maximum(start), last.minimum(stop)
     seen, covered = begin < end, (first <= start) & (last >= stop)
     if who.window is not None:
-        lowest = _lowest(who.row_position, rows)
-        highest = torch.nn.functional.pad(who.row_position, (0, -size % rows)).view(-1, rows)
+        lowest, highest = extrema
         level = torch.frexp((end - begin).clamp(min=1).double()).exponent.long() - 1
         left, right = begin.clamp(max=size - 1), (end - (1 << level)).clamp(min=0)
         nearest = lowest[level, left].minimum(lowest[level, right])
         seen &= nearest - position < who.window
-        covered &= highest.amax(1)[start // rows] - position < who.window
+        covered &= highest[start // rows] - position < who.window
     return seen.unflatten(1, (-1, nodes)).any(2), covered.unflatten(1, (-1, nodes)).all(2)
 
 
-def _lowest(position: Tensor, rows: int) -> Tensor:
-    """``[l, i]``: the lowest of ``position[i : i + 2**l]``, for ranges of up to ``rows``."""
-    table = [position]
+def _extrema(position: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """``[l, i]``: the lowest of ``position[i : i + 2**l]``, up to ``rows``; each tile's highest."""
+    pad, table = torch.nn.functional.pad, [position]
     for level in range(rows.bit_length() - 1):
-        shifted = torch.nn.functional.pad(table[-1], (0, 1 << level), value=1 << 62)
+        shifted = pad(table[-1], (0, 1 << level), value=1 << 62)
         table.append(table[-1].minimum(shifted[1 << level :]))
-    return torch.stack(table)
+    tiles = pad(position, (0, -position.shape[0] % rows)).view(-1, rows)
+    return torch.stack(table), tiles.amax(1)
 
 
 def _planned(who: Rule, position_ids: Tensor, config: Config, by_block: bool, pooled: bool) -> Plan:
     """The plan; of a packed trie's whole passes kept on ``subtree_end``, for the other layers."""
+    tiling = (config.rows, config.nodes, by_block)
     kept = getattr(who.last, "_rmfast_kept", None)  # rmfast.PackedTrie's: nobody writes to it
     if kept is None or pooled:
-        return plan(who, config.rows, config.nodes, by_block)
-    stream, capturing = 0, False
-    if who.last.is_cuda:
-        stream = torch.cuda.current_stream(who.last.device).cuda_stream
-        capturing = torch.cuda.is_current_stream_capturing()
-    key = ("plan", config.rows, config.nodes, by_block, who.window)
-    positions, maker, made = kept.get(key, (None, None, None))
-    # another stream's may not be there yet; a capture begins when all is
-    if positions is position_ids and (maker == stream or capturing):
-        return made
-    made = plan(who, config.rows, config.nodes, by_block)
-    if not capturing:  # what a graph makes is there once it was replayed
-        kept[key] = (position_ids, stream, made)
-    return made
+        return plan(who, *tiling)
+    return kept.once(("plan", *tiling, who.window), position_ids, lambda: plan(who, *tiling))
 
 
 # --- kernels

@@ -137,6 +137,20 @@ def pair_scores(scores: Tensor, pairs: str | Tensor) -> tuple[Tensor, Tensor]:  
     return scores[:half], scores[half:]
 
 
+def _advantage(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None,
+    target: Tensor | None,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor | float]:
+    """The argument of the sigmoid, and the probability that chosen is preferred."""
+    z = chosen - rejected
+    if margin is not None:
+        z = z - margin.to(z.dtype)
+    return z, 1 - label_smoothing if target is None else target.to(z.dtype)
+
+
 def pairwise_loss(
     scores: Tensor,  # [B]
     pairs: str | Tensor,
@@ -154,10 +168,7 @@ def pairwise_loss(
     """
     scores = scores.to(wide(scores.dtype))
     chosen, rejected = pair_scores(scores, pairs)
-    z = chosen - rejected
-    if margin is not None:
-        z = z - margin.to(z.dtype)
-    t = 1 - label_smoothing if target is None else target.to(z.dtype)
+    z, t = _advantage(chosen, rejected, margin, target, label_smoothing)
     logsigmoid = torch.nn.functional.logsigmoid
     loss = -(t * logsigmoid(z))
     if target is not None or label_smoothing:
@@ -193,10 +204,7 @@ def pairwise_gradients(
 ) -> Tensor:  # [2, P]
     """:func:`pairwise_loss` by the chosen and by the rejected score of each pair."""
     chosen, rejected = pair_scores(scores.to(wide(scores.dtype)), pairs)
-    z = chosen - rejected
-    if margin is not None:
-        z = z - margin.to(z.dtype)
-    t = 1 - label_smoothing if target is None else target.to(z.dtype)
+    z, t = _advantage(chosen, rejected, margin, target, label_smoothing)
     slope = (1 - t) * torch.sigmoid(z) - t * torch.sigmoid(-z)
     if weight is not None:
         slope = slope * weight.to(z.dtype)
@@ -357,9 +365,7 @@ def once_a_batch(make: Callable) -> Callable:
         if kept is None or queries is not None:
             return make(subtree_end, position_ids, queries, window)
         key = (make.__name__, window)
-        if key not in kept or kept[key][0] is not position_ids:
-            kept[key] = (position_ids, make(subtree_end, position_ids, None, window))
-        return kept[key][1]
+        return kept.once(key, position_ids, lambda: make(subtree_end, position_ids, None, window))
 
     return get
 

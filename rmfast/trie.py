@@ -8,8 +8,9 @@ if and only if ``k <= q < subtree_end[k]``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,21 @@ _MAX_ID = 2**31  # token ids and positions share one int64 key, 32 bits each
 
 class _Kept(dict):
     """What attention makes of a trie. Neither copied nor pickled along with it."""
+
+    def once(self, key: Hashable, position_ids: Tensor, make: Callable[[], Any]) -> Any:
+        """What ``make`` makes for these positions, made when it is first asked for."""
+        stream, capturing = 0, False
+        if position_ids.is_cuda:
+            stream = torch.cuda.current_stream(position_ids.device).cuda_stream
+            capturing = torch.cuda.is_current_stream_capturing()
+        positions, maker, made = self.get(key, (None, None, None))
+        # another stream's may not be there yet; a capture begins when all is
+        if positions is position_ids and (maker == stream or capturing):
+            return made
+        made = make()
+        if not capturing:  # what a graph makes is there once it was replayed
+            self[key] = (position_ids, stream, made)
+        return made
 
     def __reduce__(self) -> tuple:
         return _Kept, ()

@@ -4,14 +4,13 @@ Every op runs :mod:`rmfast.reference` on a CPU, and a kernel of :mod:`rmfast.ker
 where Triton is installed. Second derivatives are not implemented.
 """
 
-from rmfast.ops._attention import trie_attention, why_not_triton
+from rmfast.ops._attention import trie_attention
 from rmfast.ops._fused import RewardHeadPairwiseLoss, reward_head_pairwise_loss
 from rmfast.ops._head import pooled_reward_head, reward_head, reward_head_backward
-from rmfast.ops._listwise import LARGEST_GROUP, listwise_loss
+from rmfast.ops._listwise import listwise_loss
 from rmfast.ops._pairwise import PairwiseLoss, pairwise_loss
 
 __all__ = [
-    "LARGEST_GROUP",
     "PairwiseLoss",
     "RewardHeadPairwiseLoss",
     "listwise_loss",
@@ -21,5 +20,4 @@ __all__ = [
     "reward_head_backward",
     "reward_head_pairwise_loss",
     "trie_attention",
-    "why_not_triton",
 ]

@@ -108,7 +108,7 @@ _trie_attention.register_autograd(_trie_attention_autograd, setup_context=_trie_
 no_second_derivative(_trie_attention_backward, "trie_attention")
 
 
-def why_not_triton(query: Tensor, value: Tensor, scale: float) -> str | None:
+def _why_not_triton(query: Tensor, value: Tensor, scale: float) -> str | None:
     """Why the Triton attention kernel cannot take these; None: it can."""
     if not use_kernels(query):
         return f"tensors are on {query.device}, and Triton is for GPUs"
@@ -205,7 +205,7 @@ def trie_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend not in ("auto", "triton", "sdpa"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'sdpa', got {backend!r}")
-    why_not = None if backend == "sdpa" else why_not_triton(query, value, scale)
+    why_not = None if backend == "sdpa" else _why_not_triton(query, value, scale)
     if backend == "triton" and why_not is not None:
         raise ValueError(f"backend='triton' cannot run: {why_not}; 'auto' takes what can")
     triton = backend != "sdpa" and why_not is None

@@ -16,7 +16,7 @@ from rmfast.ops._common import (
     use_kernels,
 )
 
-LARGEST_GROUP = 64  # as in kernels/listwise_loss.py
+_LARGEST = 64  # items whose pairs fit the registers of a program
 
 
 @torch.library.custom_op("rmfast::listwise_loss", mutates_args=())
@@ -150,11 +150,9 @@ def listwise_loss(
     check_devices(scores=scores, ranks=ranks, offsets=offsets)
     if max_size is None:
         max_size = max(1, _check_offsets(offsets.tolist(), scores.shape[0], None))
-        if max_size > LARGEST_GROUP:
-            raise ValueError(
-                f"offsets hold a group of {max_size}, more than {LARGEST_GROUP}: split it"
-            )
-    elif not 1 <= max_size <= LARGEST_GROUP:
-        raise ValueError(f"max_size must be 1 to {LARGEST_GROUP}, got {max_size}")
+        if max_size > _LARGEST:
+            raise ValueError(f"offsets hold a group of {max_size}, more than {_LARGEST}: split it")
+    elif not 1 <= max_size <= _LARGEST:
+        raise ValueError(f"max_size must be 1 to {_LARGEST}, got {max_size}")
     loss, _ = _listwise_loss(scores, ranks, offsets, kind, max_size)
     return loss if reduction == "none" else getattr(loss, reduction)()
