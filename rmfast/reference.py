@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-_TILE = 64  # packed queries in a tile
+_TILE = 32  # packed queries in a tile
 _POOLED = 16  # pooled queries in a tile: they lie far apart, so few share keys
 _BUNDLE = 1 << 16  # queries x keys in a bundle, padding included
 _EVEN = 0.75  # shortest to longest tile of a bundle
@@ -363,13 +363,37 @@ class Bundle(NamedTuple):
     keys: Tensor  # int64 [G, L], packed indices; a short tile repeats its last
     hidden: Tensor  # bool [G, 1, M, L]
     repeats: Tensor | None  # bool [G, 1, M, 1], True for repeated queries; None: there are none
-    biases: dict[torch.dtype, Tensor]  # hidden as what is added to the logits, by dtype
+    made: dict[Any, Tensor]  # what the layers of a batch ask for again and again
 
     def bias(self, dtype: torch.dtype) -> Tensor:  # [G, 1, M, L]
-        if dtype not in self.biases:
+        """``hidden`` as what is added to the logits."""
+        if dtype not in self.made:
             zero = torch.zeros(self.hidden.shape, dtype=dtype, device=self.hidden.device)
-            self.biases[dtype] = zero.masked_fill_(self.hidden, float("-inf"))
-        return self.biases[dtype]
+            self.made[dtype] = zero.masked_fill_(self.hidden, float("-inf"))
+        return self.made[dtype]
+
+    def rows(self, of: str, x: Vectors) -> Tensor:  # int64 [G * H * M]
+        """The rows of ``x`` that belong to the "queries" or to the "keys", heads outside."""
+        key = (of, x.heads, x.steps)
+        if key not in self.made:
+            index: Tensor = getattr(self, of)
+            head = torch.arange(x.heads, device=index.device)[:, None]
+            self.made[key] = (head * x.steps[0] + index[:, None] * x.steps[1]).flatten()
+        return self.made[key]
+
+    def pick(self, of: str, x: Vectors) -> Tensor:  # [G, H, M, D]
+        shape = (len(self.queries), x.heads, -1, x.rows.shape[1])
+        return x.rows.index_select(0, self.rows(of, x)).view(shape)
+
+
+class Vectors:
+    """A tensor [1, H, N, D] as rows of D numbers, in the order in which they lie in memory."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.heads, nodes = x.shape[1:3]
+        by_token = x.stride(1) < x.stride(2)
+        self.steps = (1, self.heads) if by_token else (nodes, 1)  # to the next head, node
+        self.rows = (x[0].transpose(0, 1) if by_token else x[0]).flatten(0, 1)
 
 
 def once_a_batch(make: Callable) -> Callable:
@@ -448,10 +472,6 @@ def _bundle(tiles: list[tuple[np.ndarray, ...]], device: torch.device) -> Bundle
     return Bundle(*(a if a is None else torch.from_numpy(a).to(device) for a in arrays), {})
 
 
-def pick(x: Tensor, index: Tensor) -> Tensor:  # [1, H, N, D], int64 [G, M] -> [G, H, M, D]
-    return x[0].transpose(0, 1)[index].transpose(1, 2).contiguous()
-
-
 def tokens_first(like: Tensor, dtype: torch.dtype) -> Tensor:  # [1, heads, tokens, width]
     """An empty tensor of this shape, a token's heads side by side in memory."""
     _, heads, tokens, width = like.shape
@@ -472,24 +492,24 @@ def trie_attention(
     dropout: float = 0.0,
 ) -> Tensor:  # [1, M, Hq, Dv]
     """Attention under ``k <= q < subtree_end[k]``: no tensor has N x N elements."""
-    _, heads, rows, width = query.shape
-    out = query.new_empty(rows, heads, value.shape[-1])
+    _, heads, count, width = query.shape
+    out = query.new_empty(1, count, heads, value.shape[-1])
     # torch's own kernel where it is faster than writing it out
     special = dropout or softcap is not None or sinks is not None or width != value.shape[-1]
     torchs = query.device.type == "cpu" and query.dtype != torch.bfloat16 and not special
+    outs, queries_, keys, values = map(Vectors, (out.transpose(1, 2), query, key, value))
     for b in bundles(subtree_end, position_ids, queries, window):
-        q, k, v = pick(query, b.queries), pick(key, b.keys), pick(value, b.keys)
+        q, k, v = b.pick("queries", queries_), b.pick("keys", keys), b.pick("keys", values)
         if torchs:
             part, _ = _flash(q, k, v, 0.0, False, attn_mask=b.bias(q.dtype), scale=scale)
         else:
             part = attend(q, k, v, b.bias(wide(q.dtype)), scale, softcap, sinks, dropout)
-        part = part.transpose(1, 2)
-        if dropout:  # repeats drew noise of their own, and autograd is watching
-            keep = slice(None) if b.repeats is None else ~b.repeats.flatten()
-            out = out.index_copy(0, b.queries.flatten()[keep], part.flatten(0, 1)[keep])
-        else:
-            out[b.queries] = part
-    return out[None]
+        rows, part = b.rows("queries", outs), part.flatten(0, 2)
+        if dropout and b.repeats is not None:  # they drew noise of their own
+            keep = ~b.repeats.expand(*q.shape[:3], 1).flatten()
+            rows, part = rows[keep], part[keep]
+        outs.rows.index_copy_(0, rows, part)
+    return out
 
 
 def trie_attention_backward(
@@ -510,21 +530,22 @@ def trie_attention_backward(
     grad_q = tokens_first(query, query.dtype)
     grad_k, grad_v = tokens_first(key, acc).zero_(), tokens_first(value, acc).zero_()
     grad_s = None if sinks is None else torch.zeros_like(sinks, dtype=acc)
+    grads_q, grads_k, grads_v = map(Vectors, (grad_q, grad_k, grad_v))
+    grads, queries_, keys, values = map(Vectors, (grad.transpose(1, 2), query, key, value))
     for b in bundles(subtree_end, position_ids, queries, window):
-        q, k, v = pick(query, b.queries), pick(key, b.keys), pick(value, b.keys)
-        g = pick(grad.transpose(1, 2), b.queries)
+        q, k, v = b.pick("queries", queries_), b.pick("keys", keys), b.pick("keys", values)
+        g = b.pick("queries", grads)
         if b.repeats is not None:
             g = g.masked_fill_(b.repeats, 0.0)
         bias = b.bias(wide(q.dtype))
         gq, gk, gv, gs = attend_backward(g, q, k, v, bias, scale, softcap, sinks)
-        where, gq = b.queries.flatten(), gq.transpose(1, 2).flatten(0, 1)
+        rows, gq = b.rows("queries", grads_q), gq.flatten(0, 2)
         if b.repeats is not None:
-            keep = ~b.repeats.flatten()
-            where, gq = where[keep], gq[keep]
-        grad_q[0].transpose(0, 1).index_copy_(0, where, gq)
-        for total, part in ((grad_k, gk), (grad_v, gv)):
-            part = part.transpose(1, 2).flatten(0, 1).to(acc)
-            total[0].transpose(0, 1).index_add_(0, b.keys.flatten(), part)
+            keep = ~b.repeats.expand(*q.shape[:3], 1).flatten()
+            rows, gq = rows[keep], gq[keep]
+        grads_q.rows.index_copy_(0, rows, gq)
+        for total, part in ((grads_k, gk), (grads_v, gv)):
+            total.rows.index_add_(0, b.rows("keys", total), part.flatten(0, 2).to(acc))
         if gs is not None:
             grad_s += gs
     grad_s = None if grad_s is None else grad_s.to(sinks.dtype)
