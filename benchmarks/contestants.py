@@ -49,6 +49,7 @@ class Contestant:
     title: str
     options: dict[str, Any] | None  # of rmfast.patch; None: Hugging Face as it comes
     by_length: bool = False  # batches of all sequences sorted by length, not of pairs in file order
+    only: str = ""  # the one benchmark that it can run in
 
 
 CONTESTANTS = {
@@ -56,12 +57,12 @@ CONTESTANTS = {
     "hf-sorted": Contestant("HF, sorted", None, by_length=True),
     "rmfast": Contestant("rmfast", {}),
     "rmfast-compile": Contestant("rmfast, compiled", {"compile": True}),
-    "rmfast-bare": Contestant("patched model", {}),  # on the scorer's micro-batches
-    "rmfast-score": Contestant("rmfast score", {}),  # from file to file
+    "rmfast-bare": Contestant("patched model", {}, only="bulk"),  # on the scorer's micro-batches
+    "rmfast-score": Contestant("rmfast score", {}, only="bulk"),  # from file to file
+    "trl": Contestant("TRL", None, only="trainer"),
+    "trl-patched": Contestant("TRL, patched model", {}, only="trainer"),
+    "rmfast-trainer": Contestant("rmfast's trainer", {}, only="trainer"),
 }
-
-
-_BULK = ("rmfast-bare", "rmfast-score")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,7 +437,8 @@ def compare(figures: dict[str, dict[str, Any]]) -> None:
     Where rmfast or Hugging Face was not asked for, the first contestant stands in.
     """
     first = next(iter(figures.values()))
-    rmfast_ = figures.get("rmfast-score", figures.get("rmfast", first))
+    ours = ("rmfast-trainer", "rmfast-score", "rmfast")
+    rmfast_ = next((figures[name] for name in ours if name in figures), first)
     hf = figures.get("hf", first)
     theirs = torch.tensor(hf["scores"])
     for one in figures.values():
@@ -471,7 +473,10 @@ def parser(benchmark: str, contestants: Sequence[str], about: str) -> argparse.A
     add("--pairs", type=count, help="take the first so many; default: all")
     add("--batch-pairs", type=count, default=8, help="pairs a batch, in file order")
     add("--sorted-batch", type=count, default=16, help="sequences a batch, sorted by length")
-    who = [name for name in CONTESTANTS if benchmark == "bulk" or name not in _BULK]
+    alone = benchmark == "trainer"
+    who = [
+        x for x, one in CONTESTANTS.items() if one.only in (benchmark, benchmark if alone else "")
+    ]
     add("--contestants", nargs="+", default=list(contestants), choices=who, help="who runs")
     add("--rounds", type=count, default=3, help="timed rounds, after an untimed one")
     add("--threads", type=count, help="CPU threads; default: torch's")
@@ -565,7 +570,7 @@ _TABLE: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("peak memory, GB", lambda f: f"{f['peak_gb']:.2f}"),
     ("  less what imports take", lambda f: f"{f['peak_over_baseline_gb']:.2f}"),
     ("  that / rmfast's", lambda f: f"{f['memory_ratio']:.2f}"),
-    ("scores, off HF's / their std", lambda f: f"{f['score_difference']:.1e}"),
+    ("scores, off HF's / their std", lambda f: _or_dash(f["score_difference"], 1, ".1e")),
     ("gradient norm / HF's", lambda f: _or_dash(f.get("grad_norm_ratio"), 1, ".4f")),
     ("error to fp32 / HF's error", lambda f: _or_dash(f.get("oracle_ratio"), 1, ".2f")),
 ]

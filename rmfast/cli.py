@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-BENCHMARKS = ("score", "train", "bulk", "parity", "kernels")
+BENCHMARKS = ("score", "train", "bulk", "trainer", "parity", "kernels")
 
 
 class UserError(Exception):
