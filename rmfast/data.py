@@ -1,19 +1,28 @@
-"""Preference data: pairs read from JSON lines, and what is wrong with a line.
+"""Preference data: pairs and ranked groups, where they come from, and what is wrong with a row.
 
-A line is ``{"chosen": …, "rejected": …}``, both text or both lists of messages
-``{"role": …, "content": …}``. A ``"prompt"`` of the same kind may be there: it comes before both.
+:func:`preferences` reads every usual kind of data set for training; :func:`read_pairs` reads pairs
+alone, from JSON lines. There a line is ``{"chosen": …, "rejected": …}``, both text or both lists of
+messages ``{"role": …, "content": …}``. A ``"prompt"`` of the same kind may be there, which comes
+before both, and a ``"margin"``.
 """
 
 from __future__ import annotations
 
 import codecs
 import gzip
+import itertools
 import json
+import math
+import numbers
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
 
 Message = dict[str, Any]
 Conversation = list[Message]
@@ -49,12 +58,15 @@ class Pair:
         chosen: text or messages, without the prompt where ``prompt`` is given.
         rejected: the same kind.
         prompt: what comes before both, or None where both already begin with it.
+        margin: by how much the chosen answer is to score higher (Llama 2, arXiv 2307.09288, eq. 2);
+            None: not said.
         where: where the pair is from, for messages: ``file:line``.
     """
 
     chosen: str | Conversation
     rejected: str | Conversation
     prompt: str | Conversation | None = None
+    margin: float | None = None
     where: str = field(default="", compare=False)
 
     def whole(self) -> tuple[str, str] | tuple[Conversation, Conversation]:
@@ -65,17 +77,255 @@ class Pair:
 
     def question(self) -> str:
         """What both sides begin with, as a key: pairs of one prompt have the same."""
-        if self.prompt is not None:
-            return json.dumps(self.prompt)
-        same = 0
-        for left, right in zip(self.chosen, self.rejected, strict=False):
-            if left != right:
-                break
-            same += 1
-        shared = self.chosen[:same]
-        if isinstance(shared, str):  # answers may begin with the same words: back to the line break
-            shared = shared[: shared.rfind("\n") + 1] or shared
-        return json.dumps(shared)
+        return _question(self.prompt, [self.chosen, self.rejected])
+
+
+@dataclass(frozen=True)
+class Group:
+    """K >= 2 answers to one prompt, in an order of preference.
+
+    Attributes:
+        responses: text, or messages, without the prompt where ``prompt`` is given.
+        ranks: a number for each response; lower is better, equal is a tie.
+        prompt: what comes before each, or None where all already begin with it.
+        where: where the group is from, for messages: ``file:line``.
+    """
+
+    responses: list[str] | list[Conversation]
+    ranks: list[float]
+    prompt: str | Conversation | None = None
+    where: str = field(default="", compare=False)
+
+    def whole(self) -> list[str] | list[Conversation]:
+        """The responses with the prompt before them."""
+        if self.prompt is None:
+            return self.responses
+        return [self.prompt + response for response in self.responses]
+
+    def question(self) -> str:
+        """What all responses begin with, as a key."""
+        return _question(self.prompt, self.responses)
+
+
+def _question(prompt: str | Conversation | None, sides: Sequence[str | Conversation]) -> str:
+    if prompt is not None:
+        return json.dumps(prompt)
+    same = 0
+    for column in zip(*sides, strict=False):
+        if any(item != column[0] for item in column):
+            break
+        same += 1
+    shared = sides[0][:same]
+    if isinstance(shared, str):  # answers may begin with the same words: back to the line break
+        shared = shared[: shared.rfind("\n") + 1] or shared
+    return json.dumps(shared)
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Preference data in one shape, and what is not in it.
+
+    Attributes:
+        records: all pairs or all groups; all of text or all of messages.
+        source: what was read, for people.
+        rows: how many rows were read.
+        dropped: for each reason, how often something was left out.
+        first: for each reason, where it was first.
+    """
+
+    records: list[Pair] | list[Group]
+    source: str = ""
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Pair | Group]:
+        return iter(self.records)
+
+    @property
+    def kind(self) -> str:
+        """``"pairs"`` or ``"groups"``."""
+        return "groups" if isinstance(self.records[0], Group) else "pairs"
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the answers are messages, for which a tokenizer needs a chat template."""
+        one = self.records[0]
+        return not isinstance(one.responses[0] if isinstance(one, Group) else one.chosen, str)
+
+    def __str__(self) -> str:
+        of = "messages" if self.conversational else "text"
+        kind = self.kind if len(self) > 1 else self.kind[:-1]
+        lines = [f"{self.source}: {len(self):,} {kind} of {of}, from {self.rows:,} rows"]
+        if isinstance(self.records[0], Group):
+            sizes = [len(group.responses) for group in self.records]
+            least, most = min(sizes), max(sizes)
+            lines[0] += f", {least}{'' if least == most else f' to {most}'} responses each"
+        elif self.records[0].margin is not None:
+            lines[0] += ", with margins"
+        for reason, count in self.dropped.items():
+            lines.append(f"  dropped: {count:,} × {reason}, first at {self.first[reason]}")
+        return "\n".join(lines)
+
+    def dataset(self) -> datasets.Dataset:
+        """The records in TRL's format, for its ``RewardTrainer`` and rmfast's.
+
+        Columns are ``chosen``, ``rejected`` and, where there are any, ``margin`` (fp64); of groups
+        ``responses`` and ``ranks`` (fp64). ``prompt`` is there if each record has one; if only some
+        have, it is put before their answers.
+
+        Raises:
+            DataError: ``datasets`` is not installed.
+        """
+        from rmfast.files import need
+
+        need("datasets", "a data set")
+        import datasets
+
+        records = self.records
+        if self.kind == "groups":
+            columns = {"responses": [x.responses for x in records]}
+            whole = {"responses": [x.whole() for x in records]}
+        else:
+            columns = {"chosen": [x.chosen for x in records]}
+            columns["rejected"] = [x.rejected for x in records]
+            chosen, rejected = zip(*(x.whole() for x in records), strict=True)
+            whole = {"chosen": list(chosen), "rejected": list(rejected)}
+        if all(x.prompt is not None for x in records):
+            columns = {"prompt": [x.prompt for x in records], **columns}
+        else:
+            columns = whole
+        if self.kind == "groups":
+            columns["ranks"] = [[float(rank) for rank in x.ranks] for x in records]
+        elif records[0].margin is not None:
+            columns["margin"] = [float(x.margin) for x in records]
+        return datasets.Dataset.from_dict(columns)
+
+
+def preferences(
+    source: str | Path | datasets.Dataset | Iterable[Mapping[str, Any]],
+    *,
+    ratings: str = "pairs",
+    ranks: str = "groups",
+    margins: bool = False,
+    rating: str | None = None,
+    chat: bool | None = None,
+    strict: bool = False,
+    name: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+) -> Preferences:
+    """Read preference data of every usual kind.
+
+    Each row is one of these, by the fields it has; other fields are passed over:
+
+    - ``chosen`` and ``rejected``, with or without ``prompt`` and ``margin``: TRL's formats, text
+      and messages; Anthropic/hh-rlhf's dialogues; the ultrafeedback_binarized of HuggingFaceH4 and
+      of trl-lib (a ``prompt`` with which both lists of messages begin is not repeated);
+    - ``completions``, objects with a ``response`` or ``text`` and a rating, after ``instruction``
+      or ``prompt``: openbmb/UltraFeedback;
+    - ``responses`` with ``ratings`` or ``scores``, or with ``ranks`` (lower is better, equal ties);
+    - ``answers``, objects with ``answer`` and ``rank``: berkeley-nest/Nectar.
+
+    A row is left out, and counted, if it says nothing: an empty response (of several responses only
+    that one), identical chosen and rejected, fewer than two responses, all tied or all the same.
+
+    Args:
+        source: a file, folder or data set as :class:`rmfast.files.Reader` takes it, a
+            ``datasets.Dataset``, or dicts.
+        ratings: what becomes of several rated responses: ``"pairs"``, the best against the worst;
+            ``"all_pairs"``, each against each that is rated lower; or ``"groups"``.
+        ranks: the same of several ranked responses.
+        margins: make margins of differences of ratings (of ``score_chosen`` and ``score_rejected``
+            where a row has these). A ``margin`` in the data is always kept.
+        rating: the field of a completion that rates it; None: the first that is there of
+            ``overall_score``, ``rating``, ``score``, ``fine-grained_score``.
+        chat: whether text becomes messages. None: only rated text and an ``instruction`` with its
+            answers, which are turns; all other text stays as it is, byte for byte, prompt and
+            answer joined as TRL does. True: dialogues (``"\\n\\nHuman: …\\n\\nAssistant: …"``)
+            become turns, as fits a model that was trained to chat; so do text prompts and answers.
+            False: no text does, as fits a model without a chat template.
+        strict: what would be left out is an error.
+        name, split: configuration and split of a data set that ``source`` names.
+        limit: stop after so many rows.
+
+    Raises:
+        DataError: it cannot be read; no record comes out; or a row is not understood, has a value
+            of a wrong kind, NaN or infinity, ranks that do not match its responses, or is of
+            another kind than the first one. The message begins with the place of the row.
+        ValueError: an unknown option.
+    """
+    from rmfast.rows import Rows
+
+    label, cells, found = _rows(source, name, split, limit)
+    rows = Rows(ratings, ranks, margins=margins, rating=rating, chat=chat, cells=cells)
+    records: list[Any] = []
+    dropped: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    count = 0
+    for where, row in found:
+        count += 1
+        try:
+            made, reasons = rows.read(row, where)
+            if strict and reasons:
+                raise RowError(reasons[0])
+            for record in made:
+                _check_like(records[0] if records else made[0], record)
+        except RowError as error:
+            raise DataError(f"{where}: {error.reason}") from None
+        records += made
+        for reason in reasons:
+            dropped[reason] += 1
+            first.setdefault(reason, where)
+    if not records:
+        why = "".join(f"; dropped: {n:,} × {reason}" for reason, n in dropped.items())
+        raise DataError(f"{label}: no preferences in {count:,} rows{why}")
+    return Preferences(records, label, count, dropped, first)
+
+
+def _rows(
+    source: Any, name: str | None, split: str, limit: int | None
+) -> tuple[str, bool, Iterator[tuple[str, Any]]]:
+    """What the source is called, whether all values are text, and its rows with their places."""
+    if isinstance(source, (str, Path)):
+        from rmfast.files import Reader
+
+        reader = Reader(source, name=name, split=split, limit=limit)
+        found = ((f"{source}:{x.number}", x.value) for x in reader.read())
+        return str(source), reader.format == "csv", found
+    if isinstance(source, Mapping):
+        names = ", ".join(map(str, source))
+        raise DataError(f"a {type(source).__name__} of {names}: give one of them, or an iterable")
+    if hasattr(source, "with_format"):  # Python's values, where it gives tensors
+        source = source.with_format(None)
+    label = type(source).__name__
+    rows = enumerate(itertools.islice(source, limit))
+    return label, False, ((f"{label}[{i}]", row) for i, row in rows)
+
+
+def _check_like(first: Pair | Group, record: Pair | Group) -> None:
+    """Trainers look at the first record to see what all are.
+
+    Raises:
+        RowError: they are of different kinds.
+    """
+    one, other = _about(first), _about(record)
+    for mine, firsts in zip(other, one, strict=True):
+        if mine != firsts:
+            raise RowError(f"{mine}, and the first one ({first.where}) {firsts}")
+
+
+def _about(record: Pair | Group) -> tuple[str, str, str]:
+    group = isinstance(record, Group)
+    side = record.responses[0] if group else record.chosen
+    return (
+        "is a group of responses" if group else "is a pair",
+        "is text" if isinstance(side, str) else "is messages",
+        "has no margin" if group or record.margin is None else "has a margin",
+    )
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -95,7 +345,15 @@ def read_pairs(path: str | Path) -> list[Pair]:
         reason = _why_not_a_pair(record)
         if reason is not None:
             raise DataError(f"{where}: {reason}")
-        out.append(Pair(record["chosen"], record["rejected"], record.get("prompt"), where))
+        out.append(
+            Pair(
+                record["chosen"],
+                record["rejected"],
+                record.get("prompt"),
+                None if record.get("margin") is None else float(record["margin"]),
+                where,
+            )
+        )
     if not out:
         raise DataError(f"{path}: no pairs: the file is empty")
     return out
@@ -173,7 +431,20 @@ def _why_not_a_pair(record: Any) -> str | None:
     for name in ("chosen", "rejected"):
         if not record[name]:
             return f'"{name}" is empty'
+    if record.get("margin") is not None:
+        reason = why_not_number(record["margin"])
+        return None if reason is None else f'"margin" {reason}'
     return None
+
+
+def why_not_number(value: Any) -> str | None:
+    """What is wrong with a number, which must be finite; None: nothing."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return f"must be a number, not {kind_of(value)}"
+    try:
+        return None if math.isfinite(value) else f"must be a finite number, not {value}"
+    except OverflowError:
+        return "is too large a number"
 
 
 def why_not_text_or_messages(value: Any) -> str | None:
@@ -220,12 +491,13 @@ def why_not_unicode(text: str) -> str | None:
 def kind_of(value: Any) -> str:
     """What a value is, in the words of JSON."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    return "null" if value is None else names.get(type(value), "a number")
+    other = "a number" if isinstance(value, numbers.Real) else f"a {type(value).__name__}"
+    return "null" if value is None else names.get(type(value), other)
 
 
-def by_question(pairs: Iterable[Pair]) -> list[list[Pair]]:
-    """The pairs in groups of one question each, in order of first appearance."""
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(pair.question(), []).append(pair)
+def by_question(records: Iterable[Pair | Group]) -> list[list[Pair | Group]]:
+    """The records, together where they have one question, in order of first appearance."""
+    groups: dict[str, list[Pair | Group]] = {}
+    for record in records:
+        groups.setdefault(record.question(), []).append(record)
     return list(groups.values())

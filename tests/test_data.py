@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rmfast import embedded
-from rmfast.data import DataError, Pair, by_question, read_pairs
+from rmfast.data import DataError, Group, Pair, by_question, read_pairs
 
 USER, GOOD, BAD = (
     {"role": role, "content": text}
@@ -52,6 +52,7 @@ def test_reads_text_and_messages_with_and_without_a_prompt(tmp_path, name):
         ([USER, GOOD], [USER, BAD]),
     ]
     assert [pair.where for pair in pairs] == [f"{path}:{line}" for line in (1, 3, 4, 5)]
+    assert [pair.margin for pair in pairs] == [1.0, None, None, None]
 
 
 def test_a_byte_order_mark_is_not_part_of_the_data(tmp_path):
@@ -91,6 +92,13 @@ BAD_LINES = [
         '"rejected" message 0: "content" must be text, is a list',
     ),
     ('{"chosen": "ab\\ud800", "rejected": "b"}', '"chosen" has half a surrogate pair at character'),
+    ({"margin": "1", **FINE}, '"margin" must be a number, not text'),
+    ({"margin": True, **FINE}, '"margin" must be a number, not true or false'),
+    (
+        '{"chosen": "a", "rejected": "b", "margin": NaN}',
+        '"margin" must be a finite number, not nan',
+    ),
+    ({"margin": 10**400, **FINE}, '"margin" is too large a number'),
 ]
 
 
@@ -122,11 +130,12 @@ def test_pairs_of_one_question_are_found():
     texts = [Pair("Q: x\nA: yes", "Q: x\nA: yet no"), Pair("Q: x\nA: so", "Q: x\nA: never")]
     chats = [Pair([USER, GOOD], [USER, BAD]), Pair([GOOD], [BAD], prompt=[USER])]
     other = Pair("a", "b", prompt="Q: y\n")
-    assert by_question([texts[0], chats[0], other, *texts[1:], *chats[1:]]) == [
-        texts,
-        chats,
-        [other],
+    groups = [
+        Group([[USER, BAD], [USER, GOOD], [USER]], [2, 1, 3]),
+        Group([[BAD], [GOOD]], [1, 1], prompt=[USER]),
     ]
+    records = [texts[0], chats[0], other, *texts[1:], *groups, *chats[1:]]
+    assert by_question(records) == [texts, [chats[0], *groups, chats[1]], [other]]
 
 
 # --- the embedded pairs

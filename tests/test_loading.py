@@ -1,0 +1,240 @@
+"""Where training begins: the head, the pad token, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import tiny
+from rmfast import loading
+from rmfast.cli import UserError
+
+ROWS = 300  # of embeddings, more than the tokenizer's tokens
+
+
+def save(folder: Path, model, tokenizer=None) -> str:
+    model.save_pretrained(folder)
+    (tokenizer or tiny.tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def language_model(family: str = "llama", **overrides):
+    return tiny.model(family, cls=AutoModelForCausalLM, vocab_size=ROWS, **overrides)
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory) -> str:
+    return save(tmp_path_factory.mktemp("sft"), language_model())
+
+
+# --- the head
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_a_language_model_gets_a_head_and_keeps_the_rest(tmp_path, family):
+    before = language_model(family)
+    model, tokenizer, start = loading.begin(save(tmp_path, before))
+    assert start.new == ["score.weight"] and model.config.num_labels == 1
+    assert start.std == pytest.approx(1 / math.sqrt(32 + 1))
+    assert start.unused in ([], ["lm_head.weight"], ["embed_out.weight"]) and not start.warnings
+    theirs, ours = before.base_model.state_dict(), model.base_model.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert start.pad == ("<pad>", tiny.PAD) == (tokenizer.pad_token, model.config.pad_token_id)
+    with torch.no_grad():
+        scores = model(**tiny.padded(tiny.rows())).logits
+    assert scores.shape == (6, 1) and scores.unique().numel() > 3
+
+
+def test_the_head_is_normal_with_variance_1_over_h_plus_1(tmp_path):
+    hidden = 1024
+    options = {"num_hidden_layers": 1, "hidden_size": hidden, "intermediate_size": 8}
+    folder = save(tmp_path, language_model(**options))
+    heads = [loading.begin(folder, seed=seed).model.score.weight[0] for seed in range(20)]
+    scaled = torch.stack(heads).detach().double() * math.sqrt(hidden + 1)
+    n = scaled.numel()
+    # each within five standard deviations of its estimate for n standard normal numbers
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
+        mean = scaled.pow(power).mean().item()
+        assert abs(mean - expected) < 5 * math.sqrt(variance / n)
+    assert len({head.sum().item() for head in heads}) == 20
+
+
+def test_the_seed_decides_the_head_and_nothing_else_is_touched(sft):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = loading.begin(sft, seed=3).model.score.weight
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert torch.equal(loading.begin(sft, seed=3).model.score.weight, first)
+    assert not torch.equal(loading.begin(sft, seed=4).model.score.weight, first)
+    half = loading.begin(sft, seed=3, dtype="bfloat16").model
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert torch.equal(half.score.weight, first.bfloat16())
+
+
+def test_a_bias_begins_at_zero_and_a_deep_head_scores_by_the_rule():
+    head = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.Tanh(), torch.nn.Linear(48, 1))
+    model = torch.nn.ModuleDict({"score": head})
+    inner = head[0].weight.clone()
+    missing = [f"score.{name}" for name, _ in head.named_parameters()]
+    assert loading._new_head(model, missing, 0) == pytest.approx(1 / 7)
+    assert torch.equal(head[0].weight, inner) and head[2].bias.item() == 0
+    assert 0.5 < head[2].weight.std().item() * 7 < 1.5
+
+
+def test_a_reward_model_keeps_its_head(tmp_path):
+    before = tiny.model(vocab_size=ROWS)
+    model, _, start = loading.begin(save(tmp_path, before))
+    assert torch.equal(model.score.weight, before.score.weight)
+    assert (start.new, start.std, start.unused) == ([], None, [])
+    assert "head: kept: this is a reward model already" in str(start)
+
+
+def test_what_begins_can_be_saved_and_goes_on_as_it_is(sft, tmp_path):
+    model, tokenizer, _ = loading.begin(sft)
+    again = loading.begin(save(tmp_path, model, tokenizer), seed=9)
+    assert torch.equal(again.model.score.weight, model.score.weight) and not again.start.new
+    loaded = loading.load(str(tmp_path), device="cpu")
+    assert torch.equal(loaded.model.score.weight, model.score.weight)
+
+
+def test_an_adapter_of_a_language_model_is_merged(sft, tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False
+    )
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(sft), settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    model, _, start = loading.begin(str(tmp_path))
+    assert start.new == ["score.weight"] and start.unused == ["lm_head.weight"]
+    theirs = tuned.merge_and_unload().base_model.state_dict()
+    assert all(torch.equal(x, theirs[name]) for name, x in model.base_model.state_dict().items())
+    changed = AutoModelForCausalLM.from_pretrained(sft).base_model.state_dict()
+    assert any(not torch.equal(x, changed[name]) for name, x in theirs.items())
+    with pytest.raises(UserError, match=r"has no score\.weight: it would be random"):
+        loading.load(str(tmp_path), device="cpu")
+
+
+# --- what is refused, or told
+
+
+def test_more_than_one_label_is_refused(tmp_path):
+    folder = save(tmp_path, tiny.model(num_labels=2, vocab_size=ROWS))
+    with pytest.raises(UserError, match="is a classifier with num_labels=2: a reward model"):
+        loading.begin(folder)
+
+
+def test_a_checkpoint_without_a_layer_is_refused(tmp_path):
+    model = language_model()
+    state = {k: v for k, v in model.state_dict().items() if "layers.1.mlp" not in k}
+    model.save_pretrained(tmp_path, state_dict=state)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no model\.layers\.1\.mlp.* more than a head would"):
+        loading.begin(str(tmp_path))
+
+
+def test_only_safetensors_are_read(sft, tmp_path):
+    model = language_model()
+    save(tmp_path, model)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"cannot be loaded: .*safetensors"):
+        loading.begin(str(tmp_path))
+    with pytest.raises(UserError, match="nowhere cannot be loaded"):
+        loading.begin(str(tmp_path / "nowhere"))
+
+
+def test_a_head_of_another_name_is_told(tmp_path):
+    model = language_model()
+    state = {**model.state_dict(), "value_head.weight": torch.ones(1, 32)}
+    model.save_pretrained(tmp_path, state_dict=state)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    start = loading.begin(str(tmp_path)).start
+    assert "value_head.weight" in start.unused
+    assert "! value_head.weight of the checkpoint is not used: if that is a head" in str(start)
+
+
+# --- the pad token
+
+
+def tokenizer(*added: str, pad: str | None = None, eos: str | None = "</s>"):
+    """One that has these special tokens besides, and this pad token."""
+    words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token=eos, pad_token=pad
+    )
+    out.add_special_tokens({"additional_special_tokens": list(added)})
+    return out
+
+
+@pytest.mark.parametrize(
+    "added, pad",
+    [
+        (["<|im_start|>", "<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"], 261),
+        (["<|tool|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"], 260),
+        ([">>UNUSED_7<<"], 259),
+        (["[control_8]"], 259),
+        (["<|padding|>"], 259),
+        (["<unused0>", "[PAD]"], 260),
+        (["<fim_pad>", "<|vision_pad|>", "<|placeholder1|>"], 261),  # the first two mean something
+    ],
+)
+def test_a_token_that_no_text_holds_pads(tmp_path, added, pad):
+    folder = save(tmp_path, language_model(pad_token_id=None), tokenizer(*added))
+    model, tokens, start = loading.begin(folder)
+    assert start.pad == (tokens.pad_token, pad) and start.pad_from == "which no text holds"
+    assert model.config.pad_token_id == tokens.pad_token_id == pad
+    assert tokens.convert_tokens_to_ids(tokens.pad_token) == pad and not start.warnings
+    assert len(tokens) == len(AutoTokenizer.from_pretrained(folder))  # nothing was added
+
+
+def test_the_end_of_text_pads_at_last_with_a_warning(tmp_path):
+    made = tokenizer("<|im_start|>", "<|reserved_0|>", "<|far|>", "<|unused_far|>")
+    made.chat_template = "{{ '<|reserved_0|>' }}"  # so it is not free
+    folder = save(tmp_path, language_model(pad_token_id=None), made)
+    start = loading.begin(folder).start
+    assert start.pad[0] == "<|unused_far|>"
+    small = tiny.model("llama", cls=AutoModelForCausalLM, vocab_size=262, pad_token_id=None)
+    model, _, start = loading.begin(save(tmp_path / "small", small, made))
+    assert start.pad == ("</s>", 2) and model.config.pad_token_id == 2  # the free one is beyond
+    assert len(start.warnings) == 1
+    assert start.warnings[0].startswith("pad_token_id equals eos_token_id (2): Hugging Face's rule")
+    with pytest.raises(UserError, match="has neither a pad token, nor a reserved one, nor an end"):
+        none = tokenizer(eos=None)
+        loading.begin(save(tmp_path / "none", small, none))
+
+
+def test_the_pad_token_that_is_there_stays(tmp_path):
+    made = tokenizer("<|reserved_0|>", pad="<|pad|>")
+    of_config = save(tmp_path / "a", language_model(pad_token_id=7), tokenizer("<|reserved_0|>"))
+    start = loading.begin(of_config).start
+    assert start.pad[1] == 7 and start.pad_from == "the config's" and not start.warnings
+    both = loading.begin(save(tmp_path / "b", language_model(pad_token_id=7), made))
+    assert both.start.pad == ("<|pad|>", made.pad_token_id)
+    assert both.model.config.pad_token_id == made.pad_token_id
+    assert both.start.warnings[0].startswith("the config had pad_token_id=7, and now has 2")
+    beyond = tiny.model("llama", cls=AutoModelForCausalLM, vocab_size=259, pad_token_id=None)
+    only = tokenizer(pad="[PAD]")
+    start = loading.begin(save(tmp_path / "c", beyond, only)).start
+    assert start.pad == ("</s>", 2)
+    assert start.warnings[0].startswith("the tokenizer's pad token '[PAD]' (259) has no embedding")
+
+
+def test_the_report_for_people(sft):
+    assert str(loading.begin(sft).start).splitlines() == [
+        f"{sft}: start of training",
+        "  head: new (score.weight), drawn with a standard deviation of 0.174",
+        "  not used: lm_head.weight",
+        "  pad token: '<pad>' (0), the tokenizer's",
+    ]
