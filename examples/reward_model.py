@@ -15,11 +15,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 SMOOTH = 20  # steps that the curves are averaged over
+SIDES = ("chosen", "rejected")
 
 
 def main() -> None:
@@ -61,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace) -> None:
     import torch
-    from datasets import Dataset
     from transformers import AutoTokenizer
 
     import rmfast
@@ -72,7 +75,7 @@ def train(args: argparse.Namespace) -> None:
         from trl import RewardConfig, RewardTrainer
     name = _model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    rows = _rows(args)
+    rows = _pairs(args)
     if len(rows) < args.steps * args.batch_pairs + args.held_out:
         raise SystemExit(f"{len(rows)} pairs are too few for these --steps and --held-out")
     trainer = RewardTrainer(
@@ -91,7 +94,7 @@ def train(args: argparse.Namespace) -> None:
             report_to="none",
             seed=args.seed,
         ),
-        train_dataset=Dataset.from_list(rows[: args.steps * args.batch_pairs]),
+        train_dataset=rows.take(args.steps * args.batch_pairs),
         processing_class=tokenizer,
     )
     start = time.perf_counter()
@@ -99,7 +102,8 @@ def train(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     peak = _peak_gb()
     trainer.save_model()
-    held_out = [row[side] + tokenizer.eos_token for row in rows[-args.held_out :] for side in row]
+    held_out = rows.skip(len(rows) - args.held_out)
+    held_out = [row[side] + tokenizer.eos_token for row in held_out for side in SIDES]
     scores = rmfast.Scorer(trainer.model, tokenizer).score(held_out).reshape(-1, 2)
     result = {
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
@@ -158,16 +162,17 @@ def _model(given: str) -> str:
     return str(embedded.checkpoint())
 
 
-def _rows(args: argparse.Namespace) -> list[dict[str, str]]:
-    """The pairs as text, each side with its prompt."""
-    if Path(args.data).exists():
-        from rmfast import data
+def _pairs(args: argparse.Namespace) -> Dataset:
+    from rmfast import data
 
-        return [{"chosen": p.chosen, "rejected": p.rejected} for p in data.read_pairs(args.data)]
-    from datasets import load_dataset
+    source: Any = args.data
+    if not Path(source).exists():
+        from datasets import load_dataset
 
-    rows = load_dataset(args.data, data_dir=args.data_dir, split="train")
-    return list(rows.select_columns(["chosen", "rejected"]))
+        source = load_dataset(source, data_dir=args.data_dir, split="train")
+    pairs = data.preferences(source)
+    print(pairs)
+    return pairs.dataset()
 
 
 def _peak_gb() -> float:
