@@ -91,15 +91,18 @@ def head_cases() -> Iterable[tuple[str, Case]]:
 
 
 def pairwise_cases() -> Iterable[tuple[str, Case]]:
-    def call(batch: int, dtype: torch.dtype, layout: str, all_options: bool) -> None:
+    def call(
+        batch: int, dtype: torch.dtype, layout: str, all_options: bool, gamma: float = 0.0
+    ) -> None:
         from rmfast.kernels import pairwise_loss
 
         count = batch // 2
         pairs = torch.empty(count, 2, dtype=torch.int64) if layout == "index" else None
         each = [torch.empty(count) if all_options else None for _ in ("margin", "target", "weight")]
         _, _, grads = pairwise_loss.pairwise_loss(
-            torch.empty(batch, dtype=dtype), pairs, *each, layout, 0.0, 0.01 * all_options, "mean"
-        )
+            torch.empty(batch, dtype=dtype), pairs, *each, layout, 0.0, 0.01 * all_options, gamma,
+            "mean",
+        )  # fmt: skip
         grad = torch.empty((), dtype=grads.dtype)
         pairwise_loss.pairwise_loss_backward(grad, grads, pairs, layout, batch, dtype)
 
@@ -109,10 +112,15 @@ def pairwise_cases() -> Iterable[tuple[str, Case]]:
     for layout in ("interleaved", "index"):
         case = Case(_bind(call, 4096, torch.bfloat16, layout, True))
         yield f"pairwise loss, {layout}, B 4096, bf16, all options", case
+    case = Case(_bind(call, 4096, torch.float32, "halves", False, 2.0))
+    yield "pairwise loss, halves, B 4096, fp32, focal", case
 
 
 def fused_cases() -> Iterable[tuple[str, Case]]:
-    def call(width: int, dtype: torch.dtype, batch: int, layout: str, all_options: bool) -> None:
+    def call(
+        width: int, dtype: torch.dtype, batch: int, layout: str, all_options: bool,
+        gamma: float = 0.0,
+    ) -> None:  # fmt: skip
         from rmfast.kernels import fused_loss
 
         count = batch // 2
@@ -122,8 +130,9 @@ def fused_cases() -> Iterable[tuple[str, Case]]:
         pairs = torch.empty(count, 2, dtype=torch.int64) if layout == "index" else None
         each = [torch.empty(count) if all_options else None for _ in ("margin", "target", "weight")]
         *_, grads, partial = fused_loss.fused_loss(
-            hidden, index, weight, bias, pairs, *each, layout, 0.0, 0.01 * all_options, "mean"
-        )
+            hidden, index, weight, bias, pairs, *each, layout, 0.0, 0.01 * all_options, gamma,
+            "mean",
+        )  # fmt: skip
         fused_loss.fused_loss_backward(
             torch.empty(()), grads, partial, index, weight, bias, pairs, layout, TOKENS, dtype
         )
@@ -137,6 +146,9 @@ def fused_cases() -> Iterable[tuple[str, Case]]:
     for layout in ("interleaved", "index"):
         case = Case(_bind(call, 4096, torch.bfloat16, BATCH, layout, True), wide)
         yield f"head and loss, H 4096, bf16, {layout}, all options", case
+    for width, name in ((4096, "bf16"), (4096, "fp32"), (8192, "bf16")):
+        case = Case(_bind(call, width, DTYPES[name], BATCH, "halves", False, 2.0), wide)
+        yield f"head and loss, H {width}, {name}, focal", case
     case = Case(_bind(call, 5, torch.float32, BATCH, "halves", True))
     yield "head and loss, H 5, fp32, all options", case
     many = Case(_bind(call, 4096, torch.bfloat16, 4096, "halves", False), wide)

@@ -62,7 +62,7 @@ def _forward_kernel(
     count, batch, span, items, width, stride_row, stride_col, stride_weight,
     LAYOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_MARGIN: tl.constexpr, HAS_TARGET: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    SMOOTHING: tl.constexpr, CENTER: tl.constexpr, MEAN: tl.constexpr,
+    SMOOTHING: tl.constexpr, CENTER: tl.constexpr, GAMMA: tl.constexpr, MEAN: tl.constexpr,
     GRADS: tl.constexpr, PARTIAL: tl.constexpr, ACC: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def _forward_kernel(
             )  # fmt: skip
         value, up, down = pair_loss(
             chosen, rejected, pair, inside, margin, target, pair_weight,
-            HAS_MARGIN, HAS_TARGET, HAS_WEIGHT, SMOOTHING, CENTER, ACC,
+            HAS_MARGIN, HAS_TARGET, HAS_WEIGHT, SMOOTHING, CENTER, GAMMA, ACC,
         )  # fmt: skip
         if MEAN:
             up = up / count
@@ -273,6 +273,7 @@ def fused_loss(
     layout: str,
     label_smoothing: float,
     center: float,
+    gamma: float,
     reduction: str,  # "mean" or "sum"
     needs_hidden: bool = True,
     needs_weight: bool = True,  # or bias
@@ -305,7 +306,7 @@ def fused_loss(
         scores, grads if grads is not None else scores, partial if needs_weight else scores,
         sums, _counter(device), loss, metrics,
         count, batch, span, triton.cdiv(batch, grid), width, *hidden.stride(), weight.stride(1),
-        **options(layout, margin, target, pair_weight, label_smoothing, center),
+        **options(layout, margin, target, pair_weight, label_smoothing, center, gamma),
         HAS_BIAS=bias is not None, MEAN=reduction == "mean",
         GRADS=grads is not None, PARTIAL=needs_weight, ACC=accumulator(hidden.dtype),
         TILE=held, BLOCK=block, WHOLE=whole, PROGRAMS=triton.next_power_of_2(grid),

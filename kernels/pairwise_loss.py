@@ -4,6 +4,10 @@ With c and r the scores of a pair, z = c - r - margin and t its target (1 - labe
 
     loss = weight * (t * softplus(-z) + (1 - t) * softplus(z)) + center * (c + r)**2
 
+or, with gamma, where t is 1, the focal ranking loss (arXiv 2403.17297):
+
+    loss = weight * min(1, 2 * sigmoid(-z))**gamma * softplus(-z) + center * (c + r)**2
+
 forward, 1 launch: one program goes over the pairs and leaves the loss, its derivative by c and r,
     and the metrics. At least ``B*s + 8*P`` bytes for B scores of s bytes, and what is given of
     margin, target and weight.
@@ -47,7 +51,7 @@ def log1p(x):
 def pair_loss(
     chosen, rejected, pair, inside, margin, target, weight,
     HAS_MARGIN: tl.constexpr, HAS_TARGET: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    SMOOTHING: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr,
+    SMOOTHING: tl.constexpr, CENTER: tl.constexpr, GAMMA: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Loss of the pairs and its derivatives by the chosen and the rejected score."""
     z = chosen - rejected
@@ -62,6 +66,12 @@ def pair_loss(
         t = tl.load(target + pair, mask=inside, other=0).to(ACC)
         loss = t * lost + (1.0 - t) * (tail + tl.maximum(z, 0.0))
         slope = (1.0 - t) * above - t * below
+    elif GAMMA != 0.0:
+        g = tl.full([], GAMMA, ACC)
+        log = tl.full([], 0.6931471805599453, ACC) - tail - z  # of 2 * sigmoid(-z), for z > 0
+        focus = tl.where(z > 0, tl.exp(g * tl.minimum(log, 0.0)), 1.0)
+        loss = focus * lost
+        slope = -focus * (below + tl.where(z > 0, g * above * lost, 0.0))
     elif SMOOTHING == 0.0:
         loss = lost
         slope = -below
@@ -86,8 +96,8 @@ def _forward_kernel(
     count, batch, stride,
     LAYOUT: tl.constexpr, REDUCTION: tl.constexpr,
     HAS_MARGIN: tl.constexpr, HAS_TARGET: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    SMOOTHING: tl.constexpr, CENTER: tl.constexpr, GRADS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SMOOTHING: tl.constexpr, CENTER: tl.constexpr, GAMMA: tl.constexpr,
+    GRADS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([BLOCK], ACC)
     right = tl.zeros([BLOCK], ACC)
@@ -105,7 +115,7 @@ def _forward_kernel(
         rejected = tl.load(scores + item * stride, mask=inside, other=0.0).to(ACC)
         value, up, down = pair_loss(
             chosen, rejected, pair, inside, margin, target, weight,
-            HAS_MARGIN, HAS_TARGET, HAS_WEIGHT, SMOOTHING, CENTER, ACC,
+            HAS_MARGIN, HAS_TARGET, HAS_WEIGHT, SMOOTHING, CENTER, GAMMA, ACC,
         )  # fmt: skip
         if REDUCTION == "none":
             tl.store(loss + pair, value, mask=inside)
@@ -190,12 +200,13 @@ def options(
     weight: Tensor | None,
     label_smoothing: float,
     center: float,
+    gamma: float,
 ) -> dict:
     """What the kernels of this loss are compiled for."""
     return {
         "LAYOUT": layout, "HAS_MARGIN": margin is not None, "HAS_TARGET": target is not None,
         "HAS_WEIGHT": weight is not None, "SMOOTHING": float(label_smoothing),
-        "CENTER": float(center),
+        "CENTER": float(center), "GAMMA": float(gamma),
     }  # fmt: skip
 
 
@@ -213,6 +224,7 @@ def pairwise_loss(
     layout: str,
     label_smoothing: float,
     center: float,
+    gamma: float,
     reduction: str,
     gradients: bool = True,
     *,
@@ -230,7 +242,7 @@ def pairwise_loss(
         scores, *packed(pairs, margin, target, weight, instead=scores), loss, metrics,
         grads if gradients else scores,
         count, batch, scores.stride(0),
-        **options(layout, margin, target, weight, label_smoothing, center),
+        **options(layout, margin, target, weight, label_smoothing, center, gamma),
         REDUCTION=reduction, GRADS=gradients, ACC=accumulator(scores.dtype), BLOCK=block,
         num_warps=max(1, min(8, block // 128)),
     )  # fmt: skip

@@ -27,6 +27,7 @@ def pair_errors(
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     center: float = 0.0,
+    gamma: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # [P], [P]
     """Greatest error of the loss of a pair, and of its derivative by either score."""
     c, r = reference.pair_scores(scores.abs(), pairs)
@@ -39,8 +40,30 @@ def pair_errors(
     loss = w * (error_z + 12 * u * (1 + size))
     # sigmoid has slope <= 1/4, and at most 1 is rounded as often
     slope = w * (error_z / 4 + 12 * u)
+    if gamma:
+        loss, slope = _focal_errors(scores, pairs, margin, size, error_z, u, gamma)
+        loss, slope = w * loss, w * slope
     both = c + r
     return (
         loss + center * (2 * both * error + error**2 + 5 * u * both**2),
         slope + 2 * center * (error + 5 * u * both),
     )
+
+
+def _focal_errors(
+    scores: Tensor, pairs: str | Tensor, margin: Tensor | None, size: Tensor, error_z: Tensor,
+    u: float, gamma: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of F(z) = f softplus(-z) and of F'(z), where f = (2 sigmoid(-z))**gamma for z > 0, else 1.
+
+    For z > 0, F' = -f (sigmoid(-z) + g), g = gamma sigmoid(z) softplus(-z) <= 0.35 gamma, so that
+    |F'| <= 1/2 + 0.35 gamma, and |F''| <= (1 + 2 gamma) / 4 + gamma**2 / 5; at 0, F' jumps by
+    0.35 gamma. The exponent of f, x = gamma log(2 sigmoid(-z)) <= 0, is off by at most
+    u (4 gamma + 3 |x|), and |x| exp(x) < 0.4: f is off by at most u (4 gamma + 4).
+    """
+    c, r = reference.pair_scores(scores, pairs)
+    z = c - r if margin is None else c - r - margin.double()
+    steep = max(1.0, 0.5 + 0.35 * gamma)
+    loss = steep * error_z + (16 + 4 * gamma) * u * (1 + size)
+    slope = ((1 + 2 * gamma) / 4 + gamma**2 / 5) * error_z + steep * (16 + 4 * gamma) * u
+    return loss, slope + 0.35 * gamma * (z.abs() <= error_z)

@@ -16,6 +16,8 @@ OPTIONS = {
     "smoothing": {"label_smoothing": 0.2},
     "target": {"target": torch.tensor([1.0, 0.3, 0.0], **DOUBLE)},
     "weight": {"weight": torch.tensor([2.0, 0.0, 0.5], **DOUBLE), "center": 0.3},
+    "focal": {"gamma": 2.0, "weight": torch.tensor([2.0, 1.0, 0.5], **DOUBLE)},
+    "focal, more": {"gamma": 0.7, "margin": torch.tensor([0.5, 0.0, 2.0], **DOUBLE), "center": 0.3},
 }
 
 
@@ -23,7 +25,10 @@ def pairs_of(layout):
     return INDEX if layout == "index" else layout
 
 
-def plain(scores, layout, margin=None, target=None, weight=None, label_smoothing=0.0, center=0.0):
+def plain(
+    scores, layout, margin=None, target=None, weight=None, label_smoothing=0.0, center=0.0,
+    gamma=0.0,
+):  # fmt: skip
     """The loss of each pair as the papers write it, through torch's cross entropy."""
     chosen, rejected = {
         "halves": lambda: scores.chunk(2),
@@ -33,6 +38,8 @@ def plain(scores, layout, margin=None, target=None, weight=None, label_smoothing
     logit = chosen - rejected if margin is None else chosen - rejected - margin
     target = torch.full_like(logit, 1 - label_smoothing) if target is None else target
     loss = F.binary_cross_entropy_with_logits(logit, target, weight, reduction="none")
+    if gamma:
+        loss = loss * (1 - 2 * F.relu(logit.sigmoid() - 0.5)) ** gamma
     return loss + center * (chosen + rejected).square()
 
 
@@ -87,10 +94,11 @@ def test_ties_are_told_apart():
     assert (out.accuracy, out.ties) == (0.25, 0.5)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 2.0, 200.0])
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e30])
-def test_far_apart_scores_neither_overflow_nor_lose_their_gradient(size):
+def test_far_apart_scores_neither_overflow_nor_lose_their_gradient(size, gamma):
     scores = torch.tensor([size, -size, -size, size], requires_grad=True)
-    out = ops.pairwise_loss(scores, reduction="sum")
+    out = ops.pairwise_loss(scores, gamma=gamma, reduction="sum")
     out.loss.backward()
     assert out.loss == 2 * size
     assert scores.grad.tolist() == [0.0, -1.0, 0.0, 1.0]
@@ -215,16 +223,17 @@ def test_opcheck():
     both = rmfast.reward_head_pairwise_loss.default
     none = (None, None, None)
     calls = [
-        (loss, (scores, None, *none, "halves", 0.1, 0.0, "mean", True)),
-        (loss, (scores, None, margin, None, margin, "interleaved", 0.0, 0.1, "none", True)),
-        (loss, (scores, INDEX, None, margin, None, "index", 0.0, 0.0, "sum", True)),
-        (loss, (scores.detach(), None, *none, "halves", 0.0, 0.0, "mean", False)),
+        (loss, (scores, None, *none, "halves", 0.1, 0.0, 0.0, "mean", True)),
+        (loss, (scores, None, margin, None, margin, "interleaved", 0.0, 0.1, 2.0, "none", True)),
+        (loss, (scores, INDEX, None, margin, None, "index", 0.0, 0.0, 0.0, "sum", True)),
+        (loss, (scores.detach(), None, *none, "halves", 0.0, 0.0, 0.0, "mean", False)),
         (pooled, (padded, ids, weight, bias, None, 0, "hf")),
         (pooled, (padded.transpose(0, 1), ids.mT, weight, None, ids.mT, None, "mask")),
-        (both, (hidden, ROWS, weight, bias, None, *none, "halves", 0.1, 0.1, "mean", True, True)),
-        (both, (hidden, ROWS, weight, None, INDEX, margin, *none[1:], "index", 0.0, 0.0, "sum",
+        (both, (hidden, ROWS, weight, bias, None, *none, "halves", 0.1, 0.1, 0.0, "mean",
                 True, True)),
-        (both, (hidden, ROWS, weight.detach(), None, None, *none, "halves", 0.0, 0.0, "sum",
+        (both, (hidden, ROWS, weight, None, INDEX, margin, *none[1:], "index", 0.0, 0.0, 0.0, "sum",
+                True, True)),
+        (both, (hidden, ROWS, weight.detach(), None, None, *none, "halves", 0.0, 0.0, 1.5, "sum",
                 True, False)),
         (rmfast.reward_head_backward.default,
          (torch.randn(6, 1), hidden.detach().T.contiguous().T, ROWS, weight.detach(), None, True,
@@ -285,6 +294,10 @@ def test_no_second_derivative(op):
         ({"target": torch.zeros(2, 1)}, "target must be"),
         ({"target": torch.zeros(2), "label_smoothing": 0.1}, "target and label_smoothing"),
         ({"label_smoothing": 1.5}, "label_smoothing must be"),
+        ({"gamma": -1.0}, "gamma must be"),
+        ({"gamma": float("nan")}, "gamma must be"),
+        ({"gamma": 2.0, "target": torch.zeros(2)}, "target cannot go with gamma"),
+        ({"gamma": 2.0, "label_smoothing": 0.1}, "label_smoothing cannot go with gamma"),
         ({"weight": torch.zeros(4)}, "weight must be"),
         ({"weight": torch.zeros(2, requires_grad=True)}, "weight .* detach"),
         ({"margin": torch.zeros(2, device="meta")}, "margin is on meta"),
@@ -351,3 +364,13 @@ def test_gradients_of_huge_scores_are_torchs():
 def test_a_pair_out_of_range_is_refused():
     with pytest.raises(ValueError, match="pairs must be from 0 to 3, got -1 to 2"):
         ops.pairwise_loss(torch.randn(4), torch.tensor([[-1, 2]]))
+
+
+def test_a_small_gamma_is_near_none_and_a_tie_counts_in_full():
+    """The focal loss joins the plain one; where it has its kink, the derivative is -1/2."""
+    scores = torch.tensor([1.5, 0.0, -2.0, 0.5, 0.0, 1.0], **DOUBLE, requires_grad=True)
+    losses = [ops.pairwise_loss(scores, gamma=g, reduction="none").loss for g in (0.0, 1e-9, 2.0)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-8, atol=0)
+    assert torch.equal(losses[0][1:], losses[2][1:]) and losses[2][0] < losses[0][0]
+    (grad,) = torch.autograd.grad(losses[2][1], scores)
+    assert grad.tolist() == [0, -0.5, 0, 0, 0.5, 0]

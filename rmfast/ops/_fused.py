@@ -35,11 +35,12 @@ def _reward_head_pairwise_loss(
     layout: str,
     label_smoothing: float,
     center: float,
+    gamma: float,
     reduction: str,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = (label_smoothing, center, reduction)
+    options = (label_smoothing, center, gamma, reduction)
     if use_kernels(hidden):
         from rmfast.kernels import fused_loss as kernel
 
@@ -105,7 +106,7 @@ def _reward_head_pairwise_loss_backward(
 @_reward_head_pairwise_loss.register_fake
 def _(
     hidden, index, weight, bias, pairs, margin, target, pair_weight, layout, label_smoothing,
-    center, reduction, needs_hidden, needs_weight,
+    center, gamma, reduction, needs_hidden, needs_weight,
 ):  # fmt: skip
     batch, width = index.shape[0], hidden.shape[1]
     count = batch // 2 if pairs is None else pairs.shape[0]
@@ -159,7 +160,7 @@ def _reward_head_pairwise_loss_autograd(ctx, grad, *_):
             grad, grads, partial, *saved, ctx.layout, needs_hidden
         )
         out = [g if need else None for g, need in zip(out, ctx.needs, strict=True)]
-    return out[0], None, out[1], out[2], *[None] * 10
+    return out[0], None, out[1], out[2], *[None] * 11
 
 
 _reward_head_pairwise_loss.register_autograd(
@@ -192,6 +193,7 @@ def reward_head_pairwise_loss(
     label_smoothing: float = 0.0,
     pair_weight: Tensor | None = None,  # [P]
     center: float = 0.0,
+    gamma: float = 0.0,
     reduction: str = "mean",
 ) -> RewardHeadPairwiseLoss:
     """:func:`reward_head` and :func:`pairwise_loss` as one op: two launches a training step.
@@ -205,7 +207,8 @@ def reward_head_pairwise_loss(
         weight: ``[1, H]``.
         bias: ``[1]`` or None.
         pairs: as in :func:`pairwise_loss`, of the ``B`` scores.
-        margin: as in :func:`pairwise_loss`; so are ``target``, ``label_smoothing`` and ``center``.
+        margin: as in :func:`pairwise_loss`; so are ``target``, ``label_smoothing``, ``center``
+            and ``gamma``.
         pair_weight: :func:`pairwise_loss`'s ``weight``.
         reduction: ``"mean"`` over the pairs or ``"sum"``.
 
@@ -228,7 +231,7 @@ def reward_head_pairwise_loss(
             "call reward_head and pairwise_loss"
         )
     layout, rows = check_pairs(
-        index.shape[0], pairs, margin, target, pair_weight, label_smoothing,
+        index.shape[0], pairs, margin, target, pair_weight, label_smoothing, gamma,
         ("index", "pair_weight"),
     )  # fmt: skip
     check_devices(
@@ -241,6 +244,6 @@ def reward_head_pairwise_loss(
     )
     loss, scores, metrics, _, _ = _reward_head_pairwise_loss(
         hidden, index, weight, bias, rows, margin, target, pair_weight, layout, label_smoothing,
-        center, reduction, needs_hidden, needs_weight,
+        center, gamma, reduction, needs_hidden, needs_weight,
     )  # fmt: skip
     return RewardHeadPairwiseLoss(loss, scores, *metrics.unbind())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,10 +30,11 @@ def _pairwise_loss(
     layout: str,
     label_smoothing: float,
     center: float,
+    gamma: float,
     reduction: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = (label_smoothing, center, reduction)
+    options = (label_smoothing, center, gamma, reduction)
     if use_kernels(scores):
         from rmfast.kernels import pairwise_loss as kernel
 
@@ -67,7 +69,9 @@ def _pairwise_loss_backward(
 
 
 @_pairwise_loss.register_fake
-def _(scores, pairs, margin, target, weight, layout, smoothing, center, reduction, needs_grad):
+def _(
+    scores, pairs, margin, target, weight, layout, smoothing, center, gamma, reduction, needs_grad
+):  # fmt: skip
     count = scores.shape[0] // 2 if pairs is None else pairs.shape[0]
     acc = reference.wide(scores.dtype)
     loss = scores.new_empty((count,) if reduction == "none" else (), dtype=acc)
@@ -95,7 +99,7 @@ def _pairwise_loss_autograd(ctx, grad, *_):
     grad_scores = None
     if grad is not None:
         grad_scores = _pairwise_loss_backward(grad, *ctx.saved_tensors, ctx.layout)
-    return grad_scores, *[None] * 9
+    return grad_scores, *[None] * 10
 
 
 _pairwise_loss.register_autograd(_pairwise_loss_autograd, setup_context=_pairwise_loss_setup)
@@ -120,6 +124,7 @@ def check_pairs(
     target: Tensor | None,
     weight: Tensor | None,
     label_smoothing: float,
+    gamma: float,
     names: tuple[str, str],  # of the scores and of the weight of a pair, in messages
 ) -> tuple[str, Tensor | None]:
     """The layout and the tensor of pairs that the ops take."""
@@ -151,6 +156,11 @@ def check_pairs(
         raise ValueError("target and label_smoothing say the same thing: give one of them")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma must be 0 or more, and finite, got {gamma}")
+    if gamma and (target is not None or label_smoothing):
+        name = "label_smoothing" if target is None else "target"
+        raise ValueError(f"{name} cannot go with gamma: the focal loss is one of hard labels")
     return layout, index
 
 
@@ -163,6 +173,7 @@ def pairwise_loss(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,  # [P]
     center: float = 0.0,
+    gamma: float = 0.0,
     reduction: str = "mean",
 ) -> PairwiseLoss:
     """Negative log-likelihood of preferences, ``-log sigmoid(chosen - rejected - margin)``.
@@ -187,6 +198,10 @@ def pairwise_loss(
             ``binary_cross_entropy``, and centering is not weighted.
         center: coefficient of ``(chosen + rejected)**2``, which keeps the scores around zero
             (arXiv 2312.09244); TRL's ``center_rewards_coefficient``.
+        gamma: above 0, the focal ranking loss of InternLM2 (arXiv 2403.17297): ``softplus(-z)`` is
+            multiplied by ``(1 - 2 * max(0, sigmoid(z) - 1/2))**gamma``, so that pairs already in
+            order count less. Not with ``target`` or ``label_smoothing``. Where ``z`` is 0 the loss
+            has a kink, and the derivative is the one from below, ``-1/2``.
         reduction: ``"mean"`` over the pairs, ``"sum"`` or ``"none"``.
 
     Returns:
@@ -204,13 +219,14 @@ def pairwise_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     layout, index = check_pairs(
-        scores.shape[0], pairs, margin, target, weight, label_smoothing, ("scores", "weight")
-    )
+        scores.shape[0], pairs, margin, target, weight, label_smoothing, gamma,
+        ("scores", "weight"),
+    )  # fmt: skip
     check_devices(scores=scores, pairs=index, margin=margin, target=target, weight=weight)
     needs_grad = torch.is_grad_enabled() and scores.requires_grad
     scores = scores.squeeze(1) if scores.ndim == 2 else scores
     loss, metrics, _ = _pairwise_loss(
-        scores, index, margin, target, weight, layout, label_smoothing, center, reduction,
-        needs_grad,
+        scores, index, margin, target, weight, layout, label_smoothing, center, gamma,
+        reduction, needs_grad,
     )  # fmt: skip
     return PairwiseLoss(loss, *metrics.unbind())

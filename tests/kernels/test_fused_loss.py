@@ -30,7 +30,7 @@ def check(hidden, index, weight, bias, pairs, reduction="mean", tile=None, rows_
     batch, dtype, u = len(index), hidden.dtype, unit(hidden.dtype)
     layout, table = ("index", pairs) if torch.is_tensor(pairs) else (pairs, None)
     rest = [made.get(k) for k in ("margin", "target", "pair_weight")]
-    numbers = (made.get("label_smoothing", 0.0), made.get("center", 0.0))
+    numbers = [made.get(k, 0.0) for k in ("label_smoothing", "center", "gamma")]
     loss, scores, metrics, grads, partial = kernel.fused_loss(
         hidden, index, weight, bias, table, *rest, layout, *numbers, reduction, tile=tile
     )
@@ -109,6 +109,7 @@ def test_options(reduction, layout, device, poison):
     for made in (
         {"label_smoothing": 0.2, "center": 0.1},
         {"target": each[0], "margin": each[1], "pair_weight": each[2], "center": 0.01},
+        {"gamma": 2.0, "margin": each[1], "center": 0.01},
     ):
         check(hidden, index, weight, None, pairs, reduction, **made)
 
@@ -181,10 +182,10 @@ def test_the_counter_is_zero_after_each_launch(device):
     from rmfast.kernels import fused_loss as kernel
 
     hidden, index, weight, _ = problem(40, "halves", 4, torch.float32, device, rows=4000)
-    first = kernel.fused_loss(hidden, index, weight, *[None] * 5, "halves", 0.0, 0.0, "mean")
+    first = kernel.fused_loss(hidden, index, weight, *[None] * 5, "halves", 0.0, 0.0, 0.0, "mean")
     assert first[-1].shape[0] > 1  # several programs
     assert [x.item() for x in kernel._arrived.values()] == [0] * len(kernel._arrived)
-    again = kernel.fused_loss(hidden, index, weight, *[None] * 5, "halves", 0.0, 0.0, "mean")
+    again = kernel.fused_loss(hidden, index, weight, *[None] * 5, "halves", 0.0, 0.0, 0.0, "mean")
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
@@ -217,9 +218,10 @@ def test_opcheck(device):
         (rmfast.reward_head.default, (hidden, index, weight, bias)),
         (rmfast.pooled_reward_head.default, (padded, ids, weight, bias, None, 0, "hf")),
         (rmfast.pairwise_loss.default,
-         (scores, pairs, *none, "index", 0.1, 0.0, "none", True)),
-        (both, (hidden, index, weight, bias, pairs, *none, "index", 0.1, 0.0, "sum", True, True)),
-        (both, (hidden, index[:8], weight, None, None, *none, "halves", 0.1, 0.0, "mean",
+         (scores, pairs, *none, "index", 0.1, 0.0, 0.0, "none", True)),
+        (both, (hidden, index, weight, bias, pairs, *none, "index", 0.0, 0.1, 2.0, "sum",
+                True, True)),
+        (both, (hidden, index[:8], weight, None, None, *none, "halves", 0.1, 0.0, 0.0, "mean",
                 True, True)),
     ]  # fmt: skip
     for op, args in calls:

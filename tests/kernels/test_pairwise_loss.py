@@ -16,6 +16,8 @@ OPTIONS = {
     "target": {"target": True, "margin": True},
     "center": {"center": 0.01},
     "weight": {"weight": True, "center": 0.5, "label_smoothing": 0.3},
+    "focal": {"gamma": 2.0},
+    "focal, more": {"gamma": 0.5, "margin": True, "weight": True, "center": 0.1},
 }
 
 
@@ -40,19 +42,19 @@ def check(scores, pairs, made, reduction, upstream, block=None):
     batch, dtype, u = len(scores), scores.dtype, unit(scores.dtype)
     layout, index = ("index", pairs) if torch.is_tensor(pairs) else (pairs, None)
     rest = [made.get(k) for k in ("margin", "target", "weight")]
-    numbers = (made.get("label_smoothing", 0.0), made.get("center", 0.0), reduction)
+    numbers = [made.get(k, 0.0) for k in ("label_smoothing", "center", "gamma")]
     loss, metrics, grads = kernel.pairwise_loss(
-        scores, index, *rest, layout, *numbers, **({"block": block} if block else {})
+        scores, index, *rest, layout, *numbers, reduction, **({"block": block} if block else {})
     )
     got = kernel.pairwise_loss_backward(
         upstream, grads, index, layout, batch, dtype, **({"block": block} if block else {})
     )
     exact = scores.double()
     wide = [None if x is None else x.double() for x in rest]
-    true, true_metrics = reference.pairwise_loss(exact, pairs, *wide, *numbers)
-    error, error_slope = pair_errors(exact, 0.0, u, pairs, *rest, *numbers[:2])
+    true, true_metrics = reference.pairwise_loss(exact, pairs, *wide, *numbers, reduction)
+    error, error_slope = pair_errors(exact, 0.0, u, pairs, *rest, *numbers)
     count = len(error)
-    each, _ = reference.pairwise_loss(exact, pairs, *wide, *numbers[:2], "none")
+    each, _ = reference.pairwise_loss(exact, pairs, *wide, *numbers, "none")
     if reduction != "none":  # each term takes part in fewer than `count` sums
         error = error.sum() + count * u * (each.abs() + error).sum()
         error = (error / count if reduction == "mean" else error) + u * true.abs()
@@ -65,7 +67,7 @@ def check(scores, pairs, made, reduction, upstream, block=None):
     assert (metrics[3] - true_metrics[3]).abs() <= (batch + 1) * u * exact.abs().mean()
     assert torch.equal(metrics[4:].double(), true_metrics[4:])
 
-    true_grads = reference.pairwise_gradients(exact, pairs, *wide, *numbers)
+    true_grads = reference.pairwise_gradients(exact, pairs, *wide, *numbers, reduction)
     error_grads = torch.stack([error_slope, error_slope])
     error_grads = (error_grads / count if reduction == "mean" else error_grads) + u * abs(
         true_grads
@@ -125,20 +127,25 @@ def test_ties_and_extremes(count, layout, case, values, block, seed, device):
     check(scores, pairs, options(case, count, device), "mean", upstream, block)
 
 
-def test_small_losses_keep_their_digits(device):
-    """log(1 + exp(-z)) of z up to 80: relative to itself, not to one."""
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_small_losses_keep_their_digits(gamma, device):
+    """log(1 + exp(-z)), down to 1e-35: relative to itself, not to one."""
     from rmfast.kernels import pairwise_loss as kernel
 
-    z = torch.linspace(0, 80, 321, device=device)
+    z = torch.linspace(0, 80 / (1 + gamma), 321, device=device)
     scores = torch.cat([z, torch.zeros_like(z)])
     loss, _, grads = kernel.pairwise_loss(
-        scores, None, None, None, None, "halves", 0.0, 0.0, "none"
+        scores, None, None, None, None, "halves", 0.0, 0.0, gamma, "none"
     )
-    exact = -torch.nn.functional.logsigmoid(z.double())
-    # exp rounds z * log2(e); then a few units each for exp, log and the fraction
-    bound = (2 * z + 12) * unit(torch.float32)
+    lost, below = -torch.nn.functional.logsigmoid(z.double()), torch.sigmoid(-z.double())
+    focus = (2 * below) ** gamma
+    exact = focus * lost
+    # exp rounds z * log2(e); then a few units each for exp, log and the fraction; the same for the
+    # power, whose argument is gamma times that
+    bound = (2 * z + 12 + gamma * (3 * z + 4) + 4) * unit(torch.float32)
     assert ((loss - exact).abs() <= bound * exact).all()
-    exact = -torch.sigmoid(-z.double())
+    rest = torch.where(z > 0, gamma * (1 - below) * lost, 0.0)
+    exact = -focus * (below + rest)
     assert ((grads[0] - exact).abs() <= bound * exact.abs()).all()
 
 
