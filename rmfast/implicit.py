@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rmfast import models, patching, pieces, reference
 from rmfast.data import RowError
 from rmfast.encoding import Encoder
+from rmfast.losses import implicit_reward
 from rmfast.scorer import Scorer, alike, evaluating, first_error
 from rmfast.trie import PackedTrie, pack
 
@@ -140,17 +141,17 @@ class ImplicitScorer(Scorer):
     def _scores(self, rows: list[Answer]) -> np.ndarray:  # fp32 [len(rows)]
         self._count(rows)
         ids = [row.ids for row in rows]
-        ratio = np.zeros(len(rows))
+        likelihoods = np.zeros((2, len(rows)))
         with evaluating(self.model), evaluating(self.reference):
-            for model, sign in ((self.model, 1), (self.reference, -1)):
+            for model, out in zip((self.model, self.reference), likelihoods, strict=True):
                 packed = self._packed(ids, patching.attached(model))
                 for which, run in (
                     (np.flatnonzero(packed), self._run_trie),
                     (np.flatnonzero(~packed), self._run_padded),
                 ):
                     if which.size:
-                        ratio[which] += sign * run(model, [rows[i] for i in which])
-        return (self.beta * ratio).astype(np.float32)
+                        out[which] = run(model, [rows[i] for i in which])
+        return implicit_reward(*torch.from_numpy(likelihoods), self.beta).float().numpy()
 
     def _run_trie(self, model: nn.Module, rows: list[Answer]) -> np.ndarray:  # fp64 [len(rows)]
         """Log-likelihoods of the answers, each node of their trie run once."""

@@ -60,6 +60,18 @@ def check_places(name: str, places: Tensor, count: int) -> None:
         )
 
 
+def check_pair_values(**tensors: Tensor | None) -> None:
+    """What is given of margin, target and weight [P]; on a CPU alone, as above."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        good = (x >= 0) & (x <= 1) if name == "target" else x.isfinite()
+        if not good.all():
+            pair = int((~good).nonzero()[0])
+            want = "between 0 and 1" if name == "target" else "finite"
+            raise ValueError(f"{name} of pair {pair} is {x[pair].item()}: it must be {want}")
+
+
 def check_devices(**tensors: Tensor | None) -> None:
     first, *others = ((name, x.device) for name, x in tensors.items() if x is not None)
     for name, device in others:

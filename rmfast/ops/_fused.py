@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from rmfast import reference
-from rmfast.ops._common import check_devices, check_places, exact, no_second_derivative, use_kernels
+from rmfast.ops._common import (
+    check_devices,
+    check_pair_values,
+    check_places,
+    exact,
+    no_second_derivative,
+    use_kernels,
+)
 from rmfast.ops._head import check_head, check_rows
 from rmfast.ops._pairwise import check_pairs
 
@@ -52,6 +59,7 @@ def _reward_head_pairwise_loss(
         check_places("index", index, hidden.shape[0])
         if pairs is not None:
             check_places("pairs", pairs, index.shape[0])
+        check_pair_values(margin=margin, target=target, pair_weight=pair_weight)
         rest = (layout if pairs is None else pairs, margin, target, pair_weight, *options)
         loss, scores, metrics = reference.reward_head_pairwise_loss(
             hidden, index, weight, bias, *rest
@@ -219,7 +227,8 @@ def reward_head_pairwise_loss(
 
     Raises:
         ValueError: shapes that do not match, no pair, an unknown ``pairs`` or ``reduction``, or a
-            margin, target or weight that requires a gradient; the message names the argument.
+            margin, target or weight that requires a gradient; on a CPU, one that is not finite, or
+            a target outside [0, 1]. The message names the argument.
     """
     check_rows(hidden, index)
     check_head(hidden, weight, bias)

@@ -29,6 +29,8 @@ def _listwise_loss(
 
         return kernel.listwise_loss(scores, ranks, offsets, kind, max_size)
     _check_offsets(offsets.tolist(), scores.shape[0], max_size)
+    if ranks.is_floating_point() and ranks.isnan().any():
+        raise ValueError(f"ranks[{int(ranks.isnan().nonzero()[0])}] is NaN: it can't be compared")
     return reference.listwise_loss(scores, ranks, offsets, kind)
 
 
@@ -125,7 +127,7 @@ def listwise_loss(
 
     Raises:
         ValueError: shapes that do not match, a group of more than 64 items, or an unknown option;
-            the message names the argument.
+            on a CPU, a rank that is NaN. The message names the argument.
     """
     if scores.ndim == 2 and scores.shape[1] == 1:
         scores = scores[:, 0]

@@ -12,6 +12,7 @@ from rmfast import reference
 from rmfast.ops._common import (
     check_devices,
     check_floating,
+    check_pair_values,
     check_places,
     exact,
     no_second_derivative,
@@ -44,6 +45,7 @@ def _pairwise_loss(
         return loss, metrics, metrics.new_empty(0) if grads is None else grads
     if pairs is not None:
         check_places("pairs", pairs, scores.shape[0])
+    check_pair_values(margin=margin, target=target, weight=weight)
     args = (scores, layout if pairs is None else pairs, margin, target, weight, *options)
     loss, metrics = reference.pairwise_loss(*args)
     return (
@@ -211,7 +213,8 @@ def pairwise_loss(
 
     Raises:
         ValueError: shapes that do not match, no pair, an unknown ``pairs`` or ``reduction``, or a
-            margin, target or weight that requires a gradient; the message names the argument.
+            margin, target or weight that requires a gradient; on a CPU, one that is not finite, or
+            a target outside [0, 1]. The message names the argument.
     """
     if scores.ndim != 1 and (scores.ndim != 2 or scores.shape[1] != 1):
         raise ValueError(f"scores must be [B] or [B, 1], got shape {tuple(scores.shape)}")
