@@ -538,6 +538,7 @@ def test_an_unmasked_target_that_is_missing():
         ({"reference_rejected": torch.randn(3, 1)}, "reference_rejected must be"),
         ({"policy_rejected": torch.arange(3)}, "policy_rejected must be of a floating dtype"),
         ({"reference_chosen": torch.randn(3, requires_grad=True)}, "reference_chosen .*no_grad"),
+        ({"reference_chosen": torch.zeros(3, device="meta")}, "reference_chosen is on meta"),
         ({"beta": 0.0}, "beta must be above 0"),
         ({"beta": NAN}, "beta must be above 0"),
         ({"label_smoothing": 1.1}, "label_smoothing must be"),
