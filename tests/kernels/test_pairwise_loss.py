@@ -150,10 +150,14 @@ def test_small_losses_keep_their_digits(gamma, device):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, interpreting
-def test_infinite_scores_are_as_in_torch(device):
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_infinite_scores_are_as_in_torch(gamma, device):
     scores = torch.tensor([float("inf"), -float("inf"), float("nan"), 1.0, 0.0, 0.0], device=device)
-    got = ops.pairwise_loss(scores, "halves", reduction="none")
-    true, metrics = reference.pairwise_loss(scores, "halves", reduction="none")
+    scores.requires_grad_()
+    got = ops.pairwise_loss(scores, "halves", gamma=gamma, reduction="none")
+    true, metrics = reference.pairwise_loss(scores, "halves", gamma=gamma, reduction="none")
+    grads = [torch.autograd.grad(x.sum(), scores)[0][:2] for x in (got.loss, true)]
+    assert torch.equal(*grads) and grads[0].tolist() == [0, -1]
     assert torch.equal(got.loss[:2], true[:2]) and got.loss[2].isnan() and true[2].isnan()
     assert got.accuracy == metrics[0] and got.reward.isnan()
 
