@@ -151,7 +151,7 @@ def examples_of(kind, generator):
     def ids(n):
         return torch.randint(1, tiny.VOCAB, (n,), generator=generator).tolist()
 
-    if kind == "bradley_terry":
+    if kind in training.KINDS["pairs"]:
         out = []
         for i in range(4):
             prompt = ids(5 + i)
@@ -167,11 +167,13 @@ def examples_of(kind, generator):
 def by_hand(objective, scores, examples):
     """The loss written out, summed."""
     logsigmoid = torch.nn.functional.logsigmoid
-    if objective.kind == "bradley_terry":
+    if objective.of_pairs:
         c, r = scores.chunk(2)
         z = c - r - torch.tensor([e["margin"] for e in examples], dtype=scores.dtype)
         eps = objective.label_smoothing
         loss = -(1 - eps) * logsigmoid(z) - eps * logsigmoid(-z)
+        if objective.kind == "focal":
+            loss = loss * (1 - 2 * (z.sigmoid() - 0.5).relu()) ** objective.gamma
         return (loss + objective.center * (c + r) ** 2).sum()
     total, first = 0.0, 0
     for e in examples:
@@ -194,6 +196,7 @@ def by_hand(objective, scores, examples):
 OBJECTIVES = [
     training.Objective(),
     training.Objective(label_smoothing=0.1, center=0.01),
+    training.Objective("focal", gamma=1.5, center=0.01),
     training.Objective("all_pairs"),
     training.Objective("plackett_luce"),
 ]
@@ -218,6 +221,17 @@ def test_loss_and_gradients_are_those_of_padded_rows(objective, family):
     scale = max(q.grad.abs().max().item() for q in plain.parameters())
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6 * scale, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kind": "hinge"}, {"kind": "focal", "label_smoothing": 0.1},
+     {"kind": "all_pairs", "label_smoothing": 0.1}, {"kind": "plackett_luce", "center": 0.1}],
+    ids=str,
+)  # fmt: skip
+def test_objectives_that_mean_nothing(options):
+    with pytest.raises(ValueError, match=options["kind"]):
+        training.Objective(**options)
 
 
 def test_metrics_of_groups_count_pairs():

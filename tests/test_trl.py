@@ -321,7 +321,7 @@ def test_options_that_would_do_nothing_are_refused(tmp_path, options, monkeypatc
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (pairs(4), {"loss_type": "all_pairs"}, "does not go with preference pairs"),
+        (pairs(4), {"loss_type": "all_pairs"}, "does not go with pairs"),
         (groups(4), {"loss_type": "bradley_terry"}, "does not go with ranked responses"),
         (groups(4), {"eval_dataset": Dataset.from_list(pairs(3))}, "train: ranked responses, eval"),
         (pairs(4), {"data_collator": list, "max_tokens_per_batch": 99}, "give no data_collator"),

@@ -39,9 +39,10 @@ class RewardConfig(trl.RewardConfig):
     Attributes:
         max_tokens_per_batch: trie nodes (distinct prefixes) a micro-batch, in place of
             ``per_device_train_batch_size``; see :class:`rmfast.training.TokenBudgetSampler`.
-        loss_type: ``"bradley_terry"`` for pairs, ``"all_pairs"`` or ``"plackett_luce"`` for ranked
-            groups; None: ``"bradley_terry"`` or ``"all_pairs"``, as the data is.
+        loss_type: ``"bradley_terry"`` or ``"focal"`` for pairs, ``"all_pairs"`` or
+            ``"plackett_luce"`` for ranked groups; None: the first that fits the data.
         label_smoothing: probability that a label is wrong, of ``"bradley_terry"``.
+        focal_gamma: of ``"focal"``.
         share_prefixes: False packs without sharing.
     """
 
@@ -54,12 +55,14 @@ class RewardConfig(trl.RewardConfig):
     loss_type: str | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "bradley_terry for pairs, all_pairs or plackett_luce for ranked responses."
+            "help": "bradley_terry or focal for pairs, all_pairs or plackett_luce for ranked "
+            "responses."
         },
     )
     label_smoothing: float = dataclasses.field(
         default=0.0, metadata={"help": "Probability that a label is wrong."}
     )
+    focal_gamma: float = dataclasses.field(default=2.0, metadata={"help": "Of loss_type focal."})
     share_prefixes: bool = dataclasses.field(
         default=True, metadata={"help": "Run what sequences begin with once."}
     )
@@ -72,7 +75,7 @@ def _refuse(args: trl.RewardConfig, dataset: Any) -> None:
     budget = getattr(args, "max_tokens_per_batch", None)
     parallel = getattr(args, "parallelism_config", None)
     shards = any(getattr(parallel, f"{kind}_size", 1) > 1 for kind in ("cp", "sp", "tp"))
-    loss = getattr(args, "loss_type", None)
+    loss, kinds = getattr(args, "loss_type", None), sum(training.KINDS.values(), ())
     no_list = not isinstance(dataset, datasets.Dataset)
     reasons = {
         "pad_to_multiple_of": (args.pad_to_multiple_of, "packed batches are not padded"),
@@ -108,8 +111,8 @@ def _refuse(args: trl.RewardConfig, dataset: Any) -> None:
             "it must be positive, and needs a data set of known length",
         ),
         "loss_type": (
-            loss not in (None, *training.KINDS),
-            f"it must be one of {', '.join(training.KINDS)}",
+            loss not in (None, *kinds),
+            f"it must be one of {', '.join(kinds)}",
         ),
     }
     for name, (is_set, why) in reasons.items():
@@ -166,14 +169,15 @@ class RewardTrainer(trl.RewardTrainer):
             kinds = {True: "ranked responses", False: "pairs"}
             found = ", ".join(f"{name}: {kinds[x]}" for name, x in self._ranked.items())
             raise ValueError(f"all data sets must be pairs, or all ranked responses ({found})")
-        kind = getattr(args, "loss_type", None) or ("all_pairs" if ranked else "bradley_terry")
-        if ranked == (kind == "bradley_terry"):
-            data = "ranked responses" if ranked else "preference pairs"
+        data = "ranked responses" if ranked else "pairs"
+        kind = getattr(args, "loss_type", None) or training.KINDS[data][0]
+        if kind not in training.KINDS[data]:
             raise ValueError(f"loss_type={kind!r} does not go with {data}")
         self.objective = training.Objective(
             kind=kind,
             label_smoothing=getattr(args, "label_smoothing", 0.0),
             center=args.center_rewards_coefficient or 0.0,
+            gamma=getattr(args, "focal_gamma", 2.0),
         )
         if data_collator is None:
             self.data_collator = self._collator()
