@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rmfast import attention, models, ops, reference, training
+from rmfast import attention, models, ops, pieces, reference, training
 from rmfast.trie import PackedTrie, pack
 
 if TYPE_CHECKING:
@@ -169,13 +169,18 @@ class PackedForward(Override):
         )
 
     def piece(
-        self, piece: Piece, before: dict[nn.Module, tuple[Tensor, Tensor]], prune: bool
+        self,
+        piece: Piece,
+        before: dict[nn.Module, tuple[Tensor, Tensor]],
+        prune: bool,
+        shared: bool = True,
     ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
         """Run a piece of a trie, on the model's device.
 
         Args:
             before: what the piece before it left; empty for the first.
             prune: only the rows of its ``pool_index`` are wanted.
+            shared: a node may belong to several sequences.
 
         Returns:
             Hidden states ``[n, H]`` of the piece's own nodes, and what it leaves to the next one.
@@ -186,7 +191,7 @@ class PackedForward(Override):
         if rows is not None and not rows.numel():
             rows = trie.after(len(trie) - 1)  # nobody is scored here: any one will do
         carried = attention.Carried(piece.carried, piece.keep, before)
-        out = self.backbone(self.inside(), trie, True, rows, carried, return_dict=True)
+        out = self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)
         return out[0][0], carried.after
 
     def inside(self) -> Callable:
@@ -270,12 +275,33 @@ class ScoringForward(PackedForward):
         patch = self.patch
         ids, mask, positions = _on_cpu(call)
         trie, shared, _ = self.pack(ids, mask, positions, self.pooled(ids, mask))
+        if self.in_pieces(call["input_ids"].device):
+            return self.scored(call, self.by_piece(trie, shared))
         rows = trie.pool_index.unique() if self.may_prune() else None
         device = call["input_ids"].device
         trie, rows = trie.to(device), rows.to(device) if rows is not None else None
         patch.prepare()
         out = self.backbone(patch.base, trie, shared, rows)
         return self.scored(call, self.scores(out[0][0], trie.pool_index))
+
+    def in_pieces(self, device: torch.device) -> bool:
+        """Whether nothing of a call need be kept, so that its tokens may run bit by bit."""
+        if self.patch.options.max_tokens == 0 or device != self.patch.base.device:
+            return False
+        needed = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
+        return not needed and not models.is_sharded(self.patch.base)
+
+    def by_piece(self, trie: PackedTrie, shared: bool) -> Tensor:  # [B, num_labels]
+        rows, scores = [], []
+
+        def take(piece: Piece, hidden: Tensor) -> None:
+            if piece.rows.size:
+                scores.append(self.scores(hidden, piece.trie.pool_index - piece.carried))
+                rows.append(torch.from_numpy(piece.rows))
+
+        pieces.run(self, trie, self.patch.budget(), take, shared=shared)
+        scores = torch.cat(scores)
+        return scores[torch.cat(rows).argsort().to(scores.device)]
 
     def prepacked(
         self, batch: training.Batch, objective: training.Objective, call: dict[str, Any]

@@ -161,6 +161,18 @@ def _window_of_mask(config: Any, layer: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def is_sharded(base: nn.Module) -> bool:
+    """Whether other processes hold parts of the parameters, and so must run as many passes."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return any(
+        type(p).__name__ == "DTensor" or hasattr(p, "ds_id")  # FSDP2, DeepSpeed's ZeRO-3
+        for p in base.parameters()
+    ) or any(getattr(m, "_is_fsdp_managed_module", False) for m in base.modules())
+
+
 def draws_noise(model: nn.Module, active: bool) -> bool:
     """Whether the model draws noise for each token: ever, or now, with ``active``."""
     for module in model.modules():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmfast import attention, backends, models
+from rmfast import attention, backends, models, pieces
 from rmfast.forwards import BackboneForward, LastLayer, Override, ScoringForward, untraced
 
 _POOLING = ("hf", "mask")
@@ -30,6 +30,7 @@ class Options:
     pooling: str = "hf"
     attention: str = "auto"
     compile: bool = False
+    max_tokens: int | None = None
 
 
 @dataclasses.dataclass
@@ -67,6 +68,7 @@ class Patch:
         self.options = options
         self.active = False
         self.fallbacks: Counter[str] = Counter()
+        self.budgets: dict[str, pieces.Budget] = {}  # by device
         self.last_layer: nn.Module | None = None
         self.overrides: list[Override]
         self.attention_before: str | None = None
@@ -123,6 +125,14 @@ class Patch:
                 if layer is not self.last_layer and layer._compiled_call_impl is None:
                     layer.compile(dynamic=True)
 
+    def budget(self) -> pieces.Budget:
+        """What runs together without gradients; once halved it stays so."""
+        device = self.base.device
+        if device.type not in self.budgets:
+            tokens = self.options.max_tokens or pieces.most(device)
+            self.budgets[device.type] = pieces.Budget(tokens)
+        return self.budgets[device.type]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.attention_before is not None:  # another process has registries of its own
@@ -149,7 +159,13 @@ class Patch:
             delattr(module, _ATTRIBUTE)
 
     def report(self) -> Report:
-        return Report(self.level, list(self.reasons), self.warnings(), Counter(self.fallbacks))
+        reasons = list(self.reasons)
+        if self.level == "trie" and self.options.max_tokens != 0:
+            budget = self.budget()
+            reasons.append(f"without gradients at most {budget.tokens} tokens run at once")
+            if budget.halvings:
+                reasons[-1] += f": memory ran out {budget.halvings} times, each time it was halved"
+        return Report(self.level, reasons, self.warnings(), Counter(self.fallbacks))
 
     def warnings(self) -> list[str]:
         out = []
@@ -254,6 +270,7 @@ def patch(
     pooling: str = "hf",
     attention: str = "auto",
     compile: bool = False,
+    max_tokens: int | None = None,
 ) -> nn.Module:
     """Make a Hugging Face reward model train and score without running a token twice.
 
@@ -271,6 +288,10 @@ def patch(
             on any device; ``"flex"``, torch's FlexAttention; ``"flash"``, flash-attn where it is
             installed; ``"auto"``, the kernel on a GPU where it can and ``"sdpa"`` elsewhere.
         compile: compile the decoder layers, for changing shapes.
+        max_tokens: trie nodes (distinct prefixes) that run at once in a call without gradients, at
+            level ``"trie"``: a larger batch, such as all rollouts of a step of GRPO, runs in
+            pieces, each node once, halved when memory runs out. Not given: 4096 on a CPU, 65536
+            on a GPU. 0: never in pieces. A model that is sharded over processes never is.
 
     Returns:
         The same object.
@@ -284,6 +305,8 @@ def patch(
         raise TypeError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
     if pooling not in _POOLING:
         raise ValueError(f"pooling must be one of {_POOLING}, got {pooling!r}")
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"max_tokens must be 0 (no limit) or more, got {max_tokens}")
     missing = backends.why_not(attention)
     if missing is not None:
         raise ValueError(missing)
@@ -297,7 +320,7 @@ def patch(
                 f"{type(found.holder).__name__}: unpatch that one first"
             )
         found.undo()
-    options = Options(share_prefixes, prune_last_layer, pooling, attention, compile)
+    options = Options(share_prefixes, prune_last_layer, pooling, attention, compile, max_tokens)
     Patch(model, options).apply()
     return model
 

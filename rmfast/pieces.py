@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from rmfast.forwards import PackedForward
 
 _LEAST = 16  # nodes; when these do not fit, nothing will
+# nodes that run together where memory allows more; the second is a guess until a GPU is timed
+_MOST = {"cpu": 4096, "cuda": 65536}
+
+
+def most(device: torch.device) -> int:
+    """Tokens that run together on a device, however much memory it has."""
+    return _MOST.get(device.type, _MOST["cuda"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,7 +61,7 @@ def cut(trie: PackedTrie, start: int, most: int) -> Piece:
     It ends where little has to be carried on: before the shallowest node of its second half.
 
     Args:
-        trie: on the CPU, with positions that count from 0, as :func:`rmfast.pack` gives for lists.
+        trie: on the CPU, as :func:`rmfast.pack` gives it.
     """
     end, depth, pool = (x.numpy() for x in (trie.subtree_end, trie.position_ids, trie.pool_index))
     stop = len(trie)
@@ -126,15 +133,17 @@ def run(
     budget: Budget,
     take: Callable[[Piece, Tensor], None],
     prune: bool = True,
+    shared: bool = True,
 ) -> None:
     """Run a trie, each node once.
 
     Args:
         forward: the stand-in that :func:`rmfast.patch` put on the model.
-        trie: on the CPU, as :func:`rmfast.pack` gives it for lists of tokens.
+        trie: on the CPU, as :func:`rmfast.pack` gives it.
         take: called with each piece and the hidden states ``[n, H]`` of its own nodes; called
             again with a smaller piece should it run out of memory.
         prune: ``take`` reads the rows of sequences' last tokens only.
+        shared: a node may belong to several sequences.
 
     Raises:
         MemoryError: not even a few tokens fit.
@@ -143,7 +152,7 @@ def run(
 
     def one(start: int, before: dict) -> tuple[int, dict]:
         piece = cut(trie, start, budget.tokens).to(device)
-        hidden, after = forward.piece(piece, before, prune)
+        hidden, after = forward.piece(piece, before, prune, shared)
         take(piece, hidden)
         return piece.stop, after
 

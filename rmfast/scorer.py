@@ -29,8 +29,6 @@ from rmfast.trie import pack
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# tokens a micro-batch, where memory allows more; the second is a guess until a GPU is timed
-_MOST = {"cpu": 4096, "cuda": 65536}
 _SHARE = 0.6  # of the free memory, for a micro-batch
 _PADDED = 16  # sequences in the padded batches that `padded_slots` supposes
 
@@ -579,7 +577,7 @@ def _most_tokens(device: torch.device, probe: Callable[[int], None]) -> int:
     Two passes tell what a token takes; where the system does not say what is free, or was used,
     the limit stands.
     """
-    most = _MOST.get(device.type, _MOST["cuda"])
+    most = pieces.most(device)
     few = most // 8
     used = []
     for tokens in (few // 2, few):

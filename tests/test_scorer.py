@@ -420,7 +420,7 @@ def test_the_budget_is_what_memory_holds(monkeypatch):
     monkeypatch.setattr(scorer, "_free", lambda device: 100_000_000)
     held = iter([(1000, 0), (0, 257_000), (1000, 0), (0, 513_000)] * 2)
     monkeypatch.setattr(scorer, "_memory", lambda device: next(held))
-    monkeypatch.setattr(scorer, "_MOST", {"cpu": 4096, "cuda": 4096})
+    monkeypatch.setattr(pieces, "_MOST", {"cpu": 4096, "cuda": 4096})
     assert Scorer(model).max_tokens == 4096  # 1000 bytes a token: far more would fit
     monkeypatch.setattr(scorer, "_free", lambda device: 2_000_000)
     assert 1150 < Scorer(model).max_tokens <= 1200
