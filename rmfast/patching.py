@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmfast import attention, backends, models, pieces
+from rmfast import attention, backends, liger, models, pieces
 from rmfast.forwards import BackboneForward, LastLayer, Override, ScoringForward, untraced
 
 _POOLING = ("hf", "mask")
@@ -31,6 +31,7 @@ class Options:
     attention: str = "auto"
     compile: bool = False
     max_tokens: int | None = None
+    backbone_kernels: str | None = None
 
 
 @dataclasses.dataclass
@@ -97,6 +98,9 @@ class Patch:
                 self.override(LastLayer(self.last_layer, self))
             untraced(attention.Carried, "join")
             _keep_the_heap(self.base)
+        if self.options.backbone_kernels:
+            for module, stand_in in liger.places(self.base).items():
+                self.override(stand_in(module, self))
         self.active = True
         self.prepare()
         for module in self.marked():
@@ -165,6 +169,10 @@ class Patch:
             reasons.append(f"without gradients at most {budget.tokens} tokens run at once")
             if budget.halvings:
                 reasons[-1] += f": memory ran out {budget.halvings} times, each time it was halved"
+        if self.options.backbone_kernels:
+            kinds = Counter(type(o).__name__ for o in self.overrides if isinstance(o, liger.Kernel))
+            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+            reasons.append(f"Liger's kernels in {counts}")
         return Report(self.level, reasons, self.warnings(), Counter(self.fallbacks))
 
     def warnings(self) -> list[str]:
@@ -195,6 +203,8 @@ class Patch:
                 "hidden states of tokens that the attention mask hides are zeros: a head or a loss "
                 "that reads them gives other numbers"
             )
+        if self.options.backbone_kernels and not liger.runs_on(self.base):
+            out.append("Liger's kernels wait: the model is not on a GPU, and runs as it was")
         hooked = self.level != "head" and any(
             m._forward_hooks or m._forward_pre_hooks for m in self.base.modules()
         )
@@ -271,6 +281,7 @@ def patch(
     attention: str = "auto",
     compile: bool = False,
     max_tokens: int | None = None,
+    backbone_kernels: str | None = None,
 ) -> nn.Module:
     """Make a Hugging Face reward model train and score without running a token twice.
 
@@ -291,7 +302,11 @@ def patch(
         max_tokens: trie nodes (distinct prefixes) that run at once in a call without gradients, at
             level ``"trie"``: a larger batch, such as all rollouts of a step of GRPO, runs in
             pieces, each node once, halved when memory runs out. Not given: 4096 on a CPU, 65536
-            on a GPU. 0: never in pieces. A model that is sharded over processes never is.
+            on a GPU. 0: never in pieces. Whole run all calls at other levels, those that fall
+            back, and those of a model that is sharded over processes.
+        backbone_kernels: ``"liger"``: RMSNorm, SwiGLU and rotary embedding of this instance by
+            liger-kernel, on a GPU, in llama, mistral, qwen2 and qwen3; never its loss. Not with
+            ``compile``.
 
     Returns:
         The same object.
@@ -299,7 +314,8 @@ def patch(
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
         ValueError: an unknown option or a backend that is not installed, several backbones in one
-            model, or ``pooling="mask"`` on a model that does not score by its last token.
+            model, ``pooling="mask"`` on a model that does not score by its last token, or
+            ``backbone_kernels`` without a GPU or for another family.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
@@ -312,6 +328,10 @@ def patch(
         raise ValueError(missing)
     if compile and attention in ("flex", "flash"):
         raise ValueError(f"compile=True goes with 'triton' or 'sdpa', not attention={attention!r}")
+    if backbone_kernels is not None:
+        missing = liger.why_not(backbone_kernels, model, compile)
+        if missing is not None:
+            raise ValueError(missing)
     found = attached(model)
     if found is not None:
         if found.holder not in model.modules():
@@ -320,7 +340,15 @@ def patch(
                 f"{type(found.holder).__name__}: unpatch that one first"
             )
         found.undo()
-    options = Options(share_prefixes, prune_last_layer, pooling, attention, compile, max_tokens)
+    options = Options(
+        share_prefixes=share_prefixes,
+        prune_last_layer=prune_last_layer,
+        pooling=pooling,
+        attention=attention,
+        compile=compile,
+        max_tokens=max_tokens,
+        backbone_kernels=backbone_kernels,
+    )
     Patch(model, options).apply()
     return model
 
