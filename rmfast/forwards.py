@@ -66,10 +66,10 @@ class Override:
 
 
 @functools.cache
-def untraced(cls: type, method: str = "run") -> None:
+def untraced(cls: Any, method: str = "run") -> None:
     """Packing looks at the tokens, so torch.compile goes around it, into the layers.
 
-    It goes around what is carried too: a layer is not compiled anew for every count of nodes.
+    It goes around pieces and what they carry: nothing is compiled anew for each count of nodes.
     """
     plain = getattr(cls, method)
     setattr(cls, method, torch.compiler.disable(plain, recursive=cls is LastLayer))

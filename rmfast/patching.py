@@ -21,6 +21,13 @@ from rmfast.forwards import BackboneForward, LastLayer, Override, ScoringForward
 
 _POOLING = ("hf", "mask")
 _ATTRIBUTE = "_rmfast"
+_UNTRACED = (  # besides the stand-ins
+    (attention.Carried, "join"),
+    (ScoringForward, "by_piece"),
+    (pieces, "run"),
+    (pieces, "cut"),
+    (pieces.Budget, "attempt"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +103,8 @@ class Patch:
                 self.override(BackboneForward(self.base, self))
             if self.last_layer is not None:
                 self.override(LastLayer(self.last_layer, self))
-            untraced(attention.Carried, "join")
+            for owner, name in _UNTRACED:
+                untraced(owner, name)
             _keep_the_heap(self.base)
         if self.options.backbone_kernels:
             for module, stand_in in liger.places(self.base).items():

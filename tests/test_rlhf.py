@@ -202,6 +202,22 @@ def test_bf16_scores_are_as_near_as_the_whole_pass():
     assert ours <= (1.1 + 4 / 72**0.5) * theirs
 
 
+def test_torch_compile_goes_around_the_pieces():
+    """Into the layers alone: cutting is not compiled anew for each piece."""
+    model = tiny.model("llama", torch.float64)
+    batches = [tiny.padded(groups(seed)) for seed in range(2)]
+    torch.compiler.reset()
+    torch._dynamo.utils.clear_compilation_metrics()
+    with torch.no_grad():
+        want = [model(**inputs).logits for inputs in batches]
+        compiled = torch.compile(rmfast.patch(model, max_tokens=30), backend="eager")
+        for inputs, logits in zip(batches, want, strict=True):
+            assert tiny.score_error(compiled(**inputs).logits, logits) <= 16 * 96 * UNIT
+    traced = {frame.co_name for frame in torch._dynamo.utils.get_compilation_metrics()}
+    assert "attend" in traced, "a layer was compiled"
+    assert not traced & {"by_piece", "run", "attempt", "cut"}
+
+
 def test_a_call_with_gradients_runs_whole():
     model = tiny.model("llama")
     inputs = tiny.padded(groups())
