@@ -66,13 +66,14 @@ class Override:
 
 
 @functools.cache
-def untraced(cls: Any, method: str = "run") -> None:
+def untraced(owner: Any, name: str = "run", whole: bool = False) -> None:
     """Packing looks at the tokens, so torch.compile goes around it, into the layers.
 
     It goes around pieces and what they carry: nothing is compiled anew for each count of nodes.
+    With ``whole`` it does not go into what is called from there either.
     """
-    plain = getattr(cls, method)
-    setattr(cls, method, torch.compiler.disable(plain, recursive=cls is LastLayer))
+    whole = whole or owner is LastLayer
+    setattr(owner, name, torch.compiler.disable(getattr(owner, name), recursive=whole))
 
 
 class PackedForward(Override):

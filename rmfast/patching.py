@@ -17,17 +17,25 @@ import torch
 from torch import nn
 
 from rmfast import attention, backends, liger, models, pieces
-from rmfast.forwards import BackboneForward, LastLayer, Override, ScoringForward, untraced
+from rmfast.forwards import (
+    BackboneForward,
+    LastLayer,
+    Override,
+    PackedForward,
+    ScoringForward,
+    untraced,
+)
 
 _POOLING = ("hf", "mask")
 _ATTRIBUTE = "_rmfast"
-_UNTRACED = (  # besides the stand-ins
-    (attention.Carried, "join"),
-    (ScoringForward, "by_piece"),
-    (pieces, "run"),
-    (pieces, "cut"),
-    (pieces.Budget, "attempt"),
-)
+_UNTRACED = {  # besides the stand-ins
+    "pack": PackedForward,
+    "cut": pieces,
+    "run": pieces,
+    "attempt": pieces.Budget,
+    "by_piece": ScoringForward,
+    "join": attention.Carried,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +111,8 @@ class Patch:
                 self.override(BackboneForward(self.base, self))
             if self.last_layer is not None:
                 self.override(LastLayer(self.last_layer, self))
-            for owner, name in _UNTRACED:
-                untraced(owner, name)
+            for name, owner in _UNTRACED.items():
+                untraced(owner, name, whole=name in ("pack", "cut"))
             _keep_the_heap(self.base)
         if self.options.backbone_kernels:
             for module, stand_in in liger.places(self.base).items():
