@@ -58,8 +58,8 @@ def trainer(cls, folder, rows, net=None, config=None, callbacks=None, **options)
     evaluated = options.pop("eval_dataset", None)
     collator = options.pop("data_collator", None)
     args = config(
-        output_dir=str(folder), logging_steps=1, report_to="none", use_cpu=True, seed=0, bf16=False,
-        disable_tqdm=True, **{"save_strategy": "no", "max_length": 64} | options,
+        output_dir=str(folder), logging_steps=1, report_to="none", use_cpu=True, seed=0,
+        disable_tqdm=True, **{"save_strategy": "no", "max_length": 64, "bf16": False} | options,
     )  # fmt: skip
     return cls(
         model=net or model(), args=args, train_dataset=Dataset.from_list(rows),

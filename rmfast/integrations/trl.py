@@ -368,23 +368,38 @@ class RewardTrainer(trl.RewardTrainer):
         """Mean over the pairs of the optimiser step; when evaluating, over those of the batch."""
         if "pool_index" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        count = inputs["count"] if num_items_in_batch is None else num_items_in_batch
         if self._packs:
-            out = model(
-                input_ids=inputs["input_ids"][None],
-                rmfast_batch=inputs,
-                rmfast_objective=self.objective,
-            )
-            loss, logits, metrics = out.loss, out.logits, out["metrics"]
+            step = training.Step(inputs, self.objective, count)
+            loss = model(input_ids=inputs["input_ids"][None], rmfast_step=step).loss
+            logits, metrics = step.scores[:, None], step.metrics
+            if loss.dtype != step.loss.dtype:  # rounded on its way through FSDP2: not in the logs
+                loss = loss + (step.loss - loss.detach())
         else:
             pad = self.model.config.get_text_config().pad_token_id
             logits = model(**training.padded(inputs, pad), use_cache=False).logits
             loss, _, metrics = self.objective.of_scores(logits[:, 0], inputs)
-        pairs = len(inputs["pairs"]) if "pairs" in inputs else inputs["count"]
-        numbers = (pairs, len(inputs["pool_index"]), inputs["tokens"])
+            loss = loss / count
         mode = "train" if self.model.training else "eval"
-        self._logged[mode].append((metrics.detach(), numbers))
-        loss = loss / (inputs["count"] if num_items_in_batch is None else num_items_in_batch)
+        new = inputs["count"] if mode == "train" else self._not_seen(inputs["count"])
+        seen, scores = inputs, logits[:, 0]
+        if new < inputs["count"]:
+            seen, scores = training.first_of(inputs, scores, new)
+            metrics = metrics.new_tensor([0, 0, 0, 0, math.inf, -math.inf])  # of no pair
+            if new:
+                loss, _, metrics = self.objective.of_scores(scores, seen)
+                loss = loss / new
+        pairs = len(seen["pairs"]) if "pairs" in seen else new
+        self._logged[mode].append((metrics.detach(), (pairs, len(scores), inputs["tokens"])))
         return (loss, {"loss": loss, "logits": logits.detach()}) if return_outputs else loss
+
+    def _not_seen(self, count: int) -> int:
+        """How many of an evaluated batch count: accelerate fills the last ones up to equal size."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader:
+            return count
+        before = self.accelerator.process_index * self.args.eval_batch_size
+        return min(max(state.remainder - before, 0), count) if state.remainder > 0 else count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's metrics of all batches since the last log, fetched here and nowhere else."""
