@@ -246,9 +246,9 @@ class ScoringForward(PackedForward):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         call = self.named(args, kwargs)
-        batch, objective = (call.pop(f"rmfast_{name}", None) for name in ("batch", "objective"))
-        if batch is not None:
-            return self.prepacked(batch, objective, call)
+        step = call.pop("rmfast_step", None)
+        if step is not None:
+            return self.prepacked(step, call)
         patch = self.patch
         if patch.level == "trie":
             try:
@@ -304,12 +304,11 @@ class ScoringForward(PackedForward):
         scores = torch.cat(scores)
         return scores[torch.cat(rows).argsort().to(scores.device)]
 
-    def prepacked(
-        self, batch: training.Batch, objective: training.Objective, call: dict[str, Any]
-    ) -> Any:
+    def prepacked(self, step: training.Step, call: dict[str, Any]) -> Any:
         """The loss of what :class:`rmfast.training.Collator` packed; nothing waits for a GPU."""
         from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+        batch, objective = step.batch, step.objective
         for name in ("inputs_embeds", "past_key_values"):
             if call.get(name) is not None:
                 raise ValueError(f"a packed batch cannot be run with {name}: give padded batches")
@@ -320,16 +319,17 @@ class ScoringForward(PackedForward):
             patch.fallbacks[str(reason)] += 1
             inputs = training.padded(batch, self.module.config.get_text_config().pad_token_id)
             scores = self.run(**inputs, use_cache=False, return_dict=True).logits[:, 0]
-            loss, scores, metrics = objective.of_scores(scores, batch)
+            loss, step.scores, step.metrics = objective.of_scores(scores, batch)
         else:
             patch.prepare()
             rows = batch["pooled"] if self.may_prune() else None
             hidden = self.backbone(patch.base, training.trie_of(batch), batch["shared"], rows)[0]
             head = models.linear(self.module.score)
-            loss, scores, metrics = objective.of_hidden(hidden[0], batch, head, self.scores)
-        out = SequenceClassifierOutputWithPast(loss=loss, logits=scores[:, None])
-        out["metrics"] = metrics
-        return out
+            found = objective.of_hidden(hidden[0], batch, head, self.scores)
+            loss, step.scores, step.metrics = found
+        loss = loss / step.count
+        step.loss = loss.detach()
+        return SequenceClassifierOutputWithPast(loss=loss, logits=step.scores[:, None])
 
     def check_packed(self, batch: training.Batch) -> None:
         if self.patch.level != "trie":

@@ -1,7 +1,7 @@
 """What a trainer needs: preferences packed where the data is loaded, and what is minimised.
 
-:class:`Collator` turns examples into one packed trie, on the host; ``model(rmfast_batch=batch,
-rmfast_objective=objective)`` on a patched model runs it without a look at a token again.
+:class:`Collator` turns examples into one packed trie, on the host; ``model(rmfast_step=Step(batch,
+objective))`` on a patched model runs it without a look at a token again.
 :class:`TokenBudgetSampler` fills batches by trie nodes instead of by examples.
 """
 
@@ -162,6 +162,18 @@ def padded(batch: Batch, pad_token_id: int) -> dict[str, Tensor]:
     }
 
 
+def first_of(batch: Batch, scores: Tensor, count: int) -> tuple[Batch, Tensor]:
+    """What a loss of scores looks at, of the first ``count`` pairs or groups, and their scores."""
+    if "offsets" not in batch:
+        kept = {"margin": batch["margin"][:count]} if "margin" in batch else {}
+        return {**kept, "count": count}, scores.view(2, -1)[:, :count].flatten()
+    offsets = batch["offsets"][: count + 1]
+    end = int(batch["sizes"][:count].sum())
+    pairs = batch["pairs"][batch["pairs"][:, 0] < end]
+    kept = {"ranks": batch["ranks"][:end], "offsets": offsets, "pairs": pairs}
+    return {**kept, "largest": batch["largest"], "count": count}, scores[:end]
+
+
 def common(left: np.ndarray, right: np.ndarray) -> int:
     """How many tokens two sequences both begin with."""
     size = min(left.size, right.size)
@@ -319,3 +331,28 @@ class Objective:
                 return loss, scores.detach(), scores.new_full((6,), float("nan"))
             _, *metrics = ops.pairwise_loss(scores.detach(), batch["pairs"])
         return loss, scores.detach(), torch.stack(metrics)
+
+
+class Step:
+    """A packed batch and what is minimised, for ``model(rmfast_step=step)`` on a patched model.
+
+    The call returns ``loss``, divided by ``count``, and ``logits``. No dict and no tuple: what
+    wraps a model may round every tensor that it finds in arguments and outputs, as FSDP2's mixed
+    precision does. The batch is on the model's device already.
+
+    Args:
+        batch: what :class:`Collator` returned.
+        objective: the loss.
+        count: what the sum over the batch is divided by: a number or a tensor ``[]``.
+
+    Attributes:
+        loss: after the call, the value of the loss, fp32 (of fp64 models fp64).
+        scores: ``[B]``, likewise.
+        metrics: ``[6]``, see :class:`rmfast.ops.PairwiseLoss`.
+    """
+
+    def __init__(self, batch: Batch, objective: Objective, count: Any = 1) -> None:
+        self.batch, self.objective, self.count = batch, objective, count
+        self.loss: Tensor | None = None
+        self.scores: Tensor | None = None
+        self.metrics: Tensor | None = None

@@ -128,8 +128,10 @@ def test_autocast():
 def test_accelerates_mixed_precision_wrapper():
     """It wraps ``forward`` on the instance, and makes a method of it when it unwraps."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import extract_model_from_parallel
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of trainers in other tests
     model = rmfast.patch(tiny.model())
     inputs = pairs()
     wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)

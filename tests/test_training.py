@@ -212,7 +212,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(objective, family):
     want = by_hand(objective, scores, examples)
     want.backward()
     model = rmfast.patch(tiny.model(family, torch.float64))
-    out = model(input_ids=batch["input_ids"][None], rmfast_batch=batch, rmfast_objective=objective)
+    out = model(input_ids=batch["input_ids"][None], rmfast_step=training.Step(batch, objective))
     out.loss.backward()
     assert not rmfast.report(model).fallbacks
     torch.testing.assert_close(out.logits[:, 0], scores.detach(), rtol=1e-9, atol=1e-9)
@@ -272,7 +272,7 @@ def test_what_cannot_be_packed_is_padded(why):
     torch.manual_seed(5)
     scores = plain(**training.padded(batch, tiny.PAD)).logits[:, 0]
     torch.manual_seed(5)
-    out = model(input_ids=batch["input_ids"][None], rmfast_batch=batch, rmfast_objective=objective)
+    out = model(input_ids=batch["input_ids"][None], rmfast_step=training.Step(batch, objective))
     assert len(rmfast.report(model).fallbacks) >= 1
     if why == "dropout":  # packed after all, without sharing: other noise
         assert out.loss.isfinite()
@@ -289,7 +289,7 @@ def test_prompt_learning_is_refused():
     model = rmfast.patch(tiny.model())
     batch = batch_of([pair([1, 2], [1, 3])])
     with pytest.raises(ValueError, match="cannot be run with inputs_embeds"):
-        model(inputs_embeds=torch.zeros(1, 2, 32), rmfast_batch=batch, rmfast_objective=None)
+        model(inputs_embeds=torch.zeros(1, 2, 32), rmfast_step=training.Step(batch, None))
 
 
 # --- no look at the device
@@ -317,9 +317,8 @@ def test_nothing_waits_for_a_gpu(objective):
     with mode:
         rmfast.patch(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        out = model(
-            input_ids=batch["input_ids"][None], rmfast_batch=batch, rmfast_objective=objective
-        )
+        step = training.Step(batch, objective)
+        out = model(input_ids=batch["input_ids"][None], rmfast_step=step)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -56,15 +56,24 @@ def trainer(cls, folder, rows, net=None, config=None, callbacks=None, **options)
     config = config or (RewardConfig if ours else trl.RewardConfig)
     options = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3} | options
     evaluated = options.pop("eval_dataset", None)
-    collator = options.pop("data_collator", None)
+    given = {
+        name: options.pop(name)
+        for name in (
+            "data_collator",
+            "compute_metrics",
+            "peft_config",
+            "preprocess_logits_for_metrics",
+        )
+        if name in options
+    }
     args = config(
-        output_dir=str(folder), logging_steps=1, report_to="none", use_cpu=True, seed=0, bf16=False,
-        disable_tqdm=True, **{"save_strategy": "no", "max_length": 64} | options,
+        output_dir=str(folder), logging_steps=1, report_to="none", use_cpu=True, seed=0,
+        disable_tqdm=True, **{"save_strategy": "no", "max_length": 64, "bf16": False} | options,
     )  # fmt: skip
     return cls(
-        model=net or model(), args=args, train_dataset=Dataset.from_list(rows),
-        eval_dataset=evaluated, processing_class=TOKENIZER, data_collator=collator,
-        callbacks=callbacks,
+        model=model() if net is None else net, args=args,
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        eval_dataset=evaluated, processing_class=TOKENIZER, callbacks=callbacks, **given,
     )  # fmt: skip
 
 
@@ -308,6 +317,10 @@ def test_bad_rows_are_named(tmp_path, rows, options, message):
         {"accelerator_config": {"dispatch_batches": True}},
         {"accelerator_config": {"split_batches": True}},
         {"max_tokens_per_batch": 0},
+        {"train_sampling_strategy": "sequential", "max_tokens_per_batch": 60},
+        {"dataloader_drop_last": True, "max_tokens_per_batch": 60},
+        {"auto_find_batch_size": True, "max_tokens_per_batch": 60},
+        {"include_for_metrics": ["inputs"]},
         {"loss_type": "hinge"},
     ],
     ids=str,

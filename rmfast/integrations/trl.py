@@ -90,8 +90,26 @@ def _refuse(args: trl.RewardConfig, dataset: Any) -> None:
             "smooths preferences",
         ),
         "train_sampling_strategy": (
-            strategy in ("group_by_length", "batch_rebalance"),
-            "packed batches have no padding to save; max_tokens_per_batch evens out batches",
+            strategy in ("group_by_length", "batch_rebalance")
+            or (budget is not None and strategy != "random"),
+            "packed batches have no padding to save; max_tokens_per_batch evens out batches, and "
+            "draws their order",
+        ),
+        "dataloader_drop_last": (
+            budget is not None and args.dataloader_drop_last,
+            "batches of max_tokens_per_batch have no size to fall short of",
+        ),
+        "auto_find_batch_size": (
+            budget is not None and args.auto_find_batch_size,
+            "it changes per_device_train_batch_size; lower max_tokens_per_batch",
+        ),
+        "activation_offloading": (
+            args.activation_offloading and not torch.accelerator.is_available(),
+            "there is no accelerator to take activations from",
+        ),
+        "include_for_metrics": (
+            "inputs" in args.include_for_metrics,
+            "packed batches have no rows of tokens that compute_metrics could be given",
         ),
         "accelerator_config.dispatch_batches": (
             accelerator.dispatch_batches,
@@ -202,6 +220,10 @@ class RewardTrainer(trl.RewardTrainer):
                 "chosen and rejected (with prompt or without), or responses and ranks"
             )
         self._ranked[dataset_name] = ranked
+        objective = getattr(self, "objective", None)
+        if objective is not None and ranked == objective.of_pairs:
+            data = "ranked responses" if ranked else "preference pairs"
+            raise ValueError(f"the {dataset_name} data set has {data}, the training data has not")
         dropped = self.dropped[dataset_name] = Counter()
         with_progress = isinstance(dataset, datasets.Dataset)
         options = {"num_proc": args.dataset_num_proc} if with_progress else {}
@@ -209,7 +231,7 @@ class RewardTrainer(trl.RewardTrainer):
         def sift(dataset: Any, why: Callable[[dict, int], str]) -> Any:
             """Without the rows for which there is a reason."""
             if not with_progress:
-                return dataset.filter(lambda row: not why(row, -1))
+                return dataset.filter(lambda row, i: not why(row, i), with_indices=True)
             found = dataset.map(
                 lambda row, i: {"why": why(row, i)}, with_indices=True,
                 remove_columns=dataset.column_names, desc=f"Checking {dataset_name}", **options,
@@ -293,14 +315,11 @@ class RewardTrainer(trl.RewardTrainer):
         collator, dataset = self.data_collator, self.train_dataset
         first = collator.rows(dataset[0])[0]
         counted = dataset.map(
-            lambda row: {
-                "nodes": collator.nodes(row),
-                "common": min(training.common(first, x) for x in collator.rows(row)),
-            },
+            _count, fn_kwargs={"collator": collator, "first": first},
             remove_columns=dataset.column_names,
             num_proc=args.dataset_num_proc,
             desc="Counting trie nodes",
-        )
+        )  # fmt: skip
         options = {
             "common": min(counted["common"]) if collator.share_prefixes else 0,
             "ranks": (self.accelerator.num_processes, self.accelerator.process_index),
@@ -319,6 +338,8 @@ class RewardTrainer(trl.RewardTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=getattr(args, "dataloader_in_order", True),
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         )
         return prepare_data_loader(  # the sampler knows of the processes itself
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True,
@@ -335,6 +356,10 @@ class RewardTrainer(trl.RewardTrainer):
             return super().train(*args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = self._filters
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._logged["train"] = []  # of an attempt that auto_find_batch_size gave up
+        return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -368,23 +393,52 @@ class RewardTrainer(trl.RewardTrainer):
         """Mean over the pairs of the optimiser step; when evaluating, over those of the batch."""
         if "pool_index" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        count = inputs["count"] if num_items_in_batch is None else num_items_in_batch
         if self._packs:
-            out = model(
-                input_ids=inputs["input_ids"][None],
-                rmfast_batch=inputs,
-                rmfast_objective=self.objective,
-            )
-            loss, logits, metrics = out.loss, out.logits, out["metrics"]
+            step = training.Step(inputs, self.objective, count)
+            loss = model(input_ids=inputs["input_ids"][None], rmfast_step=step).loss
+            logits, metrics = step.scores[:, None], step.metrics
+            if loss.dtype != step.loss.dtype:  # rounded on its way through FSDP2: not in the logs
+                loss = loss + (step.loss - loss.detach())
         else:
             pad = self.model.config.get_text_config().pad_token_id
             logits = model(**training.padded(inputs, pad), use_cache=False).logits
             loss, _, metrics = self.objective.of_scores(logits[:, 0], inputs)
-        pairs = len(inputs["pairs"]) if "pairs" in inputs else inputs["count"]
-        numbers = (pairs, len(inputs["pool_index"]), inputs["tokens"])
+            loss = loss / count
         mode = "train" if self.model.training else "eval"
-        self._logged[mode].append((metrics.detach(), numbers))
-        loss = loss / (inputs["count"] if num_items_in_batch is None else num_items_in_batch)
+        new = inputs["count"] if mode == "train" else self._not_seen(inputs["count"])
+        seen, scores = inputs, logits[:, 0]
+        if new < inputs["count"]:
+            seen, scores = training.first_of(inputs, scores, new)
+            metrics = metrics.new_tensor([0, 0, 0, 0, math.inf, -math.inf])  # of no pair
+            if new:
+                loss, _, metrics = self.objective.of_scores(scores, seen)
+                loss = loss / new
+        pairs = len(seen["pairs"]) if "pairs" in seen else new
+        self._logged[mode].append((metrics.detach(), (pairs, len(scores), inputs["tokens"])))
         return (loss, {"loss": loss, "logits": logits.detach()}) if return_outputs else loss
+
+    def _not_seen(self, count: int) -> int:
+        """How many of an evaluated batch count: accelerate fills the last ones up to equal size."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader:
+            return count
+        before = self.accelerator.process_index * self.args.eval_batch_size
+        return min(max(state.remainder - before, 0), count) if state.remainder > 0 else count
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, **kwargs: Any):
+        if "sizes" in inputs and not prediction_loss_only and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "scores of ranked responses cannot be gathered from several processes: evaluate "
+                "without compute_metrics, or use one process"
+            )
+        return super().prediction_step(model, inputs, prediction_loss_only, **kwargs)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if "pool_index" in inputs:  # there is no padding to tell apart
+            tokens = torch.ones((), dtype=torch.int64).expand(inputs["tokens"])
+            inputs = {"input_ids": tokens, "attention_mask": tokens}
+        super()._track_num_input_tokens(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's metrics of all batches since the last log, fetched here and nowhere else."""
@@ -414,6 +468,12 @@ class RewardTrainer(trl.RewardTrainer):
             out["accuracy"] = np.average(accuracy[ranked], weights=weights)
             out["margin"] = np.average(margin[ranked], weights=weights)
         return {name: [float(value)] for name, value in out.items()}
+
+
+def _count(row: dict[str, Any], collator: training.Collator, first: np.ndarray) -> dict[str, int]:
+    """Trie nodes of an example, and how many tokens all its sequences share with ``first``."""
+    common = min(training.common(first, x) for x in collator.rows(row))
+    return {"nodes": collator.nodes(row), "common": common}
 
 
 def _name_of(model: Any) -> str:
