@@ -16,7 +16,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -28,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 import rmfast
 from rmfast import card, data, loading, measures, output, show, training
@@ -54,6 +54,7 @@ _COMPLETE = "complete.json"  # in a checkpoint of which nothing is missing
 _MAY_DIFFER = {"output", "model", "data", "eval-data"}
 _NO_WORDS = ("the preferences of", "a file of", "the text of")
 _OURS = ("checkpoints", "metrics.jsonl", "training.png", "config.yaml", "README.md")
+_EARLY = ("checkpoints", "metrics.jsonl", "training.png", "metrics.jsonl.tmp", "probe.tmp")
 
 
 @dataclasses.dataclass
@@ -79,20 +80,26 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError, DataError: it cannot run; the message is for the user.
     """
-    loading.quiet()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # names that only newer libraries have
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     import datasets
 
+    loading.quiet()
     datasets.disable_progress_bars()
     options = configuration(args)
     template = _check(options)
-    folder = _folder(args, options)
+    folder = _folder(args, Path(options["output"]), options["model"])
     train, held_out = _preferences(options)
     state = _begin(folder, _settings(options, template, train, held_out), args.resume)
     if state.done:
         print(f"already complete: {folder}")
         return 0
     options = {**options, **state.resolved}
-    job = _Job(options, folder, state, template)
+    job = _Job(options, folder, state, template, args.resume)
     job.load()
     job.prepare(train, held_out)
     return job.run()
@@ -161,12 +168,12 @@ def _check(options: dict[str, Any]) -> str | None:
         )
     if options["label-smoothing"] >= 0.5:
         raise UserError("--label-smoothing must be below 0.5: from there on labels mean nothing")
-    for name, needs in (("lora-alpha", "lora-rank"), ("eval-every", "held-out data")):
-        held_out = options["eval-data"] is not None or options["eval-split"] != 0
-        if options[name] is not None and not (options.get(needs) or (needs[0] == "h" and held_out)):
-            raise UserError(f"--{name} goes with {needs.replace('lora-rank', '--lora-rank')}")
+    if options["lora-rank"] is None and options["lora-alpha"] is not None:
+        raise UserError("--lora-alpha goes with --lora-rank")
     if options["eval-data"] is not None and options["eval-split"]:
         raise UserError("--eval-data and --eval-split: give one of them")
+    if options["eval-data"] is None and options["eval-split"] == 0 and options["eval-every"]:
+        raise UserError("--eval-every goes with held-out data, and --eval-split is 0")
     if options["lora-rank"] is not None:
         try:
             import peft  # noqa: F401 (found now, not after the data)
@@ -183,18 +190,17 @@ def _check(options: dict[str, Any]) -> str | None:
 # --- where it begins
 
 
-def _folder(args: argparse.Namespace, options: dict[str, Any]) -> Path:
+def _folder(args: argparse.Namespace, folder: Path, model: str) -> Path:
     """The output, which is there now, and may be written to."""
-    folder = Path(options["output"])
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file: name a folder")
-    if os.path.isdir(options["model"]) and folder.is_dir() and folder.samefile(options["model"]):
+    if os.path.isdir(model) and folder.is_dir() and folder.samefile(model):
         raise UserError(f"--output {folder} is the --model: give it another name")
     there = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
     before = (folder / "checkpoints" / "run.json").exists()
-    nothing = set(there) <= {*_OURS} - {"README.md"} and not any(
-        folder.glob(f"checkpoints/*/{_COMPLETE}")
-    )
+    # a run that was stopped before its first checkpoint is no loss
+    early = set(_EARLY) | ({"config.yaml"} if before else set())
+    nothing = set(there) <= early and not any(folder.glob(f"checkpoints/*/{_COMPLETE}"))
     if args.resume and not (before or nothing):
         raise UserError(
             f"--resume: {folder} has no run to go on with; name an empty folder, or --overwrite"
@@ -207,16 +213,19 @@ def _folder(args: argparse.Namespace, options: dict[str, Any]) -> Path:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            for old in [*_OURS, *(x for x in there if re.fullmatch(r"model.*\.safetensors.*", x))]:
-                path = folder / old
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         probe = folder / "probe.tmp"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
     return folder
+
+
+def _clear(folder: Path) -> None:
+    """What a run before this one wrote."""
+    with _saving(folder):
+        for path in [*(folder / name for name in _OURS), *folder.glob("model*.safetensors*")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _settings(
@@ -233,8 +242,7 @@ def _settings(
 
 
 def _digest(records: Preferences) -> str:
-    fields = (vars(record) for record in records)
-    return digest([[value for name, value in x.items() if name != "where"] for x in fields])
+    return digest([digest([x for name, x in vars(y).items() if name != "where"]) for y in records])
 
 
 def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> State:
@@ -412,20 +420,24 @@ class _Job:
     """One run, from options to the folder."""
 
     def __init__(
-        self, options: dict[str, Any], folder: Path, state: State, template: str | None
+        self,
+        options: dict[str, Any],
+        folder: Path,
+        state: State,
+        template: str | None,
+        resume: bool,
     ) -> None:
         self.options, self.folder, self.state, self.template = options, folder, state, template
-        self.checkpoint = last_checkpoint(folder / "checkpoints")
+        self.resume = resume
+        self.checkpoint = last_checkpoint(folder / "checkpoints") if resume else None
         self._resolve()
 
     def _resolve(self) -> None:
-        from rmfast.demo import _bf16_is_fast
-
         options = self.options
         if options["device"] is None:
             options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         if options["dtype"] is None:
-            options["dtype"] = "mixed" if _bf16_is_fast(options["device"]) else "float32"
+            options["dtype"] = "mixed" if loading.bf16_is_fast(options["device"]) else "float32"
         self.state.resolved = {name: options[name] for name in ("device", "dtype")}
         if options["lora-rank"] is not None and options["lora-alpha"] is None:
             options["lora-alpha"] = 2.0 * options["lora-rank"]
@@ -434,6 +446,7 @@ class _Job:
 
     def load(self) -> None:
         options = self.options
+        _refuse_lost_head(options["model"])
         started = loading.begin(
             options["model"],
             dtype="bfloat16" if options["dtype"] == "bfloat16" else "float32",
@@ -444,7 +457,6 @@ class _Job:
         )
         self.model, self.tokenizer, self.start = started
         self.use_cache = self.model.config.use_cache
-        _refuse_lost_head(options["model"], self.start)
         if self.template is not None:
             self.tokenizer.chat_template = self.template
         print(self.start)
@@ -484,6 +496,8 @@ class _Job:
         sets = [datasets.Dataset.from_list(rows[name]) for name in rows]
         self.counts = [len(one) for one in sets]
         self.trainer = self._trainer(sets)
+        if not self.resume:
+            _clear(self.folder)  # not before it is known that there is something to replace it
         self.watch = Watch(self, rows.get("eval-data"))
         self.trainer.watch = self.watch
         self.trainer.add_callback(self.watch)
@@ -492,39 +506,37 @@ class _Job:
         options, held_out = self.options, len(sets) > 1
         schedule = {"cosine": "cosine_with_min_lr"}.get(options["schedule"], options["schedule"])
         more = {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}} if "min" in schedule else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer transformers' names
-            args = RewardConfig(
-                output_dir=str(self.folder / "checkpoints"),
-                num_train_epochs=options["epochs"],
-                max_steps=options["max-steps"] or -1,
-                per_device_train_batch_size=options["batch-pairs"],
-                gradient_accumulation_steps=options["grad-accum"],
-                max_tokens_per_batch=options["max-tokens-per-batch"],
-                learning_rate=options["learning-rate"],
-                lr_scheduler_type=schedule,
-                warmup_steps=options["warm-up"],
-                weight_decay=options["weight-decay"],
-                loss_type=options["loss"],
-                label_smoothing=options["label-smoothing"],
-                center_rewards_coefficient=options["center"] or None,
-                gradient_checkpointing=options["gradient-checkpointing"],
-                max_length=None,  # tokens are cut to size already
-                bf16=options["dtype"] != "float32",
-                use_cpu=options["device"] == "cpu",
-                dataloader_pin_memory=options["device"] != "cpu",
-                seed=options["seed"],
-                logging_steps=_POINTS,
-                eval_strategy="steps" if held_out else "no",
-                eval_on_start=held_out and self.checkpoint is None,
-                eval_steps=(options["eval-every"] or _PART) if held_out else None,
-                save_strategy="steps",
-                save_steps=options["save-every"] or _PART,
-                save_total_limit=2,
-                disable_tqdm=True,
-                report_to="none",
-                **more,
-            )
+        args = RewardConfig(
+            output_dir=str(self.folder / "checkpoints"),
+            num_train_epochs=options["epochs"],
+            max_steps=options["max-steps"] or -1,
+            per_device_train_batch_size=options["batch-pairs"],
+            gradient_accumulation_steps=options["grad-accum"],
+            max_tokens_per_batch=options["max-tokens-per-batch"],
+            learning_rate=options["learning-rate"],
+            lr_scheduler_type=schedule,
+            warmup_steps=options["warm-up"],
+            weight_decay=options["weight-decay"],
+            loss_type=options["loss"],
+            label_smoothing=options["label-smoothing"],
+            center_rewards_coefficient=options["center"] or None,
+            gradient_checkpointing=options["gradient-checkpointing"],
+            max_length=None,  # tokens are cut to size already
+            bf16=options["dtype"] != "float32",
+            use_cpu=options["device"] == "cpu",
+            dataloader_pin_memory=options["device"] != "cpu",
+            seed=options["seed"],
+            logging_steps=_POINTS,
+            eval_strategy="steps" if held_out else "no",
+            eval_on_start=held_out and self.checkpoint is None,
+            eval_steps=(options["eval-every"] or _PART) if held_out else None,
+            save_strategy="steps",
+            save_steps=options["save-every"] or _PART,
+            save_total_limit=2,
+            disable_tqdm=True,
+            report_to="none",
+            **more,
+        )
         args._n_gpu = min(1, args.n_gpu)  # one process trains on one GPU
         try:
             out = _Trainer(
@@ -577,7 +589,7 @@ class _Job:
             (folder / "config.yaml").write_text(card.as_yaml(self.options), encoding="utf-8")
         try:
             with self.watch, _saving(folder):
-                self.trainer.train(resume_from_checkpoint=self.checkpoint)
+                self._train()
         except KeyboardInterrupt:
             self._tell_how_to_go_on()
             return 130
@@ -594,6 +606,15 @@ class _Job:
             state.done = True
             output.write_whole(folder / "checkpoints" / "run.json", dataclasses.asdict(state))
         return 0
+
+    def _train(self) -> None:
+        if self.checkpoint is not None:
+            state = TrainerState.load_from_json(f"{self.checkpoint}/trainer_state.json")
+            if state.global_step >= state.max_steps:  # transformers would take one more
+                self.trainer._load_from_checkpoint(self.checkpoint)
+                self.trainer.state = state
+                return
+        self.trainer.train(resume_from_checkpoint=self.checkpoint)
 
     def _tell_how_to_go_on(self) -> None:
         found = last_checkpoint(self.folder / "checkpoints")
@@ -817,15 +838,19 @@ def last_checkpoint(folder: Path) -> str | None:
     return None if last is None else str(found[last])
 
 
-def _refuse_lost_head(name: str, start: loading.Start) -> None:
+def _refuse_lost_head(name: str) -> None:
     """An adapter of a reward model without the head that it was trained with."""
-    file = Path(name) / "adapter_config.json"
-    if not start.new or not file.is_file():
+    about, weights = (Path(name) / f"adapter_{x}" for x in ("config.json", "model.safetensors"))
+    if not (about.is_file() and weights.is_file()):
         return
-    if json.loads(file.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS":
+    settings = json.loads(about.read_text(encoding="utf-8"))
+    with safetensors.safe_open(weights, "pt") as file:
+        parts = {part for key in file.keys() for part in key.split(".")}  # noqa: SIM118 (no dict)
+    head = settings.get("modules_to_save") or ["score", "classifier"]
+    if settings.get("task_type") == "SEQ_CLS" and not parts.intersection(head):
         raise UserError(
-            f"{name} is the adapter of a reward model, and its head ({', '.join(start.new)}) is "
-            "not in it: it was not saved (modules_to_save); begin with the model below it"
+            f"{name} is the adapter of a reward model, and the head that it was trained with is not"
+            f" in it: it was not saved; begin with {settings['base_model_name_or_path']}"
         )
 
 
