@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _PATHS = ("model", "data", "eval-data", "output", "tokenizer", "chat-template")
 _LOSSES = {
     "bradley_terry": "Bradley-Terry",
+    "focal": "Bradley-Terry, focal",
     "all_pairs": "InstructGPT's loss of all pairs",
     "plackett_luce": "Plackett-Luce",
 }

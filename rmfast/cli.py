@@ -498,8 +498,9 @@ TRAIN: dict[str, dict[str, Option]] = {
             "as Llama 2 has it; linear: down to 0"),
         "warm-up": Option(_share, 0.03, "share of the steps in which the rate rises", "SHARE"),
         "weight-decay": Option(_from_zero, 0.0, "of AdamW", "W"),
-        "loss": Option(("bradley_terry", "all_pairs", "plackett_luce"), None, "(default: "
-            "bradley_terry for pairs, all_pairs for ranked groups)"),
+        "loss": Option(("bradley_terry", "focal", "all_pairs", "plackett_luce"), None, "the first "
+            "two for pairs, the others for ranked groups (default: the first of its kind)"),
+        "focal-gamma": Option(_positive, 2.0, "of focal", "GAMMA"),
         "label-smoothing": Option(_share, 0.0, "probability that a label is wrong", "P"),
         "center": Option(_from_zero, 0.0, "weight of the squared sum of a pair's rewards, which "
             "keeps their mean at 0; such as 0.01", "WEIGHT"),

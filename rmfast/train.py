@@ -518,6 +518,7 @@ class _Job:
             warmup_steps=options["warm-up"],
             weight_decay=options["weight-decay"],
             loss_type=options["loss"],
+            focal_gamma=options["focal-gamma"],
             label_smoothing=options["label-smoothing"],
             center_rewards_coefficient=options["center"] or None,
             gradient_checkpointing=options["gradient-checkpointing"],

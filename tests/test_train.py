@@ -229,10 +229,10 @@ def test_weights_are_the_trainers_and_evaluation_leaves_no_trace(run, model, tmp
     assert all(torch.equal(got[name], want[name]) for name in got)
 
 
-def test_tokens_are_trls(model):
+def test_tokens_are_trls(model, tmp_path):
     """Texts and messages, where no tokenizer puts a BOS that a template does not write."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    args = RewardConfig("trl", use_cpu=True, bf16=False, report_to="none", max_length=60)
+    args = RewardConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=60)
     for rows in (pairs(), pairs(messages=True), groups()):
         net = AutoModelForSequenceClassification.from_pretrained(model)
         theirs = RewardTrainer(
@@ -286,7 +286,7 @@ def test_yaml_and_flags(run, model):
         ("resume: true", "there is no option 'resume'"),
         ("epochs: many", "epochs: need a number above 0, got 'many'"),
         ("chat: 3", "chat: need true or false, got '3'"),
-        ("loss: hinge", "loss: need bradley_terry, all_pairs, plackett_luce, got 'hinge'"),
+        ("loss: hinge", "loss: need bradley_terry, focal, all_pairs, plackett_luce, got 'hinge'"),
         ("seed: [1, 2]", "seed: need one value, got [1, 2]"),
         ("eval-split: 0.1\neval_split: 0.2", "eval-split is there twice"),
         ("- model", "must be options"),
@@ -426,7 +426,11 @@ def test_resume_and_overwrite(run, model, capsys):
     [
         (pairs(2), [], "all 2 pairs have one question, or begin alike: nothing can be held out"),
         (pairs(6), ["--max-length", "3"], "in.jsonl: no pairs left to train on"),
-        (pairs(6), ["--loss", "all_pairs"], "loss_type='all_pairs' does not go with preference"),
+        (
+            pairs(6),
+            ["--loss", "plackett_luce"],
+            "loss_type='plackett_luce' does not go with ",
+        ),
         (pairs(6), ["--max-tokens-per-batch", "9"], "--max-tokens-per-batch 9: example"),
         (pairs(6), ["--label-smoothing", "0.5"], "--label-smoothing must be below 0.5"),
         (pairs(6), ["--lora-alpha", "8"], "--lora-alpha goes with --lora-rank"),
