@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 BENCHMARKS = ("score", "train", "bulk", "trainer", "parity", "kernels")
 
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_score(commands)
     _add_eval(commands)
+    _add_train(commands)
     _add_bench(commands)
     _add_doctor(commands)
     return parser
@@ -373,6 +374,64 @@ def _either_spelling(group: argparse._ArgumentGroup) -> Callable[..., None]:
     return add
 
 
+def _eval(args: argparse.Namespace) -> int:
+    from rmfast import evaluate
+
+    return evaluate.run(args)
+
+
+class Option(NamedTuple):
+    """One of ``rmfast train``: a flag, and a key of its YAML file.
+
+    Attributes:
+        kind: ``bool``, a tuple of choices, or what turns text into the value.
+        default: None: there is none, or it depends on others.
+        help: what it is for.
+        metavar: what the help calls its value.
+    """
+
+    kind: Any
+    default: Any
+    help: str
+    metavar: str | None = None
+
+    def read(self, text: str) -> Any:
+        """The value.
+
+        Raises:
+            argparse.ArgumentTypeError: it is none.
+        """
+        if isinstance(self.kind, tuple):
+            if text not in self.kind:
+                raise argparse.ArgumentTypeError(f"need {', '.join(self.kind)}, got {text!r}")
+            return text
+        if self.kind is bool:
+            if text not in ("True", "False"):
+                raise argparse.ArgumentTypeError(f"need true or false, got {text!r}")
+            return text == "True"
+        return self.kind(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"need a number from 0 on and below 1, got {text!r}")
+    return share
+
+
+def _from_zero(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _positive(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"need a whole number from 0 to 2**32 - 1, got {text!r}")
+    return int(text)
+
+
 def _positive(text: str) -> float:
     try:
         number = float(text)
@@ -383,10 +442,123 @@ def _positive(text: str) -> float:
     return number
 
 
-def _eval(args: argparse.Namespace) -> int:
-    from rmfast import evaluate
+_RATED = ("pairs", "all_pairs", "groups")
+TRAIN: dict[str, dict[str, Option]] = {
+    "": {
+        "model": Option(str, None, "folder or hub name of a language model, or of a reward model"),
+        "data": Option(str, None, "preferences: .jsonl, .csv (both .gz too) or .parquet; or a "
+            "folder or hub name of a data set"),
+        "output": Option(str, None, "folder for the model and all about it", "FOLDER"),
+    },
+    "model": {
+        "revision": Option(str, None, "branch, tag or commit of a model on the hub"),
+        "tokenizer": Option(str, None, "folder or hub name (default: the model's)", "NAME"),
+        "chat-template": Option(str, None, "Jinja template, in place of the tokenizer's", "FILE"),
+        "trust-remote-code": Option(bool, False, "run code that comes with the model"),
+        "dtype": Option(("mixed", "float32", "bfloat16"), None, "mixed: fp32 weights, bf16 "
+            "arithmetic; bfloat16: weights too, for LoRA: it rounds small updates away (default: "
+            "mixed where bf16 is fast, else float32)"),
+        "device": Option(("cpu", "cuda"), None, "(default: a GPU if there is one)"),
+        "lora-rank": Option(_count, None, "train adapters of this rank on all linear layers, and "
+            "the head; they are merged at the end (default: train all weights)", "R"),
+        "lora-alpha": Option(_positive, None, "(default: twice the rank)", "ALPHA"),
+    },
+    "data": {
+        "name": Option(str, None, "configuration of a data set"),
+        "split": Option(str, "train", "split of a data set"),
+        "limit": Option(_count, None, "read so many rows", "ROWS"),
+        "chat": Option(bool, None, "text becomes turns of a chat (default: ratings' prompts and "
+            "answers do, other text stays as it is)"),
+        "ratings": Option(_RATED, "pairs", "what becomes of rated answers: best against worst, all "
+            "pairs, or ranked groups"),
+        "ranks": Option(_RATED, "groups", "what becomes of ranked answers"),
+        "margin": Option(("data", "ratings", "none"), "data", "data: that of the rows, where they "
+            "have one; ratings: else the difference of ratings; none: none"),
+        "max-length": Option(_count, 1024, "pairs with a longer side are dropped", "TOKENS"),
+    },
+    "held-out data": {
+        "eval-data": Option(str, None, "like --data (default: a share of that)"),
+        "eval-data-split": Option(str, "test", "split of it, where it is a data set"),
+        "eval-split": Option(_share, None, "share of --data to hold out, whole questions; 0: none "
+            "(default: 0.05, and 1,000 pairs at most)", "SHARE"),
+        "eval-every": Option(_count, None, "(default: a tenth of the run)", "STEPS"),
+    },
+    "training": {
+        "epochs": Option(_positive, 1.0, "passes over the data: one, as reward models overfit in "
+            "the second"),
+        "max-steps": Option(_count, None, "optimiser steps, in place of --epochs", "STEPS"),
+        "batch-pairs": Option(_count, 8, "pairs (or groups) a micro-batch", "N"),
+        "grad-accum": Option(_count, 8, "micro-batches an optimiser step: 64 pairs with the "
+            "default, as InstructGPT has", "N"),
+        "max-tokens-per-batch": Option(_count, None, "distinct prefixes a micro-batch, in place of "
+            "--batch-pairs", "TOKENS"),
+        "learning-rate": Option(_rate, None, "at its peak (default: 1e-5, with LoRA 1e-4: Llama "
+            "2's and TRL's)", "RATE"),
+        "schedule": Option(("cosine", "linear", "constant"), "cosine", "cosine: down to a tenth, "
+            "as Llama 2 has it; linear: down to 0"),
+        "warm-up": Option(_share, 0.03, "share of the steps in which the rate rises", "SHARE"),
+        "weight-decay": Option(_from_zero, 0.0, "of AdamW", "W"),
+        "loss": Option(("bradley_terry", "focal", "all_pairs", "plackett_luce"), None, "the first "
+            "two for pairs, the others for ranked groups (default: the first of its kind)"),
+        "focal-gamma": Option(_positive, 2.0, "of focal", "GAMMA"),
+        "label-smoothing": Option(_share, 0.0, "probability that a label is wrong", "P"),
+        "center": Option(_from_zero, 0.0, "weight of the squared sum of a pair's rewards, which "
+            "keeps their mean at 0; such as 0.01", "WEIGHT"),
+        "gradient-checkpointing": Option(bool, True, "run layers again in the backward: slower, "
+            "for less memory"),
+        "seed": Option(_seed, 0, "of the head, the split and the order"),
+        "save-every": Option(_count, None, "(default: a tenth of the run)", "STEPS"),
+    },
+}  # fmt: skip
 
-    return evaluate.run(args)
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "train",
+        usage="rmfast train --model MODEL --data FILE --output FOLDER [--resume] [options]",
+        help="train a reward model on preference data",
+        description=(
+            "Train a reward model on preference pairs or ranked groups of answers, and measure it "
+            "on held-out ones as rmfast eval does. The folder gets the model (safetensors), its "
+            "tokenizer, a model card, config.yaml, metrics.jsonl, training.png, and the last two "
+            "checkpoints: after a kill, the same command with --resume goes on, and the weights "
+            "are the same as if nothing had happened."
+        ),
+        epilog=(
+            "Ctrl-C and SIGTERM save a checkpoint first; a second one stops at once. Exit code: 0, "
+            "trained; 2, it could not run; 130, interrupted."
+        ),
+    )
+    group = parser.add_argument_group("run")
+    group.add_argument("--config", metavar="FILE", help="YAML of the options below, without --; "
+        "what the command line says goes first")  # fmt: skip
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint, or start"
+    )
+    either.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
+    for title, options in TRAIN.items():
+        add = parser.add_argument_group(title).add_argument if title else parser.add_argument
+        for name, option in options.items():
+            how: dict[str, Any] = {"help": option.help.replace("%", "%%")}
+            if option.default is not None and option.kind is not bool:
+                how["help"] += f" (default: {option.default})"
+            if option.kind is bool:
+                how["action"] = argparse.BooleanOptionalAction
+                if option.default is not None:
+                    how["help"] += f" (default: {'on' if option.default else 'off'})"
+            elif isinstance(option.kind, tuple):
+                how["choices"] = option.kind
+            else:
+                how |= {"type": option.kind, "metavar": option.metavar or name.upper()}
+            add(f"--{name}", **how)
+    parser.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from rmfast import train
+
+    return train.run(args)
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None:
         _make_folder(Path(args.output))
     device = _device(args.device)
-    dtype = args.dtype or ("mixed" if _bf16_is_fast(device) else "float32")
+    dtype = args.dtype or ("mixed" if loading.bf16_is_fast(device) else "float32")
     splits = _pairs(args)
     folder = _model(args.model)
     tokenizer = _tokenizer(folder, args)
@@ -251,22 +251,6 @@ def _device(given: str | None) -> str:
     except (AssertionError, RuntimeError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
     return device
-
-
-def _bf16_is_fast(device: str) -> bool:
-    """Whether this device multiplies bf16 matrices itself, rather than by way of fp32."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported()
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
 # --- the model at work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -203,6 +204,22 @@ def begin(
         )
     start = Start(name, missing, std, unused, pad, whence, warnings)
     return Started(model.to(device).eval(), tokens, start)
+
+
+def bf16_is_fast(device: str) -> bool:
+    """Whether this device multiplies bf16 matrices itself, rather than by way of fp32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
 def _device(name: str | None) -> str:

@@ -280,26 +280,28 @@ def _settings(
     import torch
 
     out = {f"{name} of --input": value for name, value in reader.identity().items()}
-    folder = Path(args.model)
-    out["--model"] = str(folder.resolve()) if folder.is_dir() else args.model
-    if folder.is_dir():
-        about = sorted(f for f in folder.iterdir() if f.suffix in _OF_MODELS)
-        out["a file of --model"] = _digest([(f.name, *_changed(f)) for f in about])
+    out |= model_identity(args.model)
     out["--revision"] = args.revision
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out["--device"] = device.split(":")[0]
     for name in [*_DECIDE, *(f"{field}_column" for field in columns.FIELDS)]:
         out["--" + name.replace("_", "-")] = getattr(args, name)
-    out["the text of --chat-template"] = None if template is None else _digest(template)
+    out["the text of --chat-template"] = None if template is None else digest(template)
     return json.loads(json.dumps(out))
 
 
-def _changed(file: Path) -> tuple[int, int]:
-    about = file.stat()
-    return about.st_size, about.st_mtime_ns
+def model_identity(name: str) -> dict[str, Any]:
+    """What tells a model from another, or from itself before somebody changed its folder."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return {"--model": name}
+    about = sorted(f for f in folder.iterdir() if f.suffix in _OF_MODELS)
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in about]
+    return {"--model": str(folder.resolve()), "a file of --model": digest(files)}
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Of anything that JSON can say."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -329,7 +331,7 @@ def _begin(path: Path, settings: dict[str, Any], args: argparse.Namespace) -> St
         then, now = before.settings.get(name), settings.get(name)
         if then != now:
             known = None not in (then, now) and name in _NO_WORDS
-            how = "changed" if known else f"was {_short(then)}, now it is {_short(now)}"
+            how = "changed" if known else f"was {short(then)}, now it is {short(now)}"
             raise UserError(
                 f"--resume goes on with the same run only, and {name} {how}; --overwrite starts "
                 "again"
@@ -339,7 +341,8 @@ def _begin(path: Path, settings: dict[str, Any], args: argparse.Namespace) -> St
     return before
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value of an option, for people."""
     if value is None:
         return "not given"
     if isinstance(value, bool):

@@ -167,6 +167,37 @@ def figure(summary: dict[str, Any], title: str) -> Figure:
     return out
 
 
+def curve(lines: list[dict[str, Any]], title: str) -> Figure:
+    """Loss of training, and held-out accuracy with its 95 % interval, by optimiser step.
+
+    Args:
+        lines: those of ``rmfast train``'s metrics.jsonl.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trained = [line for line in lines if line["kind"] == "train"]
+    held_out = [line for line in lines if line["kind"] == "eval"]
+    out = Figure(figsize=(8, 8 if held_out else 4), layout="constrained")
+    FigureCanvasAgg(out)
+    out.suptitle(title, wrap=True)
+    first, *second = out.subplots(2 if held_out else 1, 1, squeeze=False)[:, 0]
+    first.plot([x["step"] for x in trained], [x["loss"] for x in trained], label="training")
+    first.set(xlabel="step", ylabel="loss")
+    for axes in second:
+        steps = [line["step"] for line in held_out]
+        losses = [line["calibration"]["log_loss"] for line in held_out]
+        first.plot(steps, losses, "o-", label="held out, log loss of σ(margin)")
+        tallies = [line["rows"] for line in held_out]
+        axes.plot(steps, [tally["accuracy"] for tally in tallies], "o-")
+        axes.fill_between(steps, *zip(*(tally["interval"] for tally in tallies), strict=True),
+                          alpha=0.2)  # fmt: skip
+        axes.axhline(0.5, color="grey", linestyle=":")
+        axes.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1))
+    first.legend()
+    return out
+
+
 def _draw_margins(axes: Axes, margin: dict[str, Any]) -> None:
     axes.set(title="margins", xlabel="chosen - rejected", ylabel="pairs")
     if not margin["n"]:

@@ -22,7 +22,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], *([name, "--help"] for name in "demo score eval bench doctor".split())],
+    [["--help"], *([name, "--help"] for name in "demo score eval train bench doctor".split())],
 )
 def test_help(capsys, argv):
     with pytest.raises(SystemExit) as end:
@@ -57,6 +57,10 @@ def test_help_needs_no_heavy_import():
         (["score", "--on-overlong", "cut"], "invalid choice: 'cut'"),
         (["score", "--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["score", "--limit", "0"], "--limit: need a whole number from 1 on"),
+        (["train", "--epochs", "0"], "--epochs: need a number above 0, got '0'"),
+        (["train", "--eval-split", "1"], "--eval-split: need a number from 0 on and below 1"),
+        (["train", "--seed", "-1"], "--seed: need a whole number from 0 to 2**32 - 1, got '-1'"),
+        (["train", "--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["bench", "fly"], "invalid choice: 'fly'"),
         (["doctor"], "the following arguments are required: --model"),
     ],

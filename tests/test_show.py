@@ -104,3 +104,17 @@ def test_what_stands_in_the_way_of_a_figure(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(UserError, match=r"pip install 'rmfast\[eval\]'"):
         show.check("out.png")
+
+
+def test_curve():
+    lines = [{"kind": "train", "step": i, "loss": 1 / i} for i in (1, 2, 3)]
+    tally = {"accuracy": 0.75, "interval": [0.5, 0.9]}
+    lines.insert(1, {"kind": "eval", "step": 2, "rows": tally, "calibration": {"log_loss": 0.6}})
+    loss, accuracy = show.curve(lines, "a title").axes
+    assert [line.get_xydata().tolist() for line in loss.lines] == [
+        [[1, 1], [2, 1 / 2], [3, 1 / 3]],
+        [[2, 0.6]],
+    ]
+    assert accuracy.lines[0].get_xydata().tolist() == [[2, 0.75]]
+    assert accuracy.collections[0].get_paths()[0].get_extents().intervaly.tolist() == [0.5, 0.9]
+    assert len(show.curve(lines[:1], "nothing held out").axes) == 1
