@@ -55,7 +55,7 @@ def trainer(cls, folder, rows, net=None, config=None, callbacks=None, **options)
     ours = issubclass(cls, RewardTrainer)
     config = config or (RewardConfig if ours else trl.RewardConfig)
     options = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3} | options
-    evaluated = options.pop("eval_dataset", None)
+    evaluated, tokenizer = options.pop("eval_dataset", None), options.pop("tokenizer", TOKENIZER)
     given = {
         name: options.pop(name)
         for name in (
@@ -73,7 +73,7 @@ def trainer(cls, folder, rows, net=None, config=None, callbacks=None, **options)
     return cls(
         model=model() if net is None else net, args=args,
         train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-        eval_dataset=evaluated, processing_class=TOKENIZER, callbacks=callbacks, **given,
+        eval_dataset=evaluated, processing_class=tokenizer, callbacks=callbacks, **given,
     )  # fmt: skip
 
 
@@ -257,6 +257,23 @@ def test_resumed_is_as_never_interrupted(tmp_path, budget):
     assert losses[0] == losses[1]
     for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["text", "text that ends with eos"])
+def test_a_tokenizer_without_a_pad_token(tmp_path, ends):
+    """The end of text becomes the pad, and a score is read before a final one: as in TRL."""
+    rows = pairs()
+    if ends:
+        rows = [{**row, "chosen": row["chosen"] + "</s>"} for row in rows]
+    trainers = []
+    for cls in (RewardTrainer, trl.RewardTrainer):
+        tokenizer = tiny.tokenizer()
+        tokenizer.pad_token = None
+        net = model()
+        net.config.pad_token_id = None
+        trainers.append(run(cls, tmp_path / cls.__module__, rows, net, tokenizer=tokenizer, **SGD))
+        assert trainers[-1].model.config.pad_token_id == tokenizer.eos_token_id
+    same(*trainers)
 
 
 # --- what is dropped, and what is refused
