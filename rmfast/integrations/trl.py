@@ -147,8 +147,9 @@ class RewardTrainer(trl.RewardTrainer):
     cannot be packed, batches are padded and it trains as TRL does; :attr:`report` says so.
 
     Data sets are what TRL takes, or rows with ``responses`` and ``ranks`` (with or without a
-    ``prompt``): K responses, lower ranks are better, equal ones tie. Pairs that say nothing are
-    dropped and counted in :attr:`dropped`.
+    ``prompt``): K responses, lower ranks are better, equal ones tie. Rows that say nothing, or are
+    longer than ``max_length``, are dropped and counted in :attr:`dropped` (of streamed data not
+    counted).
 
     Args:
         model: as for TRL's; so are all others.
@@ -377,9 +378,8 @@ class RewardTrainer(trl.RewardTrainer):
             count = sum(batch["count"] for batch in batches)
             world = self.accelerator.num_processes
             if world > 1:
-                whole = torch.full(
-                    (), float(count), device=device
-                )  # filled there: no copy to wait for
+                # filled there: no copy to wait for
+                whole = torch.full((), float(count), device=device)
                 count = self.accelerator.reduce(whole, "sum") / world
         return batches, count
 
