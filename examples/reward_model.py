@@ -119,18 +119,19 @@ def train(args: argparse.Namespace) -> None:
 def compare(results: dict[str, dict[str, Any]], folder: Path) -> None:
     ours, theirs = results["rmfast"], results["trl"]
     curves = {name: np.array(result["losses"]) for name, result in results.items()}
-    kernel = np.ones(SMOOTH) / SMOOTH
+    width = min(SMOOTH, len(curves["trl"]))
+    kernel = np.ones(width) / width
     smooth = {name: np.convolve(curve, kernel, "valid") for name, curve in curves.items()}
     apart = np.abs(smooth["rmfast"] - smooth["trl"]).max()
     for name, result in results.items():
         print(f"{name:>6}: held-out accuracy {_accuracy(result)}")
     print(f"steps a second, rmfast / TRL: {theirs['seconds_a_step'] / ours['seconds_a_step']:.2f}")
     print(f"peak memory, rmfast / TRL: {ours['peak_gb'] / theirs['peak_gb']:.2f}")
-    print(f"loss curves, means of {SMOOTH} steps, at most apart: {apart:.1e}")
-    _draw(smooth, folder / "losses.png")
+    print(f"loss curves, means of {width} steps, at most apart: {apart:.1e}")
+    _draw(smooth, width, folder / "losses.png")
 
 
-def _draw(curves: dict[str, np.ndarray], path: Path) -> None:
+def _draw(curves: dict[str, np.ndarray], width: int, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -139,8 +140,8 @@ def _draw(curves: dict[str, np.ndarray], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for (name, curve), style in zip(curves.items(), ("-", "--"), strict=True):
-        axes.plot(np.arange(SMOOTH, SMOOTH + len(curve)), curve, style, label=name)
-    axes.set(xlabel="step", ylabel=f"loss, mean of {SMOOTH} steps")
+        axes.plot(np.arange(width, width + len(curve)), curve, style, label=name)
+    axes.set(xlabel="step", ylabel=f"loss, mean of {width} steps")
     axes.legend()
     figure.savefig(path)
     print(f"losses drawn: {path}")
