@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     loading.quiet()
     if args.output is not None:
         _make_folder(Path(args.output))
-    device = _device(args.device)
+    device = loading.usable_device(args.device)
     dtype = args.dtype or ("mixed" if loading.bf16_is_fast(device) else "float32")
     splits = _pairs(args)
     folder = _model(args.model)
@@ -242,15 +242,6 @@ def _check_vocabulary(model: nn.Module, pairs: Iterator[Tokens]) -> None:
     most = max(max(side) for pair in pairs for side in pair)
     if most >= size:
         raise UserError(f"the tokenizer has an id {most}, the model embeddings for {size} only")
-
-
-def _device(given: str | None) -> str:
-    device = given or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 # --- the model at work

@@ -106,7 +106,7 @@ def load(
         AutoTokenizer,
     )
 
-    device = _device(device)
+    device = usable_device(device)
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
     auto = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -163,7 +163,7 @@ def begin(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    device = _device(device)
+    device = usable_device(device)
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
     options = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
@@ -222,7 +222,8 @@ def bf16_is_fast(device: str) -> bool:
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
-def _device(name: str | None) -> str:
+def usable_device(name: str | None) -> str:
+    """The device of that name, or the default; UserError where nothing can be put on it."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=name)
