@@ -6,6 +6,7 @@ imports take; it is a process of its own, and what stops it is a real signal.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -15,57 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import processes
 import torch
+from processes import status
 from pyarrow import parquet
 
-from rmfast import cli, loading, output, score, scorer
+from rmfast import loading, output, score, scorer
 
 WATCHED = {module.__file__ for module in (output, score)}
-
-
-class Killer:
-    """A profile function: kills its process at so many calls (into C too) and returns.
-
-    Only those in the files that write are counted.
-    """
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-
-    def __call__(self, frame, event, _) -> None:
-        if frame.f_code.co_filename in WATCHED:
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-
-def forked(argv: list[str], log: str | None = None, at: int = 0, calls: int | None = None) -> int:
-    """A run in another process, whose id is returned.
-
-    Args:
-        argv: of the command.
-        log: file for what it says; such a run is slow, so that there is time to stop it.
-        at: kill it at so many calls.
-        calls: pipe for the number of calls, when it is done.
-    """
-    child = os.fork()
-    if child:
-        return child
-    file = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT, 0o600)
-    if log is not None:
-        windows = scorer.Scorer.windows
-        scorer.Scorer.windows = lambda *args: slowly(windows(*args))
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    killer = Killer(at)
-    sys.setprofile(killer if at or calls is not None else None)
-    code = cli.main(argv)
-    sys.setprofile(None)
-    if calls is not None:
-        os.write(calls, str(-killer.left).encode())
-    sys.stderr.flush()
-    os._exit(code)
+forked = functools.partial(processes.forked, watched=WATCHED)
 
 
 def slowly(windows: Iterator) -> Iterator:
@@ -74,9 +33,10 @@ def slowly(windows: Iterator) -> Iterator:
         time.sleep(1)
 
 
-def status(child: int) -> int:
-    """Exit code, or the signal with a minus, as in ``subprocess``."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def slow() -> None:
+    """So that there is time to stop it."""
+    windows = scorer.Scorer.windows
+    scorer.Scorer.windows = lambda *args: slowly(windows(*args))
 
 
 def kept(path: Path) -> dict[str, object]:
@@ -154,7 +114,7 @@ def interrupt(argv: list[str], folder: Path, name: str) -> None:
         path = new(folder, number.name) / name
         command = [*argv, "--output", str(path)]
         log = folder / f"{number.name}.log"
-        child = forked(command, str(log))
+        child = forked(command, log=log, first=slow)
         while not rows_done(path):
             time.sleep(0.01)
         os.kill(child, number)

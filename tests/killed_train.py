@@ -5,6 +5,7 @@ Reads a job from stdin, and prints what became of each try as JSON.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -13,56 +14,16 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import torch
+from processes import status
 from safetensors.torch import load_file
 from transformers import trainer
 
-from rmfast import cli, output, train
+from rmfast import output, train
 
 WATCHED = {module.__file__ for module in (output, train, trainer)}
-
-
-class Killer:
-    """A profile function: kills its process at so many calls in the files that train and save."""
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-
-    def __call__(self, frame, event, _) -> None:
-        if frame.f_code.co_filename in WATCHED:
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-
-def forked(argv: list[str], log: Path, at: int = 0, calls: int | None = None) -> int:
-    """A run in another process, whose id is returned.
-
-    Args:
-        at: kill it at so many calls.
-        calls: pipe for the number of calls, when it is done.
-    """
-    child = os.fork()
-    if child:
-        return child
-    file = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    killer = Killer(at)
-    sys.setprofile(killer if at or calls is not None else None)
-    code = cli.main(argv)
-    sys.setprofile(None)
-    if calls is not None:
-        os.write(calls, str(-killer.left).encode())
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def status(child: int) -> int:
-    """Exit code, or the signal with a minus, as in ``subprocess``."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+forked = functools.partial(processes.forked, watched=WATCHED)
 
 
 def weights(folder: Path) -> str | None:
@@ -94,26 +55,26 @@ def main() -> None:
     argv = ["train", *job["argv"], "--output"]
     whole = folder / "whole"
     reading, writing = os.pipe()
-    code = status(forked([*argv, str(whole)], folder / "whole.log", calls=writing))
+    code = status(forked([*argv, str(whole)], log=folder / "whole.log", calls=writing))
     most = int(os.read(reading, 99))
     want = (weights(whole), metrics(whole))
     print(json.dumps({"do": "whole", "code": code, "weights": want[0]}), flush=True)
     for share in job["shares"]:
         one = folder / str(share)
-        ended = status(forked([*argv, str(one)], folder / "log", at=int(most * share)))
+        ended = status(forked([*argv, str(one)], log=folder / "log", at=int(most * share)))
         left = sorted(x.name for x in one.glob("checkpoints/*"))
-        code = status(forked([*argv, str(one), "--resume"], folder / f"{share}.log"))
+        code = status(forked([*argv, str(one), "--resume"], log=folder / f"{share}.log"))
         same = (weights(one), metrics(one)) == want
         print(json.dumps({"do": "kill", "ended": ended, "left": left, "code": code,
                           "same": same}), flush=True)  # fmt: skip
     for number in (signal.SIGINT, signal.SIGTERM):
         one, log = folder / number.name, folder / f"{number.name}.log"
-        child = forked([*argv, str(one)], log)
+        child = forked([*argv, str(one)], log=log)
         while last_step(one) < 1:
             time.sleep(0.005)
         os.kill(child, number)
         ended, step = status(child), last_step(one)
-        code = status(forked([*argv, str(one), "--resume"], folder / f"{number.name}.again"))
+        code = status(forked([*argv, str(one), "--resume"], log=folder / f"{number.name}.again"))
         print(json.dumps({"do": "stop", "ended": ended, "step": step, "said": log.read_text(),
                           "code": code, "same": weights(one) == want[0]}), flush=True)  # fmt: skip
 

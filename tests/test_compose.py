@@ -3,12 +3,10 @@
 import copy
 import os
 import pickle
-import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -322,25 +320,9 @@ def worker(rank, port, kind, folder):
 KINDS = ("ddp", "fsdp2", "fsdp2-head")
 
 
-def in_two_processes(folder):
-    """Each kind in two forks of a process that has no threads yet: forks of others may hang."""
-    import torch.multiprocessing as mp
-
-    for kind in KINDS:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        mp.start_processes(worker, (port, kind, folder), nprocs=2, start_method="fork")
-
-
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    code = f"import test_compose; test_compose.in_two_processes({str(folder)!r})"
-    here, root = Path(__file__).parent, Path(rmfast.__file__).parent.parent
-    env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{root}"}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=300)
-    return folder
+    return processes.launch("test_compose", KINDS, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

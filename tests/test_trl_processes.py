@@ -1,11 +1,9 @@
 """RewardTrainer in two processes, under DDP and FSDP2, beside one process."""
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import trl
@@ -90,25 +88,9 @@ def worker(rank, port, kind, folder):
     torch.save(found, Path(folder) / f"{kind}-{rank}.pt")
 
 
-def in_two_processes(folder):
-    """Each kind in two forks of a process that has no threads yet: forks of others may hang."""
-    import torch.multiprocessing as mp
-
-    for kind in PROCESSES:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        mp.start_processes(worker, (port, kind, folder), nprocs=2, start_method="fork")
-
-
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    code = f"import test_trl_processes as t; t.in_two_processes({str(folder)!r})"
-    here, root = Path(__file__).parent, Path(rmfast.__file__).parent.parent
-    env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=600)
-    return folder
+    return processes.launch("test_trl_processes", PROCESSES, tmp_path_factory.mktemp("two"))
 
 
 def results(folder, kind):
