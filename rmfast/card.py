@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rmfast import show
+from rmfast.options import as_yaml
 
 if TYPE_CHECKING:
     from rmfast.train import _Job
@@ -44,14 +45,6 @@ _MESSAGES = """\
     {"role": "assistant", "content": "Eight."},
 ]"""
 _TEXT = '"How many legs has a spider? Eight."'
-
-
-def as_yaml(options: dict[str, Any]) -> str:
-    """All options that have a value, as ``--config`` reads them."""
-    import yaml
-
-    given = {name: value for name, value in options.items() if value is not None}
-    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
 
 
 def base_name(value: str) -> str:

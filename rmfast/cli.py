@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 BENCHMARKS = ("score", "train", "bulk", "trainer", "parity", "kernels")
 
@@ -55,20 +55,30 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"need a whole number from 1 on, got {text!r}")
     return int(text)
 
 
-def _rate(text: str) -> float:
+def rate(text: str) -> float:
     try:
-        rate = float(text)
+        number = float(text)
     except ValueError:
-        rate = 0.0
-    if not 0 < rate < 1:
+        number = 0.0
+    if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"need a number between 0 and 1, got {text!r}")
-    return rate
+    return number
+
+
+def positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"need a number above 0, got {text!r}")
+    return number
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -86,11 +96,11 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     add("--model", help="folder or hub name of a model; default: SmolLM2-135M-Instruct")
     add("--data", metavar="FILE", help="JSON lines (.gz too) with chosen, rejected and, optionally,"
         " prompt: text or lists of messages")  # fmt: skip
-    add("--steps", type=_count, default=60, help="training steps (default: %(default)s)")
-    add("--batch-pairs", type=_count, default=8, help="pairs a batch (default: %(default)s)")
-    add("--max-length", type=_count, default=1024, metavar="TOKENS",
+    add("--steps", type=count, default=60, help="training steps (default: %(default)s)")
+    add("--batch-pairs", type=count, default=8, help="pairs a batch (default: %(default)s)")
+    add("--max-length", type=count, default=1024, metavar="TOKENS",
         help="pairs with a longer side are dropped (default: %(default)s)")  # fmt: skip
-    add("--learning-rate", type=_rate, metavar="RATE",
+    add("--learning-rate", type=rate, metavar="RATE",
         help="peak learning rate (default: 1.5e-4; 2e-5 with --model)")  # fmt: skip
     add("--dtype", choices=("mixed", "float32", "bfloat16"),
         help="mixed: fp32 weights, bf16 arithmetic; bfloat16: weights too, which rounds small "
@@ -146,7 +156,7 @@ def _add_conversations(add: Callable[..., object]) -> None:
     )
     add(
         "--max-length",
-        type=_count,
+        type=count,
         metavar="TOKENS",
         help="most tokens of a conversation (default: the model's own limit)",
     )
@@ -163,7 +173,7 @@ def _add_conversations(add: Callable[..., object]) -> None:
 def _add_max_tokens(add: Callable[..., object]) -> None:
     add(
         "--max-tokens",
-        type=_count,
+        type=count,
         metavar="TOKENS",
         help="distinct prefixes a micro-batch (default: what the device's memory holds)",
     )
@@ -236,20 +246,20 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         add(f"--{field}-column", metavar="NAME", help=what)
     add("--name", help="configuration of a data set")
     add("--split", default="train", help="split of a data set (default: %(default)s)")
-    add("--limit", type=_count, metavar="ROWS", help="stop after so many rows")
+    add("--limit", type=count, metavar="ROWS", help="stop after so many rows")
 
     group = parser.add_argument_group("run")
     add = group.add_argument
     _add_max_tokens(add)
     add(
         "--batch-window",
-        type=_count,
+        type=count,
         metavar="N",
         default=1024,
         help="conversations looked at together: prefixes are shared, and the output is written, "
         "window by window (default: %(default)s)",
     )
-    add("--ray", type=_count, metavar="ACTORS", help="so many processes on a Ray cluster, each "
+    add("--ray", type=count, metavar="ACTORS", help="so many processes on a Ray cluster, each "
         "with a model of its own (pip install 'rmfast[ray]')")  # fmt: skip
     add("--strict", action="store_true", help="stop at the first row that cannot be scored")
     either = group.add_mutually_exclusive_group()
@@ -304,7 +314,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         )
     )
     add("--ref-model", metavar="MODEL", help="the reference; --model is then the policy")
-    add("--beta", type=_positive, help="as in training (default: 0.1)")
+    add("--beta", type=positive, help="as in training (default: 0.1)")
 
     add = _either_spelling(parser.add_argument_group("model"))
     _add_model(add)
@@ -322,7 +332,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
             help="its column (default: %(default)s)")  # fmt: skip
     add("--name", help="configuration of a data set")
     add("--split", help="split of a data set (default: train; filtered for allenai/reward-bench)")
-    add("--limit", type=_count, metavar="ROWS", help="stop after so many rows")
+    add("--limit", type=count, metavar="ROWS", help="stop after so many rows")
 
     add = _either_spelling(parser.add_argument_group("output"))
     add("--json", metavar="FILE", help="all figures")
@@ -340,7 +350,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     _add_max_tokens(add)
     add(
         "--batch-window",
-        type=_count,
+        type=count,
         metavar="N",
         default=1024,
         help="answers looked at together, for their prefixes (default: %(default)s)",
@@ -357,7 +367,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     add("--force-truncation", action="store_true", help="--on-overlong truncate_left")
     add("--debug", action="store_true", help="--limit 10")
     add("--load-json", action="store_true", help="nothing: a file's name tells what it is")
-    add("--batch-size", type=_count, metavar="N", help="nothing: see --max-tokens")
+    add("--batch-size", type=count, metavar="N", help="nothing: see --max-tokens")
     parser.set_defaults(run=_eval)
 
 
@@ -380,139 +390,9 @@ def _eval(args: argparse.Namespace) -> int:
     return evaluate.run(args)
 
 
-class Option(NamedTuple):
-    """One of ``rmfast train``: a flag, and a key of its YAML file.
-
-    Attributes:
-        kind: ``bool``, a tuple of choices, or what turns text into the value.
-        default: None: there is none, or it depends on others.
-        help: what it is for.
-        metavar: what the help calls its value.
-    """
-
-    kind: Any
-    default: Any
-    help: str
-    metavar: str | None = None
-
-    def read(self, text: str) -> Any:
-        """The value.
-
-        Raises:
-            argparse.ArgumentTypeError: it is none.
-        """
-        if isinstance(self.kind, tuple):
-            if text not in self.kind:
-                raise argparse.ArgumentTypeError(f"need {', '.join(self.kind)}, got {text!r}")
-            return text
-        if self.kind is bool:
-            if text not in ("True", "False"):
-                raise argparse.ArgumentTypeError(f"need true or false, got {text!r}")
-            return text == "True"
-        return self.kind(text)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise argparse.ArgumentTypeError(f"need a number from 0 on and below 1, got {text!r}")
-    return share
-
-
-def _from_zero(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else _positive(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"need a whole number from 0 to 2**32 - 1, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"need a number above 0, got {text!r}")
-    return number
-
-
-_RATED = ("pairs", "all_pairs", "groups")
-TRAIN: dict[str, dict[str, Option]] = {
-    "": {
-        "model": Option(str, None, "folder or hub name of a language model, or of a reward model"),
-        "data": Option(str, None, "preferences: .jsonl, .csv (both .gz too) or .parquet; or a "
-            "folder or hub name of a data set"),
-        "output": Option(str, None, "folder for the model and all about it", "FOLDER"),
-    },
-    "model": {
-        "revision": Option(str, None, "branch, tag or commit of a model on the hub"),
-        "tokenizer": Option(str, None, "folder or hub name (default: the model's)", "NAME"),
-        "chat-template": Option(str, None, "Jinja template, in place of the tokenizer's", "FILE"),
-        "trust-remote-code": Option(bool, False, "run code that comes with the model"),
-        "dtype": Option(("mixed", "float32", "bfloat16"), None, "mixed: fp32 weights, bf16 "
-            "arithmetic; bfloat16: weights too, for LoRA: it rounds small updates away (default: "
-            "mixed where bf16 is fast, else float32)"),
-        "device": Option(("cpu", "cuda"), None, "(default: a GPU if there is one)"),
-        "lora-rank": Option(_count, None, "train adapters of this rank on all linear layers, and "
-            "the head; they are merged at the end (default: train all weights)", "R"),
-        "lora-alpha": Option(_positive, None, "(default: twice the rank)", "ALPHA"),
-    },
-    "data": {
-        "name": Option(str, None, "configuration of a data set"),
-        "split": Option(str, "train", "split of a data set"),
-        "limit": Option(_count, None, "read so many rows", "ROWS"),
-        "chat": Option(bool, None, "text becomes turns of a chat (default: ratings' prompts and "
-            "answers do, other text stays as it is)"),
-        "ratings": Option(_RATED, "pairs", "what becomes of rated answers: best against worst, all "
-            "pairs, or ranked groups"),
-        "ranks": Option(_RATED, "groups", "what becomes of ranked answers"),
-        "margin": Option(("data", "ratings", "none"), "data", "data: that of the rows, where they "
-            "have one; ratings: else the difference of ratings; none: none"),
-        "max-length": Option(_count, 1024, "pairs with a longer side are dropped", "TOKENS"),
-    },
-    "held-out data": {
-        "eval-data": Option(str, None, "like --data (default: a share of that)"),
-        "eval-data-split": Option(str, "test", "split of it, where it is a data set"),
-        "eval-split": Option(_share, None, "share of --data to hold out, whole questions; 0: none "
-            "(default: 0.05, and 1,000 pairs at most)", "SHARE"),
-        "eval-every": Option(_count, None, "(default: a tenth of the run)", "STEPS"),
-    },
-    "training": {
-        "epochs": Option(_positive, 1.0, "passes over the data: one, as reward models overfit in "
-            "the second"),
-        "max-steps": Option(_count, None, "optimiser steps, in place of --epochs", "STEPS"),
-        "batch-pairs": Option(_count, 8, "pairs (or groups) a micro-batch", "N"),
-        "grad-accum": Option(_count, 8, "micro-batches an optimiser step: 64 pairs with the "
-            "default, as InstructGPT has", "N"),
-        "max-tokens-per-batch": Option(_count, None, "distinct prefixes a micro-batch, in place of "
-            "--batch-pairs", "TOKENS"),
-        "learning-rate": Option(_rate, None, "at its peak (default: 1e-5, with LoRA 1e-4: Llama "
-            "2's and TRL's)", "RATE"),
-        "schedule": Option(("cosine", "linear", "constant"), "cosine", "cosine: down to a tenth, "
-            "as Llama 2 has it; linear: down to 0"),
-        "warm-up": Option(_share, 0.03, "share of the steps in which the rate rises", "SHARE"),
-        "weight-decay": Option(_from_zero, 0.0, "of AdamW", "W"),
-        "loss": Option(("bradley_terry", "focal", "all_pairs", "plackett_luce"), None, "the first "
-            "two for pairs, the others for ranked groups (default: the first of its kind)"),
-        "focal-gamma": Option(_positive, 2.0, "of focal", "GAMMA"),
-        "label-smoothing": Option(_share, 0.0, "probability that a label is wrong", "P"),
-        "center": Option(_from_zero, 0.0, "weight of the squared sum of a pair's rewards, which "
-            "keeps their mean at 0; such as 0.01", "WEIGHT"),
-        "gradient-checkpointing": Option(bool, True, "run layers again in the backward: slower, "
-            "for less memory"),
-        "seed": Option(_seed, 0, "of the head, the split and the order"),
-        "save-every": Option(_count, None, "(default: a tenth of the run)", "STEPS"),
-    },
-}  # fmt: skip
-
-
 def _add_train(commands: argparse._SubParsersAction) -> None:
+    from rmfast import options
+
     parser = commands.add_parser(
         "train",
         usage="rmfast train --model MODEL --data FILE --output FOLDER [--resume] [options]",
@@ -537,21 +417,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "--resume", action="store_true", help="go on from the last checkpoint, or start"
     )
     either.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
-    for title, options in TRAIN.items():
-        add = parser.add_argument_group(title).add_argument if title else parser.add_argument
-        for name, option in options.items():
-            how: dict[str, Any] = {"help": option.help.replace("%", "%%")}
-            if option.default is not None and option.kind is not bool:
-                how["help"] += f" (default: {option.default})"
-            if option.kind is bool:
-                how["action"] = argparse.BooleanOptionalAction
-                if option.default is not None:
-                    how["help"] += f" (default: {'on' if option.default else 'off'})"
-            elif isinstance(option.kind, tuple):
-                how["choices"] = option.kind
-            else:
-                how |= {"type": option.kind, "metavar": option.metavar or name.upper()}
-            add(f"--{name}", **how)
+    options.add(parser)
     parser.set_defaults(run=_train)
 
 

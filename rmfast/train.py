@@ -8,48 +8,40 @@ state of the last complete checkpoint of its own: its weights are the same, to t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import datetime
-import difflib
 import json
-import math
 import os
 import random
 import shutil
-import signal
 import sys
-import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
 import torch
-from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers import PrinterCallback, TrainerState
 
 import rmfast
-from rmfast import card, data, loading, measures, output, show, training
-from rmfast.cli import TRAIN, UserError
+from rmfast import card, data, loading, output, show, training
+from rmfast.cli import UserError
 from rmfast.data import DataError, Group, Pair, Preferences, RowError
 from rmfast.encoding import Encoder
+from rmfast.options import as_yaml, configuration
 from rmfast.score import digest, model_identity, short
+from rmfast.watch import COMPLETE, Watch, last_checkpoint, saving
 
 try:
     from rmfast.integrations.trl import RewardConfig, RewardTrainer
 except ImportError as _error:
     raise UserError(f"rmfast train needs TRL: pip install 'rmfast[train]' ({_error})") from None
 
-OPTIONS = {name: option for group in TRAIN.values() for name, option in group.items()}
 _MOST_HELD_OUT = 1000  # pairs, where nobody says how many: an interval of 3 points each way
 _CHUNK = 1024  # records tokenised together
-_PAUSE = 10.0  # seconds between lines of progress
 _POINTS = 0.01  # of the run, from one line of metrics.jsonl to the next
 _PART = 0.1  # of the run, from one evaluation or checkpoint to the next
-_COMPLETE = "complete.json"  # in a checkpoint of which nothing is missing
 # Options that may differ when a run goes on: its data is told by digest, its model by its files.
 _MAY_DIFFER = {"output", "model", "data", "eval-data"}
 _NO_WORDS = ("the preferences of", "a file of", "the text of")
@@ -105,60 +97,6 @@ def _run(args: argparse.Namespace) -> int:
     return job.run()
 
 
-# --- options
-
-
-def configuration(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of the command line, of ``--config``, and defaults, in this order, by name.
-
-    Raises:
-        UserError: the file cannot be read, has an unknown key or a value that is none, or something
-            that is needed is missing.
-    """
-    given = {} if args.config is None else _read_yaml(args.config)
-    out = {name: option.default for name, option in OPTIONS.items()} | given
-    for name in OPTIONS:
-        value = getattr(args, name.replace("-", "_"))
-        if value is not None:
-            out[name] = value
-    missing = [f"--{name}" for name in TRAIN[""] if out[name] is None]
-    if missing:
-        where = "" if args.config is None else f", here or in {args.config}"
-        raise UserError(f"needed: {', '.join(missing)}{where}")
-    return out
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML: {error}") from None
-    if found is not None and not isinstance(found, dict):
-        raise UserError(f"--config {path}: must be options, such as 'epochs: 2', a line each")
-    out = {}
-    for key, value in (found or {}).items():
-        name = str(key).replace("_", "-")
-        if name not in OPTIONS:
-            near = difflib.get_close_matches(name, OPTIONS, 1)
-            hint = f", did you mean {near[0]}?" if near else f"; there are: {', '.join(OPTIONS)}"
-            raise UserError(f"--config {path}: there is no option {key!r}{hint}")
-        if name in out:
-            raise UserError(f"--config {path}: {name} is there twice")
-        if value is None:
-            continue
-        try:
-            if isinstance(value, (list, dict)):
-                raise argparse.ArgumentTypeError(f"need one value, got {value!r}")
-            out[name] = OPTIONS[name].read(str(value))
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"--config {path}: {name}: {error}") from None
-    return out
-
-
 def _check(options: dict[str, Any]) -> str | None:
     """What can be found wrong before data is read. Returns the chat template, if one is named."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -200,7 +138,7 @@ def _folder(args: argparse.Namespace, folder: Path, model: str) -> Path:
     before = (folder / "checkpoints" / "run.json").exists()
     # a run that was stopped before its first checkpoint is no loss
     early = set(_EARLY) | ({"config.yaml"} if before else set())
-    nothing = set(there) <= early and not any(folder.glob(f"checkpoints/*/{_COMPLETE}"))
+    nothing = set(there) <= early and not any(folder.glob(f"checkpoints/*/{COMPLETE}"))
     if args.resume and not (before or nothing):
         raise UserError(
             f"--resume: {folder} has no run to go on with; name an empty folder, or --overwrite"
@@ -223,7 +161,7 @@ def _folder(args: argparse.Namespace, folder: Path, model: str) -> Path:
 
 def _clear(folder: Path) -> None:
     """What a run before this one wrote."""
-    with _saving(folder):
+    with saving(folder):
         for path in [*(folder / name for name in _OURS), *folder.glob("model*.safetensors*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -401,7 +339,7 @@ class _Trainer(RewardTrainer):
 
     def _save_checkpoint(self, *args: Any) -> None:
         # transformers asks for the last step of an epoch twice: what is complete is not touched
-        if not (self.watch.checkpoint() / _COMPLETE).exists():
+        if not (self.watch.checkpoint() / COMPLETE).exists():
             super()._save_checkpoint(*args)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
@@ -584,12 +522,12 @@ class _Job:
             if self.checkpoint is not None and now.get(name) != then:
                 print(f"! {name} was {then}, now it is {now.get(name)}: weights may differ")
         state.versions = now
-        with _saving(folder):
+        with saving(folder):
             (folder / "checkpoints").mkdir(exist_ok=True)
             output.write_whole(folder / "checkpoints" / "run.json", dataclasses.asdict(state))
-            (folder / "config.yaml").write_text(card.as_yaml(self.options), encoding="utf-8")
+            (folder / "config.yaml").write_text(as_yaml(self.options), encoding="utf-8")
         try:
-            with self.watch, _saving(folder):
+            with self.watch, saving(folder):
                 self._train()
         except KeyboardInterrupt:
             self._tell_how_to_go_on()
@@ -602,7 +540,7 @@ class _Job:
         if self.watch.stopped and self.trainer.state.global_step < self.trainer.state.max_steps:
             self._tell_how_to_go_on()
             return 130
-        with _saving(folder):
+        with saving(folder):
             self.finish()
             state.done = True
             output.write_whole(folder / "checkpoints" / "run.json", dataclasses.asdict(state))
@@ -641,204 +579,6 @@ class _Job:
         print(f"written: {self.folder}")
 
 
-class Watch(TrainerCallback):
-    """Metrics, checkpoints, progress and signals of a run, which lasts as long as a ``with``."""
-
-    def __init__(self, job: _Job, held_out: list[dict[str, Any]] | None) -> None:
-        self.folder, self.trainer = job.folder, job.trainer
-        self.stopped, self.summary = False, None
-        self.rows = None if held_out is None else [_sides(row) for row in held_out]
-        # made before accelerate wraps the model, as it patches
-        self.scorer = rmfast.Scorer(self.trainer.model) if self.rows else None
-        done = 0 if job.checkpoint is None else int(job.checkpoint.rpartition("-")[2])
-        self.lines = _kept_lines(self.folder / "metrics.jsonl", done)
-        for line in self.lines:
-            if line["kind"] == "eval":
-                self.summary = line
-            else:
-                self.trainer._total_train_tokens = line["tokens"]
-        self._draws = _can_draw()
-
-    # --- signals
-
-    def __enter__(self) -> Watch:
-        self._before = {}
-        with contextlib.suppress(ValueError):  # not the main thread, which alone hears of signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._told)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-
-    def _told(self, *_: object) -> None:
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-        print(
-            "\nrmfast train: stops after this step; once more: at once",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    # --- what the trainer calls
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._start = self._said = time.perf_counter()
-        self._begun = state.global_step
-        say = f"{state.max_steps:,} steps"
-        if self._begun:
-            say += f", going on after step {self._begun:,}"
-        self._say(say)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if self.stopped:
-            control.should_save = control.should_training_stop = True
-        if control.should_save:
-            control.should_log = True  # else a run that goes on would not know of these losses
-        return control
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        if "loss" not in logs:
-            return
-        if not math.isfinite(logs["loss"] + logs.get("grad_norm", 0.0)):
-            raise UserError(
-                f"step {state.global_step:,}: the loss is {logs['loss']}, the gradient's norm "
-                f"{logs.get('grad_norm')}: lower --learning-rate, and --overwrite"
-            )
-        line = {name: value for name, value in logs.items() if name not in ("epoch", "num_tokens")}
-        self._write("train", state, tokens=int(logs["num_tokens"]), **line)
-        if time.perf_counter() - self._said >= _PAUSE:
-            accuracy = f", accuracy {logs['accuracy']:.0%}" if "accuracy" in logs else ""
-            self._say(
-                f"step {state.global_step:,} of {state.max_steps:,}: loss {logs['loss']:.4f}"
-                f"{accuracy}{self._left(state)}"
-            )
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Only a checkpoint with the mark is complete, and on the disk."""
-        folder = self.checkpoint()
-        if (folder / _COMPLETE).exists():
-            return
-        for file in folder.iterdir():
-            with open(file, "r+b") as opened:
-                os.fsync(opened.fileno())
-        output.write_whole(folder / _COMPLETE, {"step": state.global_step})
-
-    def checkpoint(self) -> Path:
-        """That of this step, whether it is there or not."""
-        return self.folder / "checkpoints" / f"checkpoint-{self.trainer.state.global_step}"
-
-    def evaluate(self) -> dict[str, float]:
-        """``rmfast eval``'s figures of the model as it is; training does not notice."""
-        args, state = self.trainer.args, self.trainer.state
-        if self.summary is None or self.summary["step"] != state.global_step:
-            self._measure(args, state)
-        return {
-            "eval_accuracy": self.summary["rows"]["accuracy"],
-            "eval_loss": self.summary["calibration"]["log_loss"],
-        }
-
-    def _measure(self, args: Any, state: Any) -> None:
-        judged = measures.Judged()
-        gpu = [args.device] if args.device.type == "cuda" else []
-        autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16)
-        counts = iter([count for count, _ in self.rows])
-        with torch.random.fork_rng(gpu), autocast:
-            for window in self.scorer.windows(row for _, row in self.rows):
-                for scored in window:
-                    if scored.error is not None:
-                        raise UserError(f"step {state.global_step:,}: a row cannot be scored: "
-                                        f"{scored.error.reason}")  # fmt: skip
-                    judged.add(scored.scores, scored.lengths, next(counts))
-        self.summary = self._write("eval", state, **measures.summarise(judged))
-        rows = self.summary["rows"]
-        low, high = rows["interval"]
-        log_loss = self.summary["calibration"]["log_loss"]
-        self._say(
-            f"step {state.global_step:,}: held-out accuracy {rows['accuracy']:.1%} "
-            f"[{low:.1%}, {high:.1%}], log loss {log_loss:.4f}"
-        )
-        self.draw()
-
-    # --- what is shown
-
-    def _write(self, kind: str, state: Any, **figures: Any) -> dict[str, Any]:
-        line = {"kind": kind, "step": state.global_step, "epoch": state.epoch or 0.0, **figures}
-        self.lines.append(line)
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        return line
-
-    def _say(self, words: str) -> None:
-        self._said = time.perf_counter()
-        print(f"rmfast train: {words}", file=sys.stderr, flush=True)
-
-    def _left(self, state: Any) -> str:
-        done = state.global_step - self._begun
-        seconds = (time.perf_counter() - self._start) / max(done, 1)
-        left = datetime.timedelta(seconds=round(seconds * (state.max_steps - state.global_step)))
-        return f", {seconds:.2f} s a step, {left} left"
-
-    def draw(self) -> None:
-        if self._draws:
-            title = self.folder.resolve().name
-            show.curve(self.lines, title).savefig(self.folder / "training.png")
-
-
-def _can_draw() -> bool:
-    try:
-        import matplotlib  # noqa: F401 (only whether it is there)
-    except ImportError:
-        print("! no training.png without matplotlib: pip install 'rmfast[eval]'")
-        return False
-    return True
-
-
-def _sides(row: dict[str, Any]) -> tuple[int, list[np.ndarray]]:
-    """How many answers are the chosen ones, and all of them, these first.
-
-    Of a group they are the best ones: it is asked whether the best-scored answer is one of them.
-    """
-    if "ranks" not in row:
-        return 1, [row["chosen_ids"], row["rejected_ids"]]
-    best = min(row["ranks"])
-    order = sorted(range(len(row["ranks"])), key=lambda i: row["ranks"][i] != best)
-    return row["ranks"].count(best), [row["responses_ids"][i] for i in order]
-
-
-def _kept_lines(path: Path, step: int) -> list[dict[str, Any]]:
-    """The metrics up to a step; later ones, and half a line, leave the file."""
-    lines = []
-    if step and path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if line["step"] <= step:
-                    lines.append(line)
-    beside = path.with_name(path.name + ".tmp")
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    with _saving(path.parent):
-        beside.write_text(text, encoding="utf-8")
-        output.put_in_place(beside, path)
-    return lines
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The last complete checkpoint. All others go: none can be told from half a one."""
-    found = {}
-    for path in folder.glob("checkpoint-*"):
-        if path.name[11:].isdecimal():
-            found[int(path.name[11:])] = path
-    complete = [step for step, path in found.items() if (path / _COMPLETE).exists()]
-    last = max(complete, default=None)
-    for step, path in found.items():
-        if step != last:
-            shutil.rmtree(path, ignore_errors=True)
-    return None if last is None else str(found[last])
-
-
 def _refuse_lost_head(name: str) -> None:
     """An adapter of a reward model without the head that it was trained with."""
     about, weights = (Path(name) / f"adapter_{x}" for x in ("config.json", "model.safetensors"))
@@ -857,14 +597,3 @@ def _refuse_lost_head(name: str) -> None:
 
 def _example(records: Preferences, eos: str | None) -> Any:
     return _ended(records.records[0].whole()[0], eos)
-
-
-@contextlib.contextmanager
-def _saving(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot be written: {error.strerror or error}; --resume "
-            "goes on from the last checkpoint"
-        ) from error

@@ -20,9 +20,9 @@ from processes import status
 from safetensors.torch import load_file
 from transformers import trainer
 
-from rmfast import output, train
+from rmfast import output, train, watch
 
-WATCHED = {module.__file__ for module in (output, train, trainer)}
+WATCHED = {module.__file__ for module in (output, train, trainer, watch)}
 forked = functools.partial(processes.forked, watched=WATCHED)
 
 
@@ -49,7 +49,7 @@ def last_step(folder: Path) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)  # a fork has one thread only
-    train._can_draw = lambda: False  # pictures take half of the time
+    watch._can_draw = lambda: False  # pictures take half of the time
     job = json.load(sys.stdin)
     folder = Path(job["folder"])
     argv = ["train", *job["argv"], "--output"]

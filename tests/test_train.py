@@ -22,11 +22,11 @@ from transformers.utils import logging
 
 import rmfast
 import tiny
-from rmfast import cli, data, train
+from rmfast import cli, data, train, watch
 from rmfast.encoding import Encoder
 from rmfast.integrations.trl import RewardConfig, RewardTrainer
 
-CAN_DRAW = train._can_draw
+CAN_DRAW = watch._can_draw
 WORDS = "what is it a cat dog one two ünïcode 猫 yes no".split()
 
 
@@ -104,7 +104,7 @@ FAST = ["--dtype", "float32", "--device", "cpu", "--grad-accum", "1", "--max-ste
 def run(tmp_path, monkeypatch):
     """Runs the command in a folder of its own; four steps of four pairs, where nothing is said."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "_can_draw", lambda: False)  # pictures take half of the time
+    monkeypatch.setattr(watch, "_can_draw", lambda: False)  # pictures take half of the time
 
     def run(*argv: str, code: int = 0) -> Path:
         assert cli.main(["train", *FAST, *argv]) == code
@@ -123,7 +123,7 @@ def command(name: str, rows: list[dict], *argv: str) -> list[str]:
 @pytest.mark.parametrize("kind", ["text", "messages", "bos", "lora", "new head"])
 def test_a_run_and_its_card(run, model, language_model, tmp_path, capsys, monkeypatch, kind):
     """The card's own code gives the scores of what was trained, with rmfast and without."""
-    monkeypatch.setattr(train, "_can_draw", CAN_DRAW)
+    monkeypatch.setattr(watch, "_can_draw", CAN_DRAW)
     name = {"new head": language_model}.get(kind, model)
     if kind == "bos":
         name = saved(tmp_path / "bos", adds_bos=True)
@@ -504,7 +504,7 @@ def test_divergence_is_told(run, model, capsys):
 
 
 def test_without_matplotlib_it_trains(run, model, capsys, monkeypatch):
-    monkeypatch.setattr(train, "_can_draw", CAN_DRAW)
+    monkeypatch.setattr(watch, "_can_draw", CAN_DRAW)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = run(*command(model, pairs()))
     assert "no training.png without matplotlib: pip install 'rmfast[eval]'" in (
