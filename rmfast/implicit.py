@@ -9,6 +9,7 @@ that an answer's token follows.
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -53,12 +54,12 @@ class ImplicitScorer(Scorer):
         model: the policy, a causal language model; patched in place.
         reference: the model it was trained from, of the same tokens; patched in place.
         tokenizer: of both.
-        beta: β, as in training.
+        beta: β, as in training; above 0.
         options: ``max_tokens``, ``max_length``, ``on_overlong``, ``system_prompt``,
             ``chat_template``, ``chat``, ``window``, ``attention``, ``compile``, ``progress``.
 
     Raises:
-        ValueError: options of a reward model's, or a model without a language head.
+        ValueError: options of a reward model's, a model without a language head, or ``beta``.
     """
 
     _level = "backbone"
@@ -73,6 +74,8 @@ class ImplicitScorer(Scorer):
         **options: Any,
     ) -> None:
         self._check(reference)
+        if not 0 < beta < math.inf:  # now, not after a window has run
+            raise ValueError(f"beta must be above 0, and finite, got {beta}")
         for name in ("pooling", "normalize", "sigmoid"):
             if name in options:
                 raise ValueError(f"{name} belongs to a reward model's score, not to a policy's")

@@ -260,3 +260,5 @@ def test_what_is_refused():
         ImplicitScorer(tiny.model(), policy(), tiny.tokenizer())
     with pytest.raises(ValueError, match="normalize belongs to a reward model"):
         ImplicitScorer(policy(), policy(), tiny.tokenizer(), normalize=True)
+    with pytest.raises(ValueError, match="beta must be above 0, and finite, got 0"):
+        ImplicitScorer(policy(), policy(), tiny.tokenizer(), beta=0)

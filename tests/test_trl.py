@@ -291,6 +291,9 @@ def test_rows_that_say_nothing_are_dropped_and_counted(tmp_path, caplog):
     }  # fmt: skip
     assert len(out.train_dataset) == 3
     assert "train data set: 3 rows dropped" in caplog.text
+    held_out = {"train": Dataset.from_list([*pairs(2), rows[1]])}
+    out = trainer(RewardTrainer, tmp_path, rows, eval_dataset=held_out)
+    assert out.dropped["train"].total() == 3 and out.dropped["eval train"].total() == 1
     rows = groups(6)
     rows[0] = {"prompt": "p", "responses": ["a"], "ranks": [1]}
     rows[1]["ranks"] = [4] * len(rows[1]["ranks"])

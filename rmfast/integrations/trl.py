@@ -212,6 +212,8 @@ class RewardTrainer(trl.RewardTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: trl.RewardConfig, dataset_name: str
     ) -> Any:
+        if dataset_name == "train" and self.dropped:  # TRL prepares the one to train on first
+            dataset_name = "eval train"
         columns = get_dataset_column_names(dataset)
         ranked = "ranks" in columns and ("responses" in columns or "responses_ids" in columns)
         pairs = all(x in columns or f"{x}_ids" in columns for x in ("chosen", "rejected"))
