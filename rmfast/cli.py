@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,24 +62,23 @@ def count(text: str) -> int:
     return int(text)
 
 
-def rate(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"need a number between 0 and 1, got {text!r}")
-    return number
+def number(need: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    """What reads a number that ``fits``; ``need`` tells which ones do."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"need a number {need}, got {text!r}")
+        return value
+
+    return read
 
 
-def positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"need a number above 0, got {text!r}")
-    return number
+rate = number("between 0 and 1", lambda x: 0 < x < 1)
+positive = number("above 0", lambda x: 0 < x < math.inf)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

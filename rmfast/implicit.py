@@ -9,7 +9,6 @@ that an answer's token follows.
 from __future__ import annotations
 
 import functools
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from rmfast import models, patching, pieces, reference
 from rmfast.data import RowError
 from rmfast.encoding import Encoder
-from rmfast.losses import implicit_reward
+from rmfast.losses import check_beta, implicit_reward
 from rmfast.scorer import Scorer, alike, evaluating, first_error
 from rmfast.trie import PackedTrie, pack
 
@@ -74,8 +73,7 @@ class ImplicitScorer(Scorer):
         **options: Any,
     ) -> None:
         self._check(reference)
-        if not 0 < beta < math.inf:  # now, not after a window has run
-            raise ValueError(f"beta must be above 0, and finite, got {beta}")
+        check_beta(beta)  # now, not after a window has run
         for name in ("pooling", "normalize", "sigmoid"):
             if name in options:
                 raise ValueError(f"{name} belongs to a reward model's score, not to a policy's")

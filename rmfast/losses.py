@@ -365,6 +365,12 @@ def _listwise(
     )
 
 
+def check_beta(beta: float) -> None:
+    """Raises ValueError unless ``beta`` is above 0, and finite."""
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be above 0, and finite, got {beta}")
+
+
 def _implicit(beta: float, **both: Tensor) -> Tensor:
     (one, policy), (other, reference) = both.items()
     check_floating(**both)
@@ -375,8 +381,7 @@ def _implicit(beta: float, **both: Tensor) -> Tensor:
         )
     if reference.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{other} gets no gradient: compute it under torch.no_grad()")
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be above 0, and finite, got {beta}")
+    check_beta(beta)
     acc = wide(torch.promote_types(policy.dtype, reference.dtype))
     return beta * (policy.to(acc) - reference.to(acc))
 

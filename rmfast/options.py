@@ -7,7 +7,7 @@ import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rmfast.cli import UserError, count, positive, rate
+from rmfast.cli import UserError, count, number, positive, rate
 
 
 class Option(NamedTuple):
@@ -42,16 +42,6 @@ class Option(NamedTuple):
         return self.kind(text)
 
 
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise argparse.ArgumentTypeError(f"need a number from 0 on and below 1, got {text!r}")
-    return share
-
-
 def _from_zero(text: str) -> float:
     return 0.0 if text in ("0", "0.0") else positive(text)
 
@@ -62,6 +52,7 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+_share = number("from 0 on and below 1", lambda x: 0 <= x < 1)
 _RATED = ("pairs", "all_pairs", "groups")
 _GROUPS: dict[str, dict[str, Option]] = {
     "": {

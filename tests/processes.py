@@ -74,7 +74,7 @@ def status(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def launch(module: str, kinds: Collection[str], folder: Path, timeout: float = 600) -> Path:
+def launch(module: str, kinds: Collection[str], folder: Path) -> Path:
     """Run a test module's ``worker`` for each kind, in two processes; what they leave is there.
 
     They are forks of a process that has no threads yet: forks of others may hang.
@@ -82,7 +82,7 @@ def launch(module: str, kinds: Collection[str], folder: Path, timeout: float = 6
     code = f"import processes; processes.in_pairs({module!r}, {list(kinds)!r}, {str(folder)!r})"
     here, root = Path(__file__).parent, Path(rmfast.__file__).parent.parent
     env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=timeout)
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=600)
     return folder
 
 
