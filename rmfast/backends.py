@@ -89,9 +89,10 @@ def _flex(
 
     cap = None
     if softcap is not None:
+        limit = torch.full((), softcap, device=query.device)  # a float breaks the graph
 
         def cap(score, batch, head, q, k):
-            return softcap * torch.tanh(score / softcap)
+            return limit * torch.tanh(score / limit)
 
     run = _compiled_flex() if query.is_cuda else flex_attention
     out, aux = run(

@@ -206,6 +206,8 @@ class RewardTrainer(trl.RewardTrainer):
         self._filters = False
         # the loss is divided by the pairs of the whole step already
         self.loss_is_scaled_for_ga = data_collator is None
+        if data_collator is None:
+            self.model_accepts_loss_kwargs = True  # how older versions of transformers are told
 
     # --- data
 

@@ -25,7 +25,7 @@ from rmfast.ops._pairwise import check_pairs
 _TAGS = {}
 if "tags" in inspect.signature(torch.library.custom_op).parameters:
     if hasattr(torch.Tag, "cudagraph_unsafe"):
-        _TAGS["tags"] = torch.Tag.cudagraph_unsafe
+        _TAGS["tags"] = (torch.Tag.cudagraph_unsafe,)
 
 
 @torch.library.custom_op("rmfast::reward_head_pairwise_loss", mutates_args=(), **_TAGS)
