@@ -14,13 +14,14 @@ DATA = ["datasets", "pyarrow"]  # Parquet; folders and the hub
 EVAL = ["matplotlib"]
 LIGER = ["liger-kernel"]  # for a GPU
 RAY = ["ray[data]"]
-TRAIN = ["accelerate", "datasets", "trl>=1.16"]
+TRAIN = ["accelerate", "datasets", "trl>=1.16"]  # TRL needs Python 3.11
+GPU = ["accelerate", "hypothesis", "peft", "pyarrow", "pytest", "pytest-timeout", "pytest-xdist"]
 TEST = [
     *DEMO,
     *DATA,
     *EVAL,
     *RAY,
-    *TRAIN,
+    *(f"{name}; python_version >= '3.11'" if name.startswith("trl") else name for name in TRAIN),
     "hypothesis",
     "peft",
     "pytest",
@@ -28,6 +29,7 @@ TEST = [
     "pytest-xdist",
     "ruff",
     "setuptools>=77",
+    "uv",
     "wheel",
 ]
 
@@ -47,12 +49,13 @@ setup(
         "numpy>=1.26",
         "torch>=2.9",
         "transformers>=5.11",  # older ones raise where a folder is named kernels
-        "triton>=3.4; platform_system == 'Linux'",
+        "triton>=3.5; platform_system == 'Linux'",
     ],
     extras_require={
         "data": DATA,
         "demo": DEMO,
         "eval": EVAL,
+        "gpu": GPU,  # what `make gpu` needs
         "liger": LIGER,
         "ray": RAY,
         "test": TEST,

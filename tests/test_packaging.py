@@ -220,8 +220,25 @@ def test_import_is_light():
     code = """
 import json, sys
 import rmfast
+early = [name for name in ("torch", "numpy") if name in sys.modules]
+for name in rmfast.__all__:
+    getattr(rmfast, name)
 heavy = ("triton", "torch._dynamo", "transformers", "rmfast.kernels.chips")
-print(json.dumps([name for name in heavy if name in sys.modules]))
+print(json.dumps(early + [name for name in heavy if name in sys.modules]))
+"""
+    assert ask(code, cwd=ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([c] for c in "demo score eval train bench doctor".split())]
+)
+def test_help_waits_for_no_torch(command):
+    code = f"""
+import contextlib, json, sys
+from rmfast.cli import main
+with contextlib.suppress(SystemExit):
+    main({[*command.split(), "--help"]})
+print(json.dumps([name for name in ("torch", "numpy", "transformers") if name in sys.modules]))
 """
     assert ask(code, cwd=ROOT) == []
 

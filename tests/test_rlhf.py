@@ -5,7 +5,6 @@ import functools
 
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -44,6 +43,8 @@ def groups(seed=0):
 @functools.cache
 def trainers():
     """TRL's own two, around one tiny policy; the reward model is put in by the tests."""
+    pytest.importorskip("trl", reason="TRL is not installed: rmfast[train]")
+    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     policy = tiny.model("llama", cls=AutoModelForCausalLM, vocab_size=tiny.WORDS)

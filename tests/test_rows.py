@@ -9,14 +9,16 @@ import json
 import math
 from pathlib import Path
 
-import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trl.data_utils import is_conversational
 
 import tiny
 from rmfast.data import DataError, Group, Pair, Preferences, preferences
+
+
+def needs(package: str):
+    return pytest.importorskip(package, reason=f"{package} is not installed: rmfast[train]")
 
 
 def user(text: str) -> dict[str, str]:
@@ -91,6 +93,7 @@ def test_trl_formats_are_taken_as_they_are(pair):
     assert one(row) == pair
     back = preferences([row]).dataset()
     assert back[0] == {k: v for k, v in row.items() if k != "where"}
+    is_conversational = needs("trl.data_utils").is_conversational
     assert is_conversational(back[0]) == (not isinstance(pair.chosen, str))
 
 
@@ -315,6 +318,7 @@ WANT = [Pair("[a]", "b", "é", 0.5), Pair("a", "b", None, 2.0)]
 
 
 def write(folder: Path, name: str) -> Path:
+    datasets = needs("datasets")
     path, data = folder / name, datasets.Dataset.from_list(ROWS)
     if name.endswith(".parquet"):
         data.to_parquet(path)
@@ -358,6 +362,7 @@ def test_lists_and_messages_in_cells_of_csv(tmp_path):
 
 
 def test_data_sets_and_iterables_in_memory():
+    datasets = needs("datasets")
     data = datasets.Dataset.from_list(ROWS)
     for source in (data, data.with_format("torch"), data.to_iterable_dataset(), iter(ROWS)):
         found = preferences(source)
@@ -465,8 +470,7 @@ def test_all_pairs_are_those_of_the_definition(numbers):
 @pytest.mark.parametrize("chat", [None, True])
 def test_trl_makes_the_same_tokens_of_it(row, chat):
     """The tokens of whole(), by TRL's own preparation of the data set."""
-    import trl
-
+    trl = needs("trl")
     found = preferences([row], chat=chat)
     trainer = object.__new__(trl.RewardTrainer)  # preparing data takes no model
     tokenizer = tiny.tokenizer()

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
+pytest.importorskip("trl", reason="TRL is not installed: rmfast[train]")
+
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer

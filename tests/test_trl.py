@@ -4,6 +4,9 @@ import logging
 
 import pytest
 import torch
+
+pytest.importorskip("trl", reason="TRL is not installed: rmfast[train]")
+
 import trl
 from datasets import Dataset
 

@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+
+pytest.importorskip("trl", reason="TRL is not installed: rmfast[train]")
+
 import trl
 from datasets import Dataset
 from peft import get_peft_model

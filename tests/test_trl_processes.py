@@ -6,6 +6,9 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+
+pytest.importorskip("trl", reason="TRL is not installed: rmfast[train]")
+
 import trl
 from datasets import Dataset
 from test_trl import SGD, Recording, groups, lora, model, model_with, pairs, run, trainer

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", reason="TRL is not installed: rmfast[train]")
 
 from test_trl import SGD, model, pairs, run, same
 from transformers import TrainerCallback
