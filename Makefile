@@ -1,11 +1,11 @@
-# make setup | demo | test | bench | gpu | clean (gpu: with the python on the PATH, no .venv)
+# make setup | demo | test | test-pins | test-oldest | test-gpu-pins | bench | gpu | clean
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # a test file at a time, in two processes of one thread each: little in here fills two cores
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
-.PHONY: setup demo test bench gpu clean
+.PHONY: setup demo test test-pins test-oldest test-gpu-pins bench gpu clean
 
 setup: .venv/.complete
 
@@ -28,6 +28,37 @@ test: setup
 	$(BIN)/ruff format --check .
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels # processes of their own: see its conftest.py
 	HF_HUB_OFFLINE=1 $(PYTEST) --ignore=tests/kernels
+
+# Other versions. `make test` runs these tests with what of them is quick to have, torch stays as it
+# is; test-oldest and test-gpu-pins run all tests, in environments of their own (gigabytes of torch):
+# make PYTHON=python3.10 test-oldest; make PYTHON=python3.12 test-gpu-pins
+OTHER_oldest := numpy|transformers|trl|huggingface-hub|tokenizers|httpx|httpcore
+OTHER_gpu := transformers|triton|huggingface-hub|tokenizers|httpx|httpcore
+OTHER_TESTS := $(addprefix tests/test_,parity.py patch.py scorer.py trl.py loss_ops.py)
+
+test-pins: .venv/oldest/.complete .venv/gpu/.complete
+	PYTHONPATH=$(CURDIR)/.venv/oldest HF_HUB_OFFLINE=1 $(PYTEST) $(OTHER_TESTS)
+	PYTHONPATH=$(CURDIR)/.venv/gpu HF_HUB_OFFLINE=1 $(PYTEST) $(OTHER_TESTS)
+
+.venv/%/.complete: constraints-%.txt .venv/.complete
+	rm -rf .venv/$*
+	$(BIN)/uv pip install --python $(BIN)/python --no-config --no-deps --target .venv/$* \
+		$$(sed -nE 's/^(($(OTHER_$*))==[^ ;]+).*/\1/p' $<)
+	touch $@
+
+test-oldest: .venv-oldest/.complete
+test-gpu-pins: .venv-gpu/.complete
+test-oldest test-gpu-pins:
+	TRITON_INTERPRET=1 $(PYTEST:$(BIN)%=$(<D)/bin%) tests/kernels
+	HF_HUB_OFFLINE=1 $(PYTEST:$(BIN)%=$(<D)/bin%) --ignore=tests/kernels
+
+.venv-oldest/.complete: EXTRA := test
+.venv-gpu/.complete: EXTRA := gpu
+.venv-%/.complete: constraints-%.txt setup.py
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install -c $< setuptools wheel
+	.venv-$*/bin/python -m pip install -c $< --no-build-isolation -e '.[$(EXTRA)]'
+	touch $@
 
 bench: setup
 	$(BIN)/rmfast bench

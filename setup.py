@@ -46,9 +46,9 @@ setup(
     packages=["rmfast", "rmfast.ops", "rmfast.integrations", "rmfast.kernels", "rmfast.benchmarks"],
     package_dir={"rmfast.kernels": "kernels", "rmfast.benchmarks": "benchmarks"},
     install_requires=[
-        "numpy>=1.26",
+        "numpy>=2.0.2",
         "torch>=2.9",
-        "transformers>=5.11",  # older ones raise where a folder is named kernels
+        "transformers>=5.13",  # older ones: wrong rotary frequencies after a long row
         "triton>=3.5; platform_system == 'Linux'",
     ],
     extras_require={
