@@ -146,7 +146,7 @@ class Patch:
                     layer.compile(dynamic=True)
 
     def budget(self) -> pieces.Budget:
-        """What runs together without gradients; once halved it stays so."""
+        """What runs together without gradients."""
         device = self.base.device
         if device.type not in self.budgets:
             tokens = self.options.max_tokens or pieces.most(device)
@@ -185,6 +185,8 @@ class Patch:
             reasons.append(f"without gradients at most {budget.tokens} tokens run at once")
             if budget.halvings:
                 reasons[-1] += f": memory ran out {budget.halvings} times, each time it was halved"
+            if budget.doublings:
+                reasons[-1] += f"; it was doubled again {budget.doublings} times"
         if self.options.backbone_kernels:
             kinds = Counter(type(o).__name__ for o in self.overrides if isinstance(o, liger.Kernel))
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -317,9 +319,9 @@ def patch(
         compile: compile the decoder layers, for changing shapes.
         max_tokens: trie nodes (distinct prefixes) that run at once in a call without gradients, at
             level ``"trie"``: a larger batch, such as all rollouts of a step of GRPO, runs in
-            pieces, each node once, halved when memory runs out. Not given: 4096 on a CPU, 65536
-            on a GPU. 0: never in pieces. Whole run all calls at other levels, those that fall
-            back, and those of a model that is sharded over processes.
+            pieces, each node once, halved when memory runs out and doubled again after a while.
+            Not given: 4096 on a CPU, 65536 on a GPU. 0: never in pieces. Whole run all calls at
+            other levels, those that fall back, and those of a model that is sharded over processes.
         backbone_kernels: ``"liger"``: RMSNorm, SwiGLU and rotary embedding of this instance by
             liger-kernel, on a GPU, in llama, mistral, qwen2 and qwen3; never its loss. Not with
             ``compile``.

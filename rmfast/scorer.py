@@ -85,7 +85,8 @@ class Scorer:
         model: a reward model; patched in place, as by :func:`rmfast.patch`.
         tokenizer: its tokenizer; None where only token ids come.
         max_tokens: trie nodes (distinct prefixes) a micro-batch; found by looking at the device's
-            memory when not given. Halved when memory runs out all the same.
+            memory when not given. Halved when memory runs out all the same, and doubled again,
+            up to there, after a while.
         max_length: most tokens of a conversation; the model's own limit when not given.
         on_overlong: ``"error"``, ``"skip"`` (the score is NaN), or ``"truncate_left"``: the BOS
             and the last tokens are scored.

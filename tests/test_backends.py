@@ -58,7 +58,7 @@ def branches(nodes):
     ids = torch.randint(0, 90, (nodes,), generator=torch.Generator().manual_seed(nodes)).tolist()
     third = nodes // 3
     trunk, rest = ids[: max(1, third)], ids[max(1, third) :]
-    rows = [trunk + rest[:third], trunk[: third // 2] + [91] + rest[third:-1]]
+    rows = [trunk + rest[:third], [*trunk[: third // 2], 91, *rest[third:-1]]]
     trie = rmfast.pack([row for row in rows if row][:nodes])
     assert abs(len(trie) - nodes) <= 2
     return trie

@@ -379,6 +379,67 @@ def test_out_of_memory_halves_the_budget(family, error):
     assert max(full.calls[before:]) <= 80, "what was learnt is kept"
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_memory_that_somebody_else_took_for_a_while(family, monkeypatch):
+    """The size comes back, step by step; the scores were the same all along."""
+    monkeypatch.setattr(pieces, "_PATIENCE", 4)
+    model = tiny.model(family)
+    expected = one_by_one(model, groups())
+    full = Full(model, 80, torch.OutOfMemoryError("CUDA out of memory"))
+    scorer = Scorer(model, max_tokens=400)
+    sizes = []
+    for times in range(16):
+        if times == 2:
+            full.tokens = 10**6
+        assert np.abs(scorer.score(groups()) - expected).max() <= 1e-4 * expected.std()
+        sizes.append(scorer.max_tokens)
+    assert sizes[1] < 400 and sizes[1:] == sorted(sizes[1:]) and sizes[-1] == 400
+    assert scorer.stats.halvings == scorer._budget.doublings > 1
+
+
+def test_a_call_of_a_patched_model_grows_back_too():
+    model = rmfast.patch(tiny.model("llama"), max_tokens=64)
+    batch = tiny.padded(groups())
+    full = Full(model, 40, torch.OutOfMemoryError("CUDA out of memory"))
+    with torch.no_grad():
+        want = model(**batch).logits
+        assert "at most 32 tokens run at once: memory ran out 1 times, each time" in str(
+            rmfast.report(model)
+        )
+        full.tokens = 64
+        for _ in range(12):
+            assert tiny.score_error(model(**batch).logits, want) <= 1e-4
+    said = "at most 64 tokens run at once: memory ran out 1 times, each time it was halved; it was "
+    assert said + "doubled again 1 times" in str(rmfast.report(model))
+
+
+def test_a_size_that_does_not_fit_is_tried_ever_more_rarely():
+    budget, tried = pieces.Budget(1000), []
+
+    def work(most):
+        tried.append(budget.tokens)
+        if budget.tokens > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return True
+
+    for _ in range(2000):
+        budget.attempt(work, 300)
+    failed = [i for i, tokens in enumerate(tried) if tokens > 300]
+    waits = np.diff(failed).tolist()
+    assert waits == [1, *(2**i * 32 + 1 for i in range(len(waits) - 1))] and len(waits) == 6
+    assert budget.halvings == len(failed) and budget.tokens == 250
+    for _ in range(5000):  # and once there is memory again it is soon used
+        budget.attempt(work, 1000)
+    assert budget.tokens == 1000 and budget.doublings == budget.halvings
+    for most, size in ((600, 500), (1000, 1000)):
+        for _ in range(200):
+            budget.attempt(work, most)
+        assert budget.tokens == size
+    for _ in range(3 * 32):
+        budget.attempt(work, 10**9)
+    assert budget.tokens == 1000, "never more than it began with"
+
+
 def test_out_of_memory_in_the_middle_runs_nothing_again():
     """The third piece does not fit: only that one runs again, in halves."""
     model = tiny.model("llama")
