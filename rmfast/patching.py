@@ -367,8 +367,32 @@ def patch(
         max_tokens=max_tokens,
         backbone_kernels=backbone_kernels,
     )
-    Patch(model, options).apply()
+    try:
+        made = Patch(model, options)
+    except ValueError:
+        if found is not None:  # refused: it stays patched as it was
+            found.apply()
+        raise
+    made.apply()
     return model
+
+
+def repatch(model: nn.Module, **given: Any) -> Patch:
+    """The patch of a model as it is, but for what is given; of one that has none, the default's.
+
+    Args:
+        given: options of :func:`patch`; None: as they are.
+
+    Raises:
+        ValueError: as :func:`patch`.
+    """
+    found = attached(model)
+    options = Options() if found is None else found.options
+    wanted = {name: value for name, value in given.items() if value is not None}
+    wanted = dataclasses.replace(options, **wanted)
+    if found is None or wanted != options or found.holder not in model.modules():
+        patch(model, **dataclasses.asdict(wanted))
+    return attached(model)
 
 
 def unpatch(model: nn.Module) -> nn.Module:

@@ -1,8 +1,11 @@
 """The scorer: Hugging Face's scores whatever the budget, the window and the order."""
 
+import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import mmap
+import sys
 import threading
 import time
 
@@ -16,6 +19,7 @@ import rmfast
 import tiny
 from rmfast import Scorer, patching, pieces
 from rmfast.data import DataError, Pair, RowError
+from rmfast.scorer import evaluating
 
 TALK = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "yes"}]
 
@@ -200,6 +204,137 @@ def test_a_model_that_was_unpatched_or_patched_anew():
             scorer.score([[5]])
 
 
+# --- a model that is patched already
+
+
+def test_what_the_model_was_patched_with_stays():
+    options = {
+        "share_prefixes": False, "prune_last_layer": False, "pooling": "mask",
+        "attention": "sdpa", "compile": False, "max_tokens": 24, "backbone_kernels": None,
+    }  # fmt: skip
+    for family in ("llama", "bloom"):
+        model = rmfast.patch(tiny.model(family), **options)
+        patch = patching.attached(model)
+        assert dataclasses.asdict(patch.options) == options
+        rows = [[5, 6, 0], [5, 6], [0, 7, 0, 0]]
+        scorer = Scorer(model)
+        assert patching.attached(model) is patch and scorer.max_tokens == 24
+        got = scorer.score(rows)
+        expected = _last(tiny.model(family), rows)
+        assert np.abs(got - expected).max() <= 1e-4 * expected.std()
+        named = Scorer(model, pooling="hf", attention="auto", max_tokens=30)
+        now = options | {"pooling": "hf", "attention": "auto"}
+        assert dataclasses.asdict(patching.attached(model).options) == now
+        assert named.max_tokens == 30
+        expected = one_by_one(tiny.model(family), [[5, 6], [5, 6], [0, 7]])
+        assert np.abs(named.score(rows) - expected).max() <= 1e-4 * expected.std()
+
+
+def test_a_limit_of_none_is_none_of_the_scorers(monkeypatch):
+    from rmfast import scorer
+
+    monkeypatch.setattr(scorer, "_most_tokens", lambda device, probe: 77)
+    for limit, most in ((None, 77), (0, 77), (50, 50)):
+        model = rmfast.patch(tiny.model("llama"), max_tokens=limit)
+        assert Scorer(model).max_tokens == most
+        assert patching.attached(model).options.max_tokens == limit
+
+
+def test_a_patch_that_is_refused_leaves_the_one_that_was_there():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.head = tiny.model("llama").model, torch.nn.Linear(32, 1)
+
+    model = rmfast.patch(Own(), share_prefixes=False)
+    patch = patching.attached(model)
+    for refused in (rmfast.patch, Scorer):
+        with pytest.raises(ValueError, match="cannot be honoured"):
+            refused(model, pooling="mask")
+        assert patching.attached(model) is patch and patch.active
+        assert model.model.__dict__["forward"] is patch.overrides[0]
+
+
+def test_two_scorers_of_one_model():
+    model, rows = tiny.model("llama"), groups()
+    first, second = Scorer(model), Scorer(model, max_tokens=20)
+    assert np.allclose(first.score(rows), second.score(rows), atol=1e-5)
+
+
+# --- threads
+
+
+def together(works, times=1):
+    """What functions give that threads call at once, each so often."""
+    gate = threading.Barrier(len(works))
+
+    def one(work):
+        gate.wait()
+        return [work() for _ in range(times)]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(len(works)) as pool:
+            return [future.result() for future in [pool.submit(one, work) for work in works]]
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_threads_that_share_a_model_that_trains():
+    """Each finds it in eval mode, however often another one leaves that."""
+    model = tiny.model("llama", attention_dropout=0.5)
+    rows = [groups(seed) for seed in range(4)]
+    alone = [Scorer(model, max_tokens=40).score(some) for some in rows]
+    model.train()
+    shared = Scorer(model, max_tokens=40)
+    scorers = [shared, shared, Scorer(model, max_tokens=40), Scorer(model, max_tokens=25)]
+    works = [
+        functools.partial(scorer.score, some) for scorer, some in zip(scorers, rows, strict=True)
+    ]
+    for want, got in zip(alone, together(works, 5), strict=True):
+        for scores in got:
+            assert np.abs(scores - want).max() <= 1e-4 * want.std()
+    assert all(module.training for module in model.modules())
+    assert shared.stats.conversations == 2 * 5 * 10 == shared.stats.rows
+
+
+def test_threads_whose_rows_change_the_rotary_frequencies():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny.model("llama", rope_parameters=rope, max_position_embeddings=32)
+    scorer = Scorer(model, max_length=1000)
+    rows = [draw(seed, 40 + seed, 33, 60, 5) for seed in range(3)]
+    alone = [scorer.score(some) for some in rows]
+    works = [functools.partial(scorer.score, some) for some in rows]
+    for want, got in zip(alone, together(works, 5), strict=True):
+        assert all(np.abs(scores - want).max() <= 1e-4 * want.std() for scores in got)
+
+
+def test_bars_of_two_streams_at_once(capsys, monkeypatch):
+    counts = []
+
+    class Bar:
+        def __init__(self, total, **_):
+            counts.append(0)
+            self.at = len(counts) - 1
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, count):
+            counts[self.at] += count
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    scorer = Scorer(tiny.model("llama"), progress=True, window=2)
+    rows = groups()
+    for _ in zip(scorer.stream(rows), scorer.stream(rows[:6]), strict=False):
+        pass
+    assert counts == [8, 6]  # windows of two: the seventh row was read, and there was no other
+
+
 # --- what goes in and comes out
 
 
@@ -329,6 +464,42 @@ def test_the_model_is_left_in_the_mode_it_was_in():
         Scorer(model).score([[5]])
         assert model.training is training
         assert all(m.training is training for m in model.modules())
+
+
+def test_frozen_parts_stay_in_the_mode_they_were_in():
+    class Merging(torch.nn.Module):
+        """Its weights are merged while it is in eval mode, as some adapters have it."""
+
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    def parts(model):
+        return [m.training for m in model.modules()]
+
+    model = tiny.model("llama").train()
+    model.model.layers[0].eval()
+    model.model.layers[1].mlp.eval()
+    model.model.extra, model.model.other = Merging(), torch.nn.ModuleList([model.model.layers[0]])
+    before = parts(model)
+    assert len(set(before)) == 2
+    scorer = Scorer(model, max_tokens=20)
+    inside = []
+    model.model.norm.register_forward_pre_hook(
+        lambda *_: inside.append((any(parts(model)), model.model.extra.merged))
+    )
+    scorer.score(groups())
+    assert parts(model) == before and set(inside) == {(False, True)}
+    assert not model.model.extra.merged
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        1 / 0  # noqa: B018
+    assert parts(model) == before
+    model.eval().model.layers[2].train()
+    before = parts(model)
+    scorer.score(groups())
+    assert parts(model) == before
 
 
 def test_progress(capsys):
