@@ -258,9 +258,20 @@ class ScoringForward(PackedForward):
                 return self.packed(call)
             except Unservable as reason:
                 patch.fallbacks[str(reason)] += 1
-        if patch.options.pooling == "hf" and (patch.level == "trie" or not self.has_loss(call)):
-            return self.unpacked(call)
-        return self.padded(call)
+        if patch.options.pooling == "mask" or self.pools_first(call):
+            return self.padded(call)
+        return self.unpacked(call)
+
+    def pools_first(self, call: dict[str, Any]) -> bool:
+        """Whether a padded batch is pooled here: as packed rows are, where the head would round."""
+        if self.patch.level == "head" or not self.has_loss(call):
+            return self.has_loss(call)
+        ids, linear = call.get("input_ids"), models.linear(self.module.score)
+        if linear is None or not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
+            return False
+        dtype = linear.weight.dtype
+        half = reference.wide(dtype) != dtype
+        return half or torch.is_autocast_enabled(linear.weight.device.type)
 
     def check(self, call: dict[str, Any]) -> None:
         super().check(call)
@@ -373,7 +384,10 @@ class ScoringForward(PackedForward):
     def unpacked(self, call: dict[str, Any]) -> Any:
         as_dict = self.return_dict(call)
         out = self.original(**{**call, "return_dict": True})
-        out.logits = out.logits.to(reference.wide(out.logits.dtype))
+        dtype = out.logits.dtype
+        out.logits = out.logits.to(reference.wide(dtype))
+        if out.logits.dtype != dtype:
+            self.patch.rounded[str(dtype).removeprefix("torch.")] += 1
         return out if as_dict else out.to_tuple()
 
     def rule(self, ids: Tensor) -> tuple[int | None, str]:

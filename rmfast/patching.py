@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmfast import attention, backends, liger, models, pieces
+from rmfast import attention, backends, liger, models, pieces, reference
 from rmfast.forwards import (
     BackboneForward,
     LastLayer,
@@ -84,6 +84,7 @@ class Patch:
         self.options = options
         self.active = False
         self.fallbacks: Counter[str] = Counter()
+        self.rounded: Counter[str] = Counter()  # calls scored in half precision, by dtype
         self.budgets: dict[str, pieces.Budget] = {}  # by device
         self.last_layer: nn.Module | None = None
         self.overrides: list[Override]
@@ -210,12 +211,21 @@ class Patch:
                         "rule passes over a final eos and scores the token before it; "
                         "pooling='mask' scores the last attended token"
                     )
+            head = self.outer.score
+            dtype = next((p.dtype for p in head.parameters()), torch.float32)
+            if models.linear(head) is None and reference.wide(dtype) != dtype:
+                out.append(
+                    f"the reward head is no bare linear layer: it runs in {dtype}, not in fp32"
+                )
         shares = self.level != "head" and self.options.share_prefixes
         if shares and models.draws_noise(self.holder, active=False):
             out.append(
                 "the model has dropout: in training mode prefixes are not shared, because each "
                 "sequence draws its own noise"
             )
+        for dtype, count in self.rounded.items():
+            calls = "1 call was" if count == 1 else f"{count} calls were"
+            out.append(f"{calls} scored by the model's own forward, in {dtype} and not in fp32")
         if self.level == "backbone":
             out.append(
                 "hidden states of tokens that the attention mask hides are zeros: a head or a loss "

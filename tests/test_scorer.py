@@ -185,6 +185,29 @@ def test_a_window_of_rope_that_depends_on_the_length():
     assert scorer.stats.tokens_run > scorer.stats.nodes
 
 
+def test_scores_of_one_run_are_rounded_alike():
+    """Rows that run padded, beside rows that run packed, of a model in bf16."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    options = {"rope_parameters": rope, "max_position_embeddings": 32}
+    model, exact = (tiny.model("llama", kind, **options) for kind in (torch.bfloat16, torch.double))
+    exact.load_state_dict(model.state_dict())
+    rows = [row for seed in range(4) for row in groups(seed)]
+    # a short row first: a long one's frequencies are kept, and change its score
+    oracle, theirs = (
+        np.concatenate([one_by_one(m, [[5], row])[1:] for row in rows]) for m in (exact, model)
+    )
+    scorer = Scorer(model, max_length=1000)
+    ours = scorer.score(rows)
+    long = np.array([len(row) >= 32 for row in rows])
+    assert 5 < long.sum() < len(rows) - 5 and rmfast.report(model).fallbacks
+    for which in (long, ~long):
+        rounded = torch.from_numpy(ours[which]).bfloat16().float().numpy() == ours[which]
+        assert rounded.mean() < 0.2, "2 to the -16 of them by chance"
+        error, their_error = (np.linalg.norm((x - oracle)[which]) for x in (ours, theirs))
+        assert error <= 1.1 * their_error + 2**-8 * np.abs(oracle).max()
+    assert not any("fp32" in warning for warning in scorer.about()["warnings"])
+
+
 def test_a_model_that_was_changed_since():
     model = tiny.model("mistral")
     scorer = Scorer(model)
