@@ -64,13 +64,16 @@ def _compiled_flex() -> Callable:
     return torch.compile(flex_attention, dynamic=True)
 
 
+_BLOCK = 128  # queries, and nodes, that FlexAttention looks up together
+
+
 @reference.once_a_batch
 def _block_mask(subtree_end, position_ids, queries, window):
-    from torch.nn.attention.flex_attention import create_block_mask
+    """Blocks by their extrema alone: create_block_mask would make all pairs of nodes."""
+    from torch.nn.attention.flex_attention import BlockMask
 
-    nodes = subtree_end.shape[0]
-    device = subtree_end.device
-    row = torch.arange(nodes, device=device) if queries is None else queries
+    nodes = torch.arange(subtree_end.shape[0], device=subtree_end.device)
+    row = nodes if queries is None else queries
     end, position = subtree_end.clone(), position_ids  # what is kept on a tensor must not hold it
 
     def seen(batch, head, q, k):
@@ -79,7 +82,34 @@ def _block_mask(subtree_end, position_ids, queries, window):
             allowed = allowed & (position[row[q]] - position[k] < window)
         return allowed
 
-    return create_block_mask(seen, None, None, row.shape[0], nodes, device=device)
+    (first, last), (key, last_key), ends = _extrema(row), _extrema(nodes), _extrema(end)
+    first, last = first[:, None], last[:, None]
+    some = (key <= last) & (first < ends.max)
+    full = (last_key <= first) & (last < ends.min)
+    if window is not None:
+        of_row, of_key = _extrema(position[row]), _extrema(position)
+        some &= of_row.min[:, None] - of_key.max < window
+        full &= of_row.max[:, None] - of_key.min < window
+    full &= _whole(row)[:, None] & _whole(nodes)  # as create_block_mask has it
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~full), *_listed(full), BLOCK_SIZE=_BLOCK, mask_mod=seen,
+        seq_lengths=(row.shape[0], nodes.shape[0]),
+    )  # fmt: skip
+
+
+def _extrema(x: Tensor) -> torch.return_types.aminmax:  # int [n] -> [blocks], [blocks]
+    last = x.shape[0] - 1
+    place = torch.arange(-(-x.shape[0] // _BLOCK) * _BLOCK, device=x.device).clamp(max=last)
+    return x[place.view(-1, _BLOCK)].aminmax(dim=1)
+
+
+def _whole(x: Tensor) -> Tensor:  # [n] -> bool [blocks]
+    return torch.arange(_BLOCK, x.shape[0] + _BLOCK, _BLOCK, device=x.device) <= x.shape[0]
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:  # bool [Q, K] -> int32 [1, 1, Q], [.., Q, K]
+    order = blocks.int().argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(1).int()[None, None], order.int()[None, None]
 
 
 def _flex(

@@ -16,6 +16,7 @@ from torch import nn
 
 from rmfast import checks, patching
 from rmfast.checks import STATUSES, Finding
+from rmfast.scorer import keeping_modes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,7 +118,7 @@ def doctor(
         raise TypeError(f"doctor takes a torch.nn.Module, got {type(model).__name__}")
     from rmfast import trials
 
-    with torch.no_grad(), _put_back(model), patching.unpatched(model):
+    with torch.no_grad(), keeping_modes(model), _highest_precision(), patching.unpatched(model):
         case = checks.Case(model, tokenizer, str(source) if source else None, missing)
         findings = list(checks.look(case))
         model.eval()
@@ -126,17 +127,14 @@ def doctor(
 
 
 @contextlib.contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    """Each module's mode, and the process's precision of fp32 matmuls, as they were."""
-    modes = [(module, module.training) for module in model.modules()]
+def _highest_precision() -> Iterator[None]:
+    """Of fp32 matmuls; then the process's own again."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        for module, training in modes:
-            module.training = training
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,10 +6,12 @@ Face would have given. A call it cannot serve goes to the forward that was there
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -256,9 +258,20 @@ class ScoringForward(PackedForward):
                 return self.packed(call)
             except Unservable as reason:
                 patch.fallbacks[str(reason)] += 1
-        if patch.options.pooling == "hf" and (patch.level == "trie" or not self.has_loss(call)):
-            return self.unpacked(call)
-        return self.padded(call)
+        if patch.options.pooling == "mask" or self.pools_first(call):
+            return self.padded(call)
+        return self.unpacked(call)
+
+    def pools_first(self, call: dict[str, Any]) -> bool:
+        """Whether a padded batch is pooled here: as packed rows are, where the head would round."""
+        if self.patch.level == "head" or not self.has_loss(call):
+            return self.has_loss(call)
+        ids, linear = call.get("input_ids"), models.linear(self.module.score)
+        if linear is None or not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
+            return False
+        dtype = linear.weight.dtype
+        half = reference.wide(dtype) != dtype
+        return half or torch.is_autocast_enabled(linear.weight.device.type)
 
     def check(self, call: dict[str, Any]) -> None:
         super().check(call)
@@ -371,7 +384,10 @@ class ScoringForward(PackedForward):
     def unpacked(self, call: dict[str, Any]) -> Any:
         as_dict = self.return_dict(call)
         out = self.original(**{**call, "return_dict": True})
-        out.logits = out.logits.to(reference.wide(out.logits.dtype))
+        dtype = out.logits.dtype
+        out.logits = out.logits.to(reference.wide(dtype))
+        if out.logits.dtype != dtype:
+            self.patch.rounded[str(dtype).removeprefix("torch.")] += 1
         return out if as_dict else out.to_tuple()
 
     def rule(self, ids: Tensor) -> tuple[int | None, str]:
@@ -417,6 +433,22 @@ class ScoringForward(PackedForward):
         return out if self.return_dict(call) else out.to_tuple()
 
 
+# of this thread alone: others may run the same model
+_given: contextvars.ContextVar[tuple[BackboneForward | None, Any]] = contextvars.ContextVar(
+    "rmfast_given", default=(None, None)
+)
+
+
+@contextlib.contextmanager
+def giving(stand_in: BackboneForward, output: Any) -> Iterator[None]:
+    """In this thread the backbone is not run, and gives ``output``."""
+    token = _given.set((stand_in, output))
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
 class BackboneForward(PackedForward):
     """``forward`` of a backbone under another head: packed inside, ``[B, T, H]`` outside."""
 
@@ -426,6 +458,9 @@ class BackboneForward(PackedForward):
         return self.original
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
+        stand_in, output = _given.get()
+        if stand_in is self:
+            return output
         call = self.named(args, kwargs)
         try:
             self.check(call)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmfast import models, patching, pieces, reference
+from rmfast import forwards, models, patching, pieces, reference
 from rmfast.data import RowError
 from rmfast.encoding import Encoder
 from rmfast.losses import check_beta, implicit_reward
@@ -51,11 +51,13 @@ class ImplicitScorer(Scorer):
 
     Args:
         model: the policy, a causal language model; patched in place.
-        reference: the model it was trained from, of the same tokens; patched in place.
+        reference: the model it was trained from, of the same tokens; patched in place. Several
+            scorers may share it, also in several threads.
         tokenizer: of both.
         beta: β, as in training; above 0.
         options: ``max_tokens``, ``max_length``, ``on_overlong``, ``system_prompt``,
-            ``chat_template``, ``chat``, ``window``, ``attention``, ``compile``, ``progress``.
+            ``chat_template``, ``chat``, ``window``, ``attention``, ``compile``, ``progress``. Not
+            given, ``max_tokens`` is the lower limit of the two that the models were patched with.
 
     Raises:
         ValueError: options of a reward model's, a model without a language head, or ``beta``.
@@ -78,9 +80,12 @@ class ImplicitScorer(Scorer):
             if name in options:
                 raise ValueError(f"{name} belongs to a reward model's score, not to a policy's")
         super().__init__(model, tokenizer, **options)
-        given = {name: options[name] for name in ("attention", "compile") if name in options}
-        self.reference = patching.patch(reference, **given)
-        self._patches.append((reference, patching.attached(reference)))
+        given = {name: options.get(name) for name in ("attention", "compile")}
+        self.reference = reference
+        patch = patching.repatch(reference, **given)
+        self._patches.append((reference, patch))
+        if options.get("max_tokens") is None and patch.options.max_tokens:
+            self._budget = pieces.Budget(min(self.max_tokens, patch.options.max_tokens))
         self.beta = beta
         rows = [m.get_input_embeddings().num_embeddings for m in (model, reference)]
         self.encoder.vocabulary = min(rows)
@@ -143,8 +148,8 @@ class ImplicitScorer(Scorer):
         self._count(rows)
         ids = [row.ids for row in rows]
         likelihoods = np.zeros((2, len(rows)))
-        with evaluating(self.model), evaluating(self.reference):
-            for model, out in zip((self.model, self.reference), likelihoods, strict=True):
+        for model, out in zip((self.model, self.reference), likelihoods, strict=True):
+            with evaluating(model):
                 packed = self._packed(ids, patching.attached(model))
                 for which, run in (
                     (np.flatnonzero(packed), self._run_trie),
@@ -285,17 +290,10 @@ def _log_probs(
 
 def _logits(model: nn.Module, hidden: Tensor) -> Tensor:  # [S, H] -> [S, V]
     """What the model makes of its backbone's output: its own forward, with that put in."""
-    base = patching.attached(model).base
-    before = base.__dict__.get("forward")
-    base.forward = lambda *_, **__: _output_class()(last_hidden_state=hidden[None])
-    try:
-        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+    output = _output_class()(last_hidden_state=hidden[None])
+    ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+    with forwards.giving(patching.attached(model).overrides[0], output):
         logits = model(input_ids=ids, use_cache=False).logits[0]
-    finally:
-        if before is None:
-            del base.forward
-        else:
-            base.forward = before
     return logits.to(reference.wide(logits.dtype))
 
 

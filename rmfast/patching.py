@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmfast import attention, backends, liger, models, pieces
+from rmfast import attention, backends, liger, models, pieces, reference
 from rmfast.forwards import (
     BackboneForward,
     LastLayer,
@@ -84,6 +84,7 @@ class Patch:
         self.options = options
         self.active = False
         self.fallbacks: Counter[str] = Counter()
+        self.rounded: Counter[str] = Counter()  # calls scored in half precision, by dtype
         self.budgets: dict[str, pieces.Budget] = {}  # by device
         self.last_layer: nn.Module | None = None
         self.overrides: list[Override]
@@ -146,7 +147,7 @@ class Patch:
                     layer.compile(dynamic=True)
 
     def budget(self) -> pieces.Budget:
-        """What runs together without gradients; once halved it stays so."""
+        """What runs together without gradients."""
         device = self.base.device
         if device.type not in self.budgets:
             tokens = self.options.max_tokens or pieces.most(device)
@@ -185,6 +186,8 @@ class Patch:
             reasons.append(f"without gradients at most {budget.tokens} tokens run at once")
             if budget.halvings:
                 reasons[-1] += f": memory ran out {budget.halvings} times, each time it was halved"
+            if budget.doublings:
+                reasons[-1] += f"; it was doubled again {budget.doublings} times"
         if self.options.backbone_kernels:
             kinds = Counter(type(o).__name__ for o in self.overrides if isinstance(o, liger.Kernel))
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -208,12 +211,21 @@ class Patch:
                         "rule passes over a final eos and scores the token before it; "
                         "pooling='mask' scores the last attended token"
                     )
+            head = self.outer.score
+            dtype = next((p.dtype for p in head.parameters()), torch.float32)
+            if models.linear(head) is None and reference.wide(dtype) != dtype:
+                out.append(
+                    f"the reward head is no bare linear layer: it runs in {dtype}, not in fp32"
+                )
         shares = self.level != "head" and self.options.share_prefixes
         if shares and models.draws_noise(self.holder, active=False):
             out.append(
                 "the model has dropout: in training mode prefixes are not shared, because each "
                 "sequence draws its own noise"
             )
+        for dtype, count in self.rounded.items():
+            calls = "1 call was" if count == 1 else f"{count} calls were"
+            out.append(f"{calls} scored by the model's own forward, in {dtype} and not in fp32")
         if self.level == "backbone":
             out.append(
                 "hidden states of tokens that the attention mask hides are zeros: a head or a loss "
@@ -317,9 +329,9 @@ def patch(
         compile: compile the decoder layers, for changing shapes.
         max_tokens: trie nodes (distinct prefixes) that run at once in a call without gradients, at
             level ``"trie"``: a larger batch, such as all rollouts of a step of GRPO, runs in
-            pieces, each node once, halved when memory runs out. Not given: 4096 on a CPU, 65536
-            on a GPU. 0: never in pieces. Whole run all calls at other levels, those that fall
-            back, and those of a model that is sharded over processes.
+            pieces, each node once, halved when memory runs out and doubled again after a while.
+            Not given: 4096 on a CPU, 65536 on a GPU. 0: never in pieces. Whole run all calls at
+            other levels, those that fall back, and those of a model that is sharded over processes.
         backbone_kernels: ``"liger"``: RMSNorm, SwiGLU and rotary embedding of this instance by
             liger-kernel, on a GPU, in llama, mistral, qwen2 and qwen3; never its loss. Not with
             ``compile``.
@@ -365,8 +377,32 @@ def patch(
         max_tokens=max_tokens,
         backbone_kernels=backbone_kernels,
     )
-    Patch(model, options).apply()
+    try:
+        made = Patch(model, options)
+    except ValueError:
+        if found is not None:  # refused: it stays patched as it was
+            found.apply()
+        raise
+    made.apply()
     return model
+
+
+def repatch(model: nn.Module, **given: Any) -> Patch:
+    """The patch of a model as it is, but for what is given; of one that has none, the default's.
+
+    Args:
+        given: options of :func:`patch`; None: as they are.
+
+    Raises:
+        ValueError: as :func:`patch`.
+    """
+    found = attached(model)
+    options = Options() if found is None else found.options
+    wanted = {name: value for name, value in given.items() if value is not None}
+    wanted = dataclasses.replace(options, **wanted)
+    if found is None or wanted != options or found.holder not in model.modules():
+        patch(model, **dataclasses.asdict(wanted))
+    return attached(model)
 
 
 def unpatch(model: nn.Module) -> nn.Module:

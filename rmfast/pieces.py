@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rmfast.forwards import PackedForward
 
 _LEAST = 16  # nodes; when these do not fit, nothing will
+_PATIENCE = 32  # passes that fit before twice as much is tried
 # nodes that run together where memory allows more; the second is a guess until a GPU is timed
 _MOST = {"cpu": 4096, "cuda": 65536}
 
@@ -85,26 +86,51 @@ def cut(trie: PackedTrie, start: int, most: int) -> Piece:
 
 @dataclasses.dataclass
 class Budget:
-    """Tokens that run together: halved when memory runs out.
+    """Tokens that run together: halved when memory runs out, and doubled again after a while.
+
+    Another program may have taken the memory for a time, so after some passes that fit the size
+    before is tried again, up to the one it began with. Where that fails soon, the next try comes
+    twice as late.
 
     Attributes:
         tokens: trie nodes a piece, or token slots of a padded batch.
         halvings: how often it was halved.
+        doublings: how often it was doubled again.
     """
 
     tokens: int
     halvings: int = 0
+    doublings: int = 0
+
+    def __post_init__(self) -> None:
+        self._before: list[int] = []  # the sizes that were halved, and not doubled again
+        self._fitted = 0  # passes since the size changed
+        self._wait = _PATIENCE  # passes until the size before is tried
+        self._doubled = False  # the last change was that
 
     def attempt(self, work: Callable[..., Any], *args: Any) -> Any:
         """What ``work(*args)`` gives; None where memory ran out, and the budget is halved."""
         try:
-            return work(*args)
+            out = work(*args)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             reason = str(error) or type(error).__name__
+        else:
+            self.fit()
+            return out
         self.halve(reason.splitlines()[0])  # here, where the failed pass's frames are gone
         return None
+
+    def fit(self) -> None:
+        """Count a pass for which there was memory."""
+        self._fitted += 1
+        if self._doubled and self._fitted == _PATIENCE:  # that went well
+            self._wait = _PATIENCE
+        if self._before and self._fitted >= self._wait:
+            self.tokens = self._before.pop()
+            self.doublings += 1
+            self._fitted, self._doubled = 0, True
 
     def halve(self, reason: str) -> None:
         """Raises MemoryError where there is next to nothing left to halve."""
@@ -113,8 +139,12 @@ class Budget:
                 f"out of memory with {self.tokens} tokens at a time ({reason}): use a smaller "
                 "dtype, another device, or a smaller model"
             )
+        self._before.append(self.tokens)
         self.tokens = max(_LEAST, self.tokens // 2)
         self.halvings += 1
+        soon = self._doubled and self._fitted < _PATIENCE
+        self._wait = 2 * self._wait if soon else _PATIENCE
+        self._fitted, self._doubled = 0, False
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

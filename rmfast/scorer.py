@@ -12,6 +12,7 @@ import dataclasses
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,16 +81,21 @@ class Scorer:
 
     A conversation is text, a list of messages ``{"role", "content"}``, a (prompt, response) tuple
     or a list of token ids. The chat template is applied once, and a sequence has one BOS at most.
+    Threads may use one scorer, or several of one model: a window of conversations runs at a time.
 
     Args:
-        model: a reward model; patched in place, as by :func:`rmfast.patch`.
+        model: a reward model; patched in place, as by :func:`rmfast.patch`. One that is patched
+            already keeps its options, but for those given here.
         tokenizer: its tokenizer; None where only token ids come.
-        max_tokens: trie nodes (distinct prefixes) a micro-batch; found by looking at the device's
-            memory when not given. Halved when memory runs out all the same.
+        max_tokens: trie nodes (distinct prefixes) a micro-batch. When not given, the limit that the
+            model was patched with; where that has none, or 0, what the device's memory holds is
+            looked for. What is given here leaves the limit of other calls as it is. Halved when
+            memory runs out all the same, and doubled again, up to there, after a while.
         max_length: most tokens of a conversation; the model's own limit when not given.
         on_overlong: ``"error"``, ``"skip"`` (the score is NaN), or ``"truncate_left"``: the BOS
             and the last tokens are scored.
-        pooling: as for :func:`rmfast.patch`.
+        pooling: as for :func:`rmfast.patch`; None: as the model was patched, ``"hf"`` if it was
+            not.
         system_prompt: put before messages that have none.
         chat_template: Jinja template in place of the tokenizer's.
         chat: how (prompt, response) texts are read: as turns of a chat, or with ``False`` as plain
@@ -97,7 +103,8 @@ class Scorer:
         window: conversations that are looked at together: prefixes meet within a window.
         normalize: ``(score - config.mean) / config.std``, as OpenRLHF stores them.
         sigmoid: ``1 / (1 + exp(-score))``, after ``normalize``.
-        attention, compile: as for :func:`rmfast.patch`.
+        attention, compile: as for :func:`rmfast.patch`; None: as the model was patched, ``"auto"``
+            and ``False`` if it was not.
         progress: show a bar; or a function that is called with the conversations and the tokens
             each micro-batch finished.
 
@@ -120,15 +127,15 @@ class Scorer:
         max_tokens: int | None = None,
         max_length: int | None = None,
         on_overlong: str = "error",
-        pooling: str = "hf",
+        pooling: str | None = None,
         system_prompt: str | None = None,
         chat_template: str | None = None,
         chat: bool | None = None,
         window: int = 1024,
         normalize: bool = False,
         sigmoid: bool = False,
-        attention: str = "auto",
-        compile: bool = False,
+        attention: str | None = None,
+        compile: bool | None = None,
         progress: bool | Callable[[int, int], None] = False,
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("window", window)):
@@ -139,12 +146,12 @@ class Scorer:
         self._check(model)
         self._mean, self._std = _normalization(config) if normalize else (0.0, 1.0)
         self._sigmoid = sigmoid
-        self.model = patching.patch(model, pooling=pooling, attention=attention, compile=compile)
-        self._patch = patching.attached(model)
+        self.model = model
+        self._patch = patching.repatch(model, pooling=pooling, attention=attention, compile=compile)
         self._patches = [(model, self._patch)]
         self._pad = getattr(text, "pad_token_id", None)
         self._position_limit = models.position_limit(text)
-        self._pooling = pooling
+        self._pooling = self._patch.options.pooling
         embeddings = (
             model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
         )
@@ -160,7 +167,9 @@ class Scorer:
         self.window = window
         self.stats = Stats()
         self._progress = progress
-        self._budget = pieces.Budget(max_tokens or _most_tokens(self._device, self._probe))
+        self._told: bool | Callable[[int, int], None] = False  # of the window that runs
+        most = max_tokens or self._patch.options.max_tokens
+        self._budget = pieces.Budget(most or _most_tokens(self._device, self._probe))
 
     @staticmethod
     def _check(model: nn.Module) -> None:
@@ -228,17 +237,7 @@ class Scorer:
             MemoryError: not even a few tokens fit.
             RuntimeError: somebody unpatched the model, or patched it anew.
         """
-        with contextlib.closing(_ahead(self._encoded(rows))) as encoded:
-            for window in encoded:
-                if any(patching.attached(model) is not patch for model, patch in self._patches):
-                    raise RuntimeError(
-                        "a model was unpatched or patched anew since this Scorer was made: make "
-                        "another one"
-                    )
-                start = time.perf_counter()
-                out = self._scored(window)
-                self.stats.seconds += time.perf_counter() - start
-                yield out
+        return self._windows(rows, self._progress)
 
     def about(self) -> dict[str, Any]:
         """What runs: dtype, device, and what :func:`rmfast.report` says of the model."""
@@ -255,6 +254,23 @@ class Scorer:
 
     # --- rows
 
+    def _windows(
+        self, rows: Iterable, progress: bool | Callable[[int, int], None]
+    ) -> Iterator[list[Scored]]:
+        with contextlib.closing(_ahead(self._encoded(rows))) as encoded:
+            for window in encoded:
+                with _alone(self):
+                    if any(patching.attached(model) is not patch for model, patch in self._patches):
+                        raise RuntimeError(
+                            "a model was unpatched or patched anew since this Scorer was made: "
+                            "make another one"
+                        )
+                    start = time.perf_counter()
+                    self._told = progress
+                    out = self._scored(window)
+                    self.stats.seconds += time.perf_counter() - start
+                yield out
+
     def _table(self, rows: Iterable, count: int, width: int) -> np.ndarray:  # fp32 [count, width]
         out = np.full((count, width), np.nan, np.float32)
         for i, scores in enumerate(self._each(rows, count)):
@@ -265,7 +281,10 @@ class Scorer:
     def _each(self, rows: Iterable, count: int | None) -> Iterator[np.ndarray | None]:
         """A row's scores; None for one that is skipped."""
         at = 0
-        with self._bar(count), contextlib.closing(self.windows(rows)) as windows:
+        with (
+            self._bar(count) as progress,
+            contextlib.closing(self._windows(rows, progress)) as windows,
+        ):
             for window in windows:
                 for one in window:
                     skip = self.encoder.on_overlong == "skip"
@@ -275,18 +294,14 @@ class Scorer:
                     at += 1
 
     @contextlib.contextmanager
-    def _bar(self, count: int | None) -> Iterator[None]:
+    def _bar(self, count: int | None) -> Iterator[bool | Callable[[int, int], None]]:
         if self._progress is not True:
-            yield
+            yield self._progress
             return
         from tqdm import tqdm
 
         with tqdm(total=count, desc="scoring", unit="row") as bar:
-            self._progress = lambda conversations, tokens: bar.update(conversations)
-            try:
-                yield
-            finally:
-                self._progress = True
+            yield lambda conversations, tokens: bar.update(conversations)
 
     def _encoded(self, rows: Iterable) -> Iterator[list[tuple[Any, int]]]:
         """Windows of rows: each a list of token ids, or the reason why it has none."""
@@ -450,8 +465,8 @@ class Scorer:
     def _ran(self, run: int, conversations: int, tokens: int) -> None:
         self.stats.micro_batches += 1
         self.stats.tokens_run += run
-        if callable(self._progress):
-            self._progress(conversations, tokens)
+        if callable(self._told):
+            self._told(conversations, tokens)
 
     def _probe(self, tokens: int) -> None:
         """One pass over so many tokens, for what it takes of memory."""
@@ -468,14 +483,39 @@ class Scorer:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients, then in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
+    """In eval mode and without gradients, then in the modes it was in.
+
+    One thread at a time: these modes are the model's, and so are rotary frequencies that depend on
+    what ran before.
+    """
+    with _alone(patching.attached(model) or model), keeping_modes(model):
+        model.eval()
         with torch.inference_mode():
             yield
+
+
+@contextlib.contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Each of its modules ends in the mode, training or eval, in which it began."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            if module.training is not training:
+                module.train(training)  # which may do more than to set it, also for what is inside
+        for module, training in modes:
+            module.training = training
+
+
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKING = threading.Lock()
+
+
+def _alone(what: Any) -> threading.RLock:
+    """The lock of a scorer or a model: as an attribute it could be neither copied nor pickled."""
+    with _LOCKING:
+        return _LOCKS.setdefault(what, threading.RLock())
 
 
 def gathered(rows: Iterable, size: int) -> Iterator[list[list | RowError]]:

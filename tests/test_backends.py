@@ -7,10 +7,12 @@ import pytest
 import torch
 from test_ops import dense_attention, qkv, random_trie
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rmfast
 import tiny
-from rmfast import backends
+from rmfast import backends, reference
 
 OPTIONS = {
     "plain": {},
@@ -49,6 +51,88 @@ def test_flex(case, pooled):
         )  # fmt: skip
         # fp32 logits of size 10: their rounding, twice, relative to values of size 4
         torch.testing.assert_close(got.double(), want, rtol=0, atol=2 * 40 * 10 * 2.0**-24)
+
+
+def branches(nodes):
+    """A trie of so many nodes: long prefixes inside one another, and a stranger."""
+    ids = torch.randint(0, 90, (nodes,), generator=torch.Generator().manual_seed(nodes)).tolist()
+    third = nodes // 3
+    trunk, rest = ids[: max(1, third)], ids[max(1, third) :]
+    rows = [trunk + rest[:third], [*trunk[: third // 2], 91, *rest[third:-1]]]
+    trie = rmfast.pack([row for row in rows if row][:nodes])
+    assert abs(len(trie) - nodes) <= 2
+    return trie
+
+
+@pytest.mark.parametrize("nodes", [1, 127, 129, 256, 511, 1300])
+@pytest.mark.parametrize("window", [None, 1, 5, 200])
+@pytest.mark.parametrize("pooled", [False, True], ids=["all-rows", "some"])
+def test_blocks_of_flex_hold_all_that_is_seen(nodes, window, pooled):
+    """A full block holds nothing else; a block that is not listed holds nothing."""
+    trie = branches(nodes)
+    end, positions, every = trie.subtree_end, trie.position_ids, torch.arange(len(trie))
+    queries = every[len(trie) // 4 :: 3] if pooled else None
+    rows = every if queries is None else queries
+    mask = backends._block_mask(end, positions, queries, window)
+    allowed = reference.trie_mask(rows, every, end, positions, window)
+    assert torch.equal(mask.mask_mod(0, 0, torch.arange(len(rows))[:, None], every), allowed)
+    assert mask.shape == (1, 1, *allowed.shape)
+    size = mask.BLOCK_SIZE[0]
+    allowed = F.pad(allowed, (0, -allowed.shape[1] % size, 0, -allowed.shape[0] % size))
+    blocks = allowed.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2)
+    holds = torch.zeros(3, *blocks.shape[:2], dtype=torch.int32)
+    for kind, counts, listed in (
+        (1, mask.kv_num_blocks, mask.kv_indices),
+        (2, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        for q, count in enumerate(counts[0, 0].tolist()):
+            assert (listed[0, 0, q, :count].diff() > 0).all()
+            holds[kind, q, listed[0, 0, q, :count].long()] = 1
+    assert (holds.sum(0) <= 1).all()
+    assert (holds.sum(0).bool() >= blocks.any(-1).any(-1)).all()
+    assert (holds[2].bool() <= blocks.all(-1).all(-1)).all()
+    if window is None and queries is None:  # there extrema tell all
+        assert torch.equal(holds.sum(0).bool(), blocks.any(-1).any(-1))
+        assert torch.equal(holds[2].bool(), blocks.all(-1).all(-1))
+    if nodes == 1300 and window is None:
+        assert holds[2].any()
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("pooled", [False, True], ids=["all-rows", "some"])
+def test_a_block_mask_is_made_without_the_pairs_of_nodes(window, pooled):
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in tree_leaves(out):
+                if isinstance(x, torch.Tensor):
+                    self.seen = max(self.seen, x.numel())
+            return out
+
+    trie = branches(5000)
+    queries = torch.arange(0, len(trie), 2) if pooled else None
+    with Largest() as largest:
+        backends._block_mask(trie.subtree_end, trie.position_ids, queries, window)
+    assert len(trie) <= largest.seen < len(trie) + 128
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["all-rows", "some"])
+@pytest.mark.parametrize("window", [None, 7, 200])
+@pytest.mark.parametrize("nodes", [1, 129, 511])
+def test_flex_over_several_blocks(nodes, window, pooled):
+    torch.manual_seed(0)
+    trie = branches(nodes)
+    queries = torch.arange(0, len(trie), 2) if pooled else None
+    leaves = qkv(trie, 4, 2, 16, torch.float32, len(queries) if pooled else None)
+    rest = (trie.subtree_end, trie.position_ids)
+    rule = {"queries": queries, "scale": 0.3, "window": window}
+    with torch.no_grad():
+        got = backends.trie_attention("flex", *leaves, *rest, **rule)
+    exact = [x.double() for x in leaves]
+    want = reference.trie_attention(*exact, *rest, queries, None, 0.3, window, None)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2 * 40 * 10 * 2.0**-24)
 
 
 def flash_attn_varlen_func(

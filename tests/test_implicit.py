@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 
 import numpy as np
 import pytest
 import torch
+from test_scorer import together
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import rmfast
 import tiny
-from rmfast import implicit
+from rmfast import implicit, patching
 from rmfast.data import RowError
 from rmfast.implicit import ImplicitScorer
 
@@ -244,6 +247,42 @@ def test_models_come_out_as_they_went_in():
     for model, logits in zip(models, before, strict=True):
         assert torch.equal(rmfast.unpatch(model)(ids).logits, logits)
         assert "forward" not in model.__dict__ and "forward" not in model.model.__dict__
+
+
+def test_what_the_models_were_patched_with_stays():
+    models = [policy(seed=seed) for seed in (0, 1)]
+    for model, most in zip(models, (40, 25), strict=True):
+        rmfast.patch(model, share_prefixes=False, attention="sdpa", max_tokens=most)
+    patches = [patching.attached(model) for model in models]
+    scorer = ImplicitScorer(*models, tiny.tokenizer())
+    assert [patching.attached(model) for model in models] == patches and scorer.max_tokens == 25
+    scorer = ImplicitScorer(*models, tiny.tokenizer(), attention="flex", max_tokens=60)
+    assert scorer.max_tokens == 60
+    for model, before in zip(models, patches, strict=True):
+        now = dataclasses.replace(before.options, attention="flex")
+        assert patching.attached(model).options == now
+    assert scores(scorer, ROWS) == pytest.approx(by_hand(*models, ROWS), abs=1e-5)
+
+
+def test_threads():
+    """One scorer, another with the same reference, and calls of that model beside them."""
+    first, second, other = (policy("gemma2", seed=seed) for seed in (0, 1, 2))
+    scorers = [
+        ImplicitScorer(model, other, tiny.tokenizer(), max_tokens=48) for model in (first, second)
+    ]
+    rows = [ROWS, [[("tell me", "no" * k) for k in (1, 2, 3)]] * 3]
+    works = [functools.partial(scores, scorer, some) for scorer in scorers for some in rows]
+    ids = torch.randint(3, tiny.WORDS, (3, 9))
+
+    def call():
+        with torch.no_grad():
+            return other(input_ids=ids, use_cache=False).logits.numpy()
+
+    works += [call, call]
+    expected = [work() for work in works]
+    for want, several in zip(expected, together(works, 6), strict=True):
+        for got in several:
+            assert np.abs(got - want).max() <= 1e-4 * np.std(want)
 
 
 def test_limits_are_the_smaller_models():

@@ -16,6 +16,7 @@ from transformers import (
 
 import rmfast
 import tiny
+from rmfast import reference
 
 UNIT = 2.0**-24
 
@@ -258,6 +259,90 @@ def test_logits_are_fp32():
     rmfast.patch(model)
     assert model(**inputs).logits.dtype == torch.float32
     assert model(**inputs, use_cache=True).logits.dtype == torch.float32
+
+
+HALF = {
+    "use_cache": {"use_cache": True},
+    "output_hidden_states": {"output_hidden_states": True},
+    "labels": {"use_cache": True, "labels": torch.linspace(-1, 2, 6)},
+    "attention_mask": {"attention_mask": torch.ones(6, 1, 16, 16, dtype=torch.bool).tril()},
+    "position_ids": {"position_ids": torch.arange(16)[None] * 2},
+    "foreign": {"output_hidden_states": True, "margin": torch.ones(6)},
+}
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast"])
+@pytest.mark.parametrize(
+    ("family", "case"),
+    # gpt2 and biogpt have a loss in a forward of their own
+    [(f, c) for f in ("llama", "gpt2", "biogpt") for c in HALF if f == "llama" or c != "labels"],
+)
+def test_what_runs_unpacked_is_scored_in_fp32_too(family, case, how):
+    """The hidden states are Hugging Face's; the head reads them as it reads packed rows."""
+    kind = torch.float32 if how == "autocast" else getattr(torch, how)
+    model = tiny.model(family, kind)
+    exact = tiny.model(family, torch.float64)
+    exact.load_state_dict(model.state_dict())
+    inputs = tiny.padded(tiny.rows(), "right") | HALF[case]
+    with torch.no_grad():
+        oracle = exact(**inputs).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            theirs = model(**inputs)
+            backbone = {k: v for k, v in inputs.items() if k not in ("labels", "margin")}
+            hidden = model.base_model(**backbone)[0]
+            rmfast.patch(model)
+            ours = model(**inputs)
+    report = rmfast.report(model)
+    assert sum(report.fallbacks.values()) == 1
+    assert not any("fp32" in warning for warning in report.warnings)
+    last = reference.last_token(inputs["input_ids"], None, tiny.PAD, "hf")
+    rows, head = hidden[torch.arange(6), last].double(), model.score.weight.double()
+    bound = 2 * 32 * UNIT * (rows.abs() @ head.abs().T)
+    assert ours.logits.dtype == torch.float32 and theirs.logits.dtype != torch.float32
+    assert ((ours.logits - rows @ head.T).abs() <= bound).all()
+    step = 2 * torch.finfo(theirs.logits.dtype).eps * oracle.abs().max()
+    assert (ours.logits - oracle).norm() <= 1.1 * (theirs.logits - oracle).norm() + step
+    assert ours.keys() == theirs.keys()
+    if "output_hidden_states" in inputs:
+        assert all(map(torch.equal, ours.hidden_states, theirs.hidden_states))
+    if "labels" in inputs:
+        labels = inputs["labels"]
+        torch.testing.assert_close(ours.loss, (ours.logits[:, 0] - labels).square().mean())
+
+
+def test_scores_that_stay_rounded_are_reported():
+    """Where the head runs inside a forward of somebody else's."""
+    embeds = tiny.model(dtype=torch.bfloat16).get_input_embeddings()
+    inputs = tiny.padded(tiny.rows())
+    by_embeds = {"inputs_embeds": embeds(inputs["input_ids"]), "use_cache": False}
+    labelled = inputs | {"labels": torch.ones(6, dtype=torch.bfloat16)}
+    for family, call in (("llama", by_embeds), ("gpt2", labelled), ("bloom", labelled)):
+        model = tiny.model(family, torch.bfloat16)
+        theirs, ours, report = both(model, call)
+        assert torch.equal(theirs.float(), ours) and ours.dtype == torch.float32
+        said = "1 call was scored by the model's own forward, in bfloat16 and not in fp32"
+        assert said in report.warnings
+    theirs, ours, report = both(tiny.model("gpt2"), inputs | {"labels": torch.ones(6)})
+    assert not any("fp32" in warning for warning in report.warnings)
+    for kind in (torch.bfloat16, torch.float32):
+        model = tiny.model(dtype=kind)
+        model.score = nn.Sequential(model.score, nn.Tanh())
+        for call in (inputs, inputs | {"use_cache": True}):
+            _, ours, report = both(model, call)
+            said = "the reward head is no bare linear layer: it runs in torch.bfloat16, not in fp32"
+            assert (said in report.warnings) is (kind == torch.bfloat16)
+            assert torch.equal(ours, ours.to(kind).float())
+
+
+def test_gradients_of_a_padded_batch_in_half_precision():
+    exact, half = tiny.model(dtype=torch.float64), tiny.model(dtype=torch.bfloat16)
+    exact.load_state_dict(half.state_dict())
+    inputs = tiny.padded(tiny.rows()) | {"use_cache": True}
+    _, oracle = tiny.run(exact, **inputs)
+    _, theirs = tiny.run(half, **inputs)
+    _, ours = tiny.run(rmfast.patch(half), **inputs)
+    assert rmfast.report(half).fallbacks
+    assert tiny.grad_error(ours, oracle) <= 1.1 * tiny.grad_error(theirs, oracle)
 
 
 def test_long_rope_goes_unpacked_where_frequencies_depend_on_padding():

@@ -1,8 +1,11 @@
 """The scorer: Hugging Face's scores whatever the budget, the window and the order."""
 
+import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import mmap
+import sys
 import threading
 import time
 
@@ -16,6 +19,7 @@ import rmfast
 import tiny
 from rmfast import Scorer, patching, pieces
 from rmfast.data import DataError, Pair, RowError
+from rmfast.scorer import evaluating
 
 TALK = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "yes"}]
 
@@ -181,6 +185,29 @@ def test_a_window_of_rope_that_depends_on_the_length():
     assert scorer.stats.tokens_run > scorer.stats.nodes
 
 
+def test_scores_of_one_run_are_rounded_alike():
+    """Rows that run padded, beside rows that run packed, of a model in bf16."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    options = {"rope_parameters": rope, "max_position_embeddings": 32}
+    model, exact = (tiny.model("llama", kind, **options) for kind in (torch.bfloat16, torch.double))
+    exact.load_state_dict(model.state_dict())
+    rows = [row for seed in range(4) for row in groups(seed)]
+    # a short row first: a long one's frequencies are kept, and change its score
+    oracle, theirs = (
+        np.concatenate([one_by_one(m, [[5], row])[1:] for row in rows]) for m in (exact, model)
+    )
+    scorer = Scorer(model, max_length=1000)
+    ours = scorer.score(rows)
+    long = np.array([len(row) >= 32 for row in rows])
+    assert 5 < long.sum() < len(rows) - 5 and rmfast.report(model).fallbacks
+    for which in (long, ~long):
+        rounded = torch.from_numpy(ours[which]).bfloat16().float().numpy() == ours[which]
+        assert rounded.mean() < 0.2, "2 to the -16 of them by chance"
+        error, their_error = (np.linalg.norm((x - oracle)[which]) for x in (ours, theirs))
+        assert error <= 1.1 * their_error + 2**-8 * np.abs(oracle).max()
+    assert not any("fp32" in warning for warning in scorer.about()["warnings"])
+
+
 def test_a_model_that_was_changed_since():
     model = tiny.model("mistral")
     scorer = Scorer(model)
@@ -198,6 +225,137 @@ def test_a_model_that_was_unpatched_or_patched_anew():
         change(model)
         with pytest.raises(RuntimeError, match="since this Scorer was made"):
             scorer.score([[5]])
+
+
+# --- a model that is patched already
+
+
+def test_what_the_model_was_patched_with_stays():
+    options = {
+        "share_prefixes": False, "prune_last_layer": False, "pooling": "mask",
+        "attention": "sdpa", "compile": False, "max_tokens": 24, "backbone_kernels": None,
+    }  # fmt: skip
+    for family in ("llama", "bloom"):
+        model = rmfast.patch(tiny.model(family), **options)
+        patch = patching.attached(model)
+        assert dataclasses.asdict(patch.options) == options
+        rows = [[5, 6, 0], [5, 6], [0, 7, 0, 0]]
+        scorer = Scorer(model)
+        assert patching.attached(model) is patch and scorer.max_tokens == 24
+        got = scorer.score(rows)
+        expected = _last(tiny.model(family), rows)
+        assert np.abs(got - expected).max() <= 1e-4 * expected.std()
+        named = Scorer(model, pooling="hf", attention="auto", max_tokens=30)
+        now = options | {"pooling": "hf", "attention": "auto"}
+        assert dataclasses.asdict(patching.attached(model).options) == now
+        assert named.max_tokens == 30
+        expected = one_by_one(tiny.model(family), [[5, 6], [5, 6], [0, 7]])
+        assert np.abs(named.score(rows) - expected).max() <= 1e-4 * expected.std()
+
+
+def test_a_limit_of_none_is_none_of_the_scorers(monkeypatch):
+    from rmfast import scorer
+
+    monkeypatch.setattr(scorer, "_most_tokens", lambda device, probe: 77)
+    for limit, most in ((None, 77), (0, 77), (50, 50)):
+        model = rmfast.patch(tiny.model("llama"), max_tokens=limit)
+        assert Scorer(model).max_tokens == most
+        assert patching.attached(model).options.max_tokens == limit
+
+
+def test_a_patch_that_is_refused_leaves_the_one_that_was_there():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.head = tiny.model("llama").model, torch.nn.Linear(32, 1)
+
+    model = rmfast.patch(Own(), share_prefixes=False)
+    patch = patching.attached(model)
+    for refused in (rmfast.patch, Scorer):
+        with pytest.raises(ValueError, match="cannot be honoured"):
+            refused(model, pooling="mask")
+        assert patching.attached(model) is patch and patch.active
+        assert model.model.__dict__["forward"] is patch.overrides[0]
+
+
+def test_two_scorers_of_one_model():
+    model, rows = tiny.model("llama"), groups()
+    first, second = Scorer(model), Scorer(model, max_tokens=20)
+    assert np.allclose(first.score(rows), second.score(rows), atol=1e-5)
+
+
+# --- threads
+
+
+def together(works, times=1):
+    """What functions give that threads call at once, each so often."""
+    gate = threading.Barrier(len(works))
+
+    def one(work):
+        gate.wait()
+        return [work() for _ in range(times)]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(len(works)) as pool:
+            return [future.result() for future in [pool.submit(one, work) for work in works]]
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_threads_that_share_a_model_that_trains():
+    """Each finds it in eval mode, however often another one leaves that."""
+    model = tiny.model("llama", attention_dropout=0.5)
+    rows = [groups(seed) for seed in range(4)]
+    alone = [Scorer(model, max_tokens=40).score(some) for some in rows]
+    model.train()
+    shared = Scorer(model, max_tokens=40)
+    scorers = [shared, shared, Scorer(model, max_tokens=40), Scorer(model, max_tokens=25)]
+    works = [
+        functools.partial(scorer.score, some) for scorer, some in zip(scorers, rows, strict=True)
+    ]
+    for want, got in zip(alone, together(works, 5), strict=True):
+        for scores in got:
+            assert np.abs(scores - want).max() <= 1e-4 * want.std()
+    assert all(module.training for module in model.modules())
+    assert shared.stats.conversations == 2 * 5 * 10 == shared.stats.rows
+
+
+def test_threads_whose_rows_change_the_rotary_frequencies():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny.model("llama", rope_parameters=rope, max_position_embeddings=32)
+    scorer = Scorer(model, max_length=1000)
+    rows = [draw(seed, 40 + seed, 33, 60, 5) for seed in range(3)]
+    alone = [scorer.score(some) for some in rows]
+    works = [functools.partial(scorer.score, some) for some in rows]
+    for want, got in zip(alone, together(works, 5), strict=True):
+        assert all(np.abs(scores - want).max() <= 1e-4 * want.std() for scores in got)
+
+
+def test_bars_of_two_streams_at_once(capsys, monkeypatch):
+    counts = []
+
+    class Bar:
+        def __init__(self, total, **_):
+            counts.append(0)
+            self.at = len(counts) - 1
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, count):
+            counts[self.at] += count
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    scorer = Scorer(tiny.model("llama"), progress=True, window=2)
+    rows = groups()
+    for _ in zip(scorer.stream(rows), scorer.stream(rows[:6]), strict=False):
+        pass
+    assert counts == [8, 6]  # windows of two: the seventh row was read, and there was no other
 
 
 # --- what goes in and comes out
@@ -331,6 +489,42 @@ def test_the_model_is_left_in_the_mode_it_was_in():
         assert all(m.training is training for m in model.modules())
 
 
+def test_frozen_parts_stay_in_the_mode_they_were_in():
+    class Merging(torch.nn.Module):
+        """Its weights are merged while it is in eval mode, as some adapters have it."""
+
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    def parts(model):
+        return [m.training for m in model.modules()]
+
+    model = tiny.model("llama").train()
+    model.model.layers[0].eval()
+    model.model.layers[1].mlp.eval()
+    model.model.extra, model.model.other = Merging(), torch.nn.ModuleList([model.model.layers[0]])
+    before = parts(model)
+    assert len(set(before)) == 2
+    scorer = Scorer(model, max_tokens=20)
+    inside = []
+    model.model.norm.register_forward_pre_hook(
+        lambda *_: inside.append((any(parts(model)), model.model.extra.merged))
+    )
+    scorer.score(groups())
+    assert parts(model) == before and set(inside) == {(False, True)}
+    assert not model.model.extra.merged
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        1 / 0  # noqa: B018
+    assert parts(model) == before
+    model.eval().model.layers[2].train()
+    before = parts(model)
+    scorer.score(groups())
+    assert parts(model) == before
+
+
 def test_progress(capsys):
     seen = []
     model = tiny.model("llama")
@@ -377,6 +571,67 @@ def test_out_of_memory_halves_the_budget(family, error):
     before = len(full.calls)
     assert np.allclose(scorer.score(groups()), got, atol=1e-5)
     assert max(full.calls[before:]) <= 80, "what was learnt is kept"
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_memory_that_somebody_else_took_for_a_while(family, monkeypatch):
+    """The size comes back, step by step; the scores were the same all along."""
+    monkeypatch.setattr(pieces, "_PATIENCE", 4)
+    model = tiny.model(family)
+    expected = one_by_one(model, groups())
+    full = Full(model, 80, torch.OutOfMemoryError("CUDA out of memory"))
+    scorer = Scorer(model, max_tokens=400)
+    sizes = []
+    for times in range(16):
+        if times == 2:
+            full.tokens = 10**6
+        assert np.abs(scorer.score(groups()) - expected).max() <= 1e-4 * expected.std()
+        sizes.append(scorer.max_tokens)
+    assert sizes[1] < 400 and sizes[1:] == sorted(sizes[1:]) and sizes[-1] == 400
+    assert scorer.stats.halvings == scorer._budget.doublings > 1
+
+
+def test_a_call_of_a_patched_model_grows_back_too():
+    model = rmfast.patch(tiny.model("llama"), max_tokens=64)
+    batch = tiny.padded(groups())
+    full = Full(model, 40, torch.OutOfMemoryError("CUDA out of memory"))
+    with torch.no_grad():
+        want = model(**batch).logits
+        assert "at most 32 tokens run at once: memory ran out 1 times, each time" in str(
+            rmfast.report(model)
+        )
+        full.tokens = 64
+        for _ in range(12):
+            assert tiny.score_error(model(**batch).logits, want) <= 1e-4
+    said = "at most 64 tokens run at once: memory ran out 1 times, each time it was halved; it was "
+    assert said + "doubled again 1 times" in str(rmfast.report(model))
+
+
+def test_a_size_that_does_not_fit_is_tried_ever_more_rarely():
+    budget, tried = pieces.Budget(1000), []
+
+    def work(most):
+        tried.append(budget.tokens)
+        if budget.tokens > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return True
+
+    for _ in range(2000):
+        budget.attempt(work, 300)
+    failed = [i for i, tokens in enumerate(tried) if tokens > 300]
+    waits = np.diff(failed).tolist()
+    assert waits == [1, *(2**i * 32 + 1 for i in range(len(waits) - 1))] and len(waits) == 6
+    assert budget.halvings == len(failed) and budget.tokens == 250
+    for _ in range(5000):  # and once there is memory again it is soon used
+        budget.attempt(work, 1000)
+    assert budget.tokens == 1000 and budget.doublings == budget.halvings
+    for most, size in ((600, 500), (1000, 1000)):
+        for _ in range(200):
+            budget.attempt(work, most)
+        assert budget.tokens == size
+    for _ in range(3 * 32):
+        budget.attempt(work, 10**9)
+    assert budget.tokens == 1000, "never more than it began with"
 
 
 def test_out_of_memory_in_the_middle_runs_nothing_again():

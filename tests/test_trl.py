@@ -70,8 +70,8 @@ def trainer(cls, folder, rows, net=None, config=None, callbacks=None, **options)
         if name in options
     }
     args = config(
-        output_dir=str(folder), logging_steps=1, report_to="none", use_cpu=True, seed=0,
-        disable_tqdm=True, **{"save_strategy": "no", "max_length": 64, "bf16": False} | options,
+        output_dir=str(folder), report_to="none", use_cpu=True, seed=0, disable_tqdm=True,
+        **{"save_strategy": "no", "max_length": 64, "bf16": False, "logging_steps": 1} | options,
     )  # fmt: skip
     return cls(
         model=model() if net is None else net, args=args,
@@ -408,6 +408,34 @@ def test_a_whole_training_step_reads_nothing_from_the_device(tmp_path):
             out._tr_loss.item()
     assert len(out._logged["train"]) == 2
     assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("rows", "strategy"),
+    [(pairs(24, margin=True), {"logging_strategy": "no"}), (groups(24), {"logging_steps": 7})],
+    ids=["pairs, none logged", "groups"],
+)
+def test_metrics_that_wait_take_so_much_room_and_no_more(tmp_path, rows, strategy, monkeypatch):
+    from rmfast.integrations import trl as integration
+
+    class Watched(RewardTrainer):
+        most = 0
+
+        def compute_loss(self, *args, **kwargs):
+            out = super().compute_loss(*args, **kwargs)
+            self.most = max(self.most, *map(len, self._logged.values()))
+            return out
+
+    options = {
+        "max_steps": 8, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 1,
+        "eval_strategy": "steps", "eval_steps": 8, "eval_dataset": Dataset.from_list(rows[:7]),
+    }  # fmt: skip
+    options = SGD | options | strategy
+    want = run(RewardTrainer, tmp_path / "a", rows, **options)
+    monkeypatch.setattr(integration, "_WAITING", 3)
+    got = run(Watched, tmp_path / "b", rows, **options)
+    assert got.most == 2, "of 8 and 7 batches"
+    same(got, want, 1e-12)
 
 
 # --- adapters

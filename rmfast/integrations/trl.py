@@ -30,6 +30,7 @@ from accelerate.data_loader import prepare_data_loader
 from rmfast import models, patching, training
 
 _log = logging.getLogger(__name__)
+_WAITING = 1024  # batches whose metrics stay on the device, where none are logged before
 
 
 @dataclasses.dataclass
@@ -143,8 +144,9 @@ class RewardTrainer(trl.RewardTrainer):
 
     The model is patched (:func:`rmfast.patch`) if it is not yet. The loss is the mean over all
     pairs of an optimiser step, on all processes and in all accumulated batches; metrics are fetched
-    from the device when they are logged. With a ``data_collator`` of one's own, or a model that
-    cannot be packed, batches are padded and it trains as TRL does; :attr:`report` says so.
+    from the device when they are logged, and where none are, every 1024 batches. With a
+    ``data_collator`` of one's own, or a model that cannot be packed, batches are padded and it
+    trains as TRL does; :attr:`report` says so.
 
     Data sets are what TRL takes, or rows with ``responses`` and ``ranks`` (with or without a
     ``prompt``): K responses, lower ranks are better, equal ones tie. Rows that say nothing, or are
@@ -203,6 +205,7 @@ class RewardTrainer(trl.RewardTrainer):
         elif getattr(args, "max_tokens_per_batch", None) is not None:
             raise ValueError("max_tokens_per_batch packs batches itself: give no data_collator")
         self._logged: dict[str, list[tuple[Tensor, tuple[int, ...]]]] = {"train": [], "eval": []}
+        self._sums: dict[str, Counter[str]] = {"train": Counter(), "eval": Counter()}
         self._filters = False
         # the loss is divided by the pairs of the whole step already
         self.loss_is_scaled_for_ga = data_collator is None
@@ -364,6 +367,7 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._logged["train"] = []  # of an attempt that auto_find_batch_size gave up
+        self._sums["train"] = Counter()
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -420,6 +424,8 @@ class RewardTrainer(trl.RewardTrainer):
                 loss = loss / new
         pairs = len(seen["pairs"]) if "pairs" in seen else new
         self._logged[mode].append((metrics.detach(), (pairs, len(scores), inputs["tokens"])))
+        if len(self._logged[mode]) == _WAITING:
+            self._fetch(mode)
         return (loss, {"loss": loss, "logits": logits.detach()}) if return_outputs else loss
 
     def _not_seen(self, count: int) -> int:
@@ -445,32 +451,50 @@ class RewardTrainer(trl.RewardTrainer):
         super()._track_num_input_tokens(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's metrics of all batches since the last log, fetched here and nowhere else."""
+        """TRL's metrics of all batches since the last log."""
         mode = "train" if self.model.training else "eval"
         if self._logged[mode]:
-            metrics, numbers = zip(*self._logged[mode], strict=True)
-            self._logged[mode] = []
-            metrics = torch.stack(metrics)
-            rows = torch.cat([metrics, metrics.new_tensor(numbers)], 1)  # [batches, 9]
-            rows = self.accelerator.gather(rows[None]).double().cpu().numpy()  # [W, batches, 9]
-            self._metrics[mode].update(self._averages(rows, mode))
+            self._fetch(mode)
+        if self._sums[mode]:
+            self._metrics[mode].update(self._averages(self._sums[mode], mode))
+            self._sums[mode] = Counter()
         super().log(logs, start_time)
 
-    def _averages(self, rows: np.ndarray, mode: str) -> dict[str, list[float]]:
+    def _fetch(self, mode: str) -> None:
+        """Add what waits on the device to the sums; all processes do so after as many batches."""
+        metrics, numbers = zip(*self._logged[mode], strict=True)
+        self._logged[mode] = []
+        metrics = torch.stack(metrics)
+        rows = torch.cat([metrics, metrics.new_tensor(numbers)], 1)  # [batches, 9]
+        rows = self.accelerator.gather(rows[None]).double().cpu().numpy()  # [W, batches, 9]
         accuracy, _, margin, mean, least, greatest, pairs, scores, tokens = np.moveaxis(rows, -1, 0)
-        if mode == "train":
-            self._total_train_tokens += int(tokens.sum())
         ranked = pairs > 0
+        weights = pairs[ranked]
+        found = {
+            "batches": rows.shape[1],
+            "tokens": tokens.sum(),
+            "scores": scores.sum(),
+            "pairs": weights.sum(),
+            "min_reward": least.min(0).sum(),
+            "mean_reward": (mean * scores).sum(),
+            "max_reward": greatest.max(0).sum(),
+            "accuracy": (accuracy[ranked] * weights).sum(),
+            "margin": (margin[ranked] * weights).sum(),
+        }
+        self._sums[mode].update(found)
+
+    def _averages(self, sums: Counter[str], mode: str) -> dict[str, list[float]]:
+        if mode == "train":
+            self._total_train_tokens += int(sums["tokens"])
         out = {
             "num_tokens": self._total_train_tokens,
-            "min_reward": least.min(0).mean(),
-            "mean_reward": np.average(mean, weights=scores),
-            "max_reward": greatest.max(0).mean(),
+            "min_reward": sums["min_reward"] / sums["batches"],
+            "mean_reward": sums["mean_reward"] / sums["scores"],
+            "max_reward": sums["max_reward"] / sums["batches"],
         }
-        if ranked.any():
-            weights = pairs[ranked]
-            out["accuracy"] = np.average(accuracy[ranked], weights=weights)
-            out["margin"] = np.average(margin[ranked], weights=weights)
+        if sums["pairs"]:
+            out["accuracy"] = sums["accuracy"] / sums["pairs"]
+            out["margin"] = sums["margin"] / sums["pairs"]
         return {name: [float(value)] for name, value in out.items()}
 
 
