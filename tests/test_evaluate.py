@@ -121,7 +121,12 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def needs_matplotlib():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: rmfast[eval]")
+
+
 def test_pairs(model, hf, tmp_path, capsys):
+    needs_matplotlib()
     rows = pairs()
     rows.append({"prompt": "a tie", "chosen": "the same", "rejected": "the same", "subset": None})
     data = lines(tmp_path / "in.jsonl", rows)
@@ -380,6 +385,8 @@ def test_policy_and_reference(policies, tmp_path):
 def test_what_cannot_run_ends_with_2(model, tmp_path, monkeypatch, capsys, extra, said):
     monkeypatch.chdir(tmp_path)
     data = lines(tmp_path / "in.jsonl", pairs(1))
+    if "--figure" in extra:
+        needs_matplotlib()
     extra = [model if word == "MODEL" else word for word in extra]
     assert run("--model", model, "--input", data, *extra) == 2
     err = capsys.readouterr().err

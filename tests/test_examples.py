@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("trl", reason="TRL is not installed: rmfast[train]")
+
 from transformers import AutoModelForCausalLM
 
 import tiny

@@ -265,6 +265,7 @@ def test_what_is_not_there(source):
 def test_what_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"its name must end with \.jsonl"):
         files.Reader(write(tmp_path, "a.txt", b""))
+    pytest.importorskip("datasets", reason="datasets is not installed: rmfast[data]")
     with pytest.raises(DataError, match="neither a file nor a data set"):
         files.Reader("nobody/nothing")  # HF_HUB_OFFLINE, or not there
     os.symlink("loop.jsonl", tmp_path / "loop.jsonl")

@@ -230,7 +230,8 @@ def test_gradient_checkpointing(reentrant, calls):
     model.enable_input_require_grads()
     patch(model)
     got = tiny.run(model, **inputs)
-    assert calls.count("swiglu") == 5, "two layers run again in the backward"
+    again = calls.count("swiglu") - 3  # of older transformers the last layer, too
+    assert again in (2, 3), "layers run again in the backward"
     assert tiny.score_error(got[0], want[0]) <= 1e-4
     assert tiny.grad_error(got[1], want[1]) <= 1e-4
 

@@ -91,9 +91,9 @@ TRL_FORMATS = [
 def test_trl_formats_are_taken_as_they_are(pair):
     row = {k: v for k, v in vars(pair).items() if v is not None}
     assert one(row) == pair
+    is_conversational = needs("trl.data_utils").is_conversational
     back = preferences([row]).dataset()
     assert back[0] == {k: v for k, v in row.items() if k != "where"}
-    is_conversational = needs("trl.data_utils").is_conversational
     assert is_conversational(back[0]) == (not isinstance(pair.chosen, str))
 
 
@@ -386,6 +386,7 @@ def test_a_line_that_is_not_json_is_named(tmp_path):
 
 
 def test_prompts_that_only_some_have_go_into_the_answers():
+    needs("datasets")
     data = Preferences([Pair("a", "b", "p "), Pair("c", "d")]).dataset()
     assert data.to_list() == [
         {"chosen": "p a", "rejected": "p b"}, {"chosen": "c", "rejected": "d"},
@@ -438,6 +439,7 @@ def records(draw):
 @settings(max_examples=60, deadline=None)
 @given(records())
 def test_records_come_back_from_their_data_set(records):
+    needs("datasets")
     kept = Preferences(records)
     assert preferences(kept.dataset()).records == records
     assert preferences(kept.dataset().to_list()).records == records

@@ -298,6 +298,7 @@ def test_rewards_are_the_shortest_decimals_of_their_fp32(run):
 
 
 def test_parquet_keeps_its_types(run):
+    pytest.importorskip("pandas", reason="pandas is not installed: pyarrow reads nanoseconds by it")
     fields = {
         "text": pyarrow.array(["a", "b", "c"], pyarrow.large_string()),
         "small": pyarrow.array([1, None, 3], pyarrow.int8()),
@@ -372,6 +373,7 @@ def test_what_only_json_lines_can_keep(run, target):
 
 
 def test_a_folder_of_data(run):
+    pytest.importorskip("datasets", reason="datasets is not installed: rmfast[data]")
     Path("data").mkdir()
     write("data/test.jsonl", [{"text": f"é{i}"} for i in range(5)])
     got = read(run("--split", "test", "--limit", "3", source="data"))

@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: rmfast[eval]")
+
 from rmfast import measures, show
 from rmfast.cli import UserError
 from rmfast.measures import Judged
