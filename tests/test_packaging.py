@@ -206,6 +206,7 @@ def test_transformers_from_the_root_with_hugging_face_kernels(tmp_path):
     metadata = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    (metadata.parent / "top_level.txt").write_text("kernels\n")  # Python 3.10 looks there
     # The root comes first on the child's sys.path, and the real package still wins.
     assert ask(HUB_KERNELS, cwd=ROOT, path=tmp_path) == {
         "available": True,
