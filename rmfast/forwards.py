@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +36,49 @@ class Unservable(Exception):
     """A call the packed path cannot serve; the message is the reason."""
 
 
-class Override:
+class Weak:
+    """An attribute that keeps nothing alive: None where what it was has gone."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        held = instance.__dict__.get(self.name)
+        return None if held is None else held()
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance.__dict__[self.name] = None if value is None else weakref.ref(value)
+
+
+class Member:
+    """Part of a patched model, which it does not keep alive. A copy belongs to the model's copy."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dict__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class Override(Member):
     """Stands in for ``forward`` on one instance. Pickles and copies along with its module."""
 
     __name__ = "forward"
+    module = Weak()
+    patch = Weak()  # None in the copy of a layer alone: it then runs as it was
+
+    def __new__(cls, *_: Any) -> Override:
+        go_around(cls)  # an unpickled model comes by no other way
+        return super().__new__(cls)
 
     def __init__(self, module: nn.Module, patch: Patch) -> None:
         self.module = module
         self.patch = patch
         self.before = module.__dict__.get("forward")  # an instance forward of somebody else's
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"patch": None}  # the copy of the patch puts itself there
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
@@ -57,7 +92,9 @@ class Override:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], nn.Module):  # accelerate makes a method of what it unwraps
             args = args[1:]
-        if not self.patch.active:
+        if self.module is None:
+            raise ReferenceError("the model of this forward is gone: keep the model")
+        if self.patch is None or not self.patch.active:
             return self.original(*args, **kwargs)
         return self.run(*args, **kwargs)
 
@@ -66,13 +103,30 @@ class Override:
 
 
 @functools.cache
-def untraced(owner: Any, name: str = "run", whole: bool = False) -> None:
+def go_around(kind: type[Override]) -> None:
+    """torch.compile goes around stand-ins of this kind, and around packing, into the layers.
+
+    Not at import, which would bring all of torch.compile along.
+    """
+    untraced(kind, "run", whole=kind is LastLayer)
+    for owner, name in ((PackedForward, "pack"), (pieces, "cut")):
+        untraced(owner, name, whole=True)
+    for owner, name in (
+        (pieces, "run"),
+        (pieces.Budget, "attempt"),
+        (ScoringForward, "by_piece"),
+        (attention.Carried, "join"),
+    ):
+        untraced(owner, name)
+
+
+@functools.cache
+def untraced(owner: Any, name: str, whole: bool = False) -> None:
     """Packing looks at the tokens, so torch.compile goes around it, into the layers.
 
     It goes around pieces and what they carry: nothing is compiled anew for each count of nodes.
     With ``whole`` it does not go into what is called from there either.
     """
-    whole = whole or owner is LastLayer
     setattr(owner, name, torch.compiler.disable(getattr(owner, name), recursive=whole))
 
 
@@ -261,9 +315,9 @@ class ScoringForward(PackedForward):
         return self.padded(call)
 
     def check(self, call: dict[str, Any]) -> None:
-        super().check(call)
-        if models.inner(self.module) is not self.patch.base:
+        if self.patch.base is None or models.inner(self.module) is not self.patch.base:
             raise Unservable("the backbone was replaced after the patch")
+        super().check(call)
         if not models.is_pointwise(self.module.score):
             raise Unservable("the score head mixes tokens")
         if not self.has_loss(call):
