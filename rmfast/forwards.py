@@ -40,21 +40,22 @@ class Weak:
     """An attribute that keeps nothing alive: None where what it was has gone."""
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+        self.name = f"_{name}"
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        held = instance.__dict__.get(self.name)
+        held = getattr(instance, self.name)
         return None if held is None else held()
 
     def __set__(self, instance: Any, value: Any) -> None:
-        instance.__dict__[self.name] = None if value is None else weakref.ref(value)
+        setattr(instance, self.name, None if value is None else weakref.ref(value))
 
 
 class Member:
     """Part of a patched model, which it does not keep alive. A copy belongs to the model's copy."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dict__}
+        names = [name.removeprefix("_") for name in self.__dict__]
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
