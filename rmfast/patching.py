@@ -127,7 +127,7 @@ class Patch(Member):
         return [m for m in dict.fromkeys(marked) if m is not None]
 
     def override(self, stand_in: Override) -> None:
-        stand_in.module.forward = stand_in
+        setattr(stand_in.module, models.slot(stand_in.module), stand_in)
         self.overrides.append(stand_in)
 
     def prepare(self) -> None:
@@ -145,7 +145,7 @@ class Patch(Member):
 
     def budget(self) -> pieces.Budget:
         """What runs together without gradients; once halved it stays so."""
-        device = self.base.device
+        device = models.device(self.base)
         if device.type not in self.budgets:
             tokens = self.options.max_tokens or pieces.most(device)
             self.budgets[device.type] = pieces.Budget(tokens)
@@ -161,13 +161,7 @@ class Patch(Member):
     def undo(self) -> None:
         self.active = False  # should somebody have wrapped a stand-in, it hands everything on
         for stand_in in self.overrides:
-            module = stand_in.module
-            now = None if module is None else module.__dict__.get("forward")
-            if now is stand_in or getattr(now, "__func__", None) is stand_in:
-                if stand_in.before is not None:
-                    module.forward = stand_in.before
-                else:
-                    del module.forward
+            stand_in.leave()
         if self.packs:
             for module in self.base.modules():
                 attention.leave(module.__dict__.get("config"))
@@ -236,7 +230,7 @@ def _keep_the_heap(base: nn.Module) -> None:
     threshold"). Else it returns a layer's memory to the system and faults it in again for the next.
     Other allocators take no notice.
     """
-    if base.device.type == "cpu":
+    if models.device(base).type == "cpu":
         torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 
 

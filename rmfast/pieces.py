@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmfast import models
 from rmfast.trie import PackedTrie
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def run(
     Raises:
         MemoryError: not even a few tokens fit.
     """
-    device = forward.patch.base.device
+    device = models.device(forward.patch.base)
 
     def one(start: int, before: dict) -> tuple[int, dict]:
         piece = cut(trie, start, budget.tokens).to(device)
