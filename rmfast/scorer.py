@@ -174,7 +174,7 @@ class Scorer:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return models.device(self.model)
 
     # --- what people call
 
@@ -389,7 +389,7 @@ class Scorer:
                 # a node once: a matmul may round equal rows differently, and equal is a tie
                 nodes, place = piece.trie.pool_index.unique(return_inverse=True)
                 scores = self._forward.scores(hidden, nodes - piece.carried)
-                out[done] = scores[place, 0].double().cpu()
+                out[done] = scores[place, 0].cpu().double()
             self._ran(piece.stop - piece.start, done.size, int(lengths[done].sum()))
 
         pieces.run(self._forward, trie, self._budget, take)
@@ -445,7 +445,7 @@ class Scorer:
                 f"{type(self.model).__name__} gave logits {tuple(logits.shape)} for "
                 f"{len(rows)} sequences: a reward model gives one score each"
             )
-        return logits.reshape(-1).double().cpu()
+        return logits.reshape(-1).cpu().double()
 
     def _ran(self, run: int, conversations: int, tokens: int) -> None:
         self.stats.micro_batches += 1
