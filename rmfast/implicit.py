@@ -219,11 +219,11 @@ class ImplicitScorer(Scorer):
             ids[i, : row.size] = torch.from_numpy(row.ids)
             mask[i, : row.size] = 1
             answer[i, row.start : row.size] = True
-        ids, mask, answer = (x.to(model.device) for x in (ids, mask, answer))
+        ids, mask = (x.to(models.device(model)) for x in (ids, mask))
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         logits = logits.to(reference.wide(logits.dtype)).log_softmax(-1)
-        gain = logits.gather(-1, ids[:, 1:, None])[..., 0].double()
-        return gain.where(answer[:, 1:], 0).sum(1).cpu().numpy()
+        gain = logits.gather(-1, ids[:, 1:, None])[..., 0].cpu().double()
+        return gain.where(answer[:, 1:], 0).sum(1).numpy()
 
 
 def _prompt(conversation: Any) -> str | list | None:
@@ -279,7 +279,7 @@ def _log_probs(
         logits = _logits(model, hidden.index_select(0, index))
         at = torch.from_numpy(place[here] - first).to(hidden.device)
         picked = logits[at, torch.from_numpy(token[here]).to(hidden.device)]
-        out[here] = (picked - logits.logsumexp(-1)[at]).double().cpu().numpy()
+        out[here] = (picked - logits.logsumexp(-1)[at]).cpu().double().numpy()
     return out
 
 

@@ -452,7 +452,7 @@ class RewardTrainer(trl.RewardTrainer):
             self._logged[mode] = []
             metrics = torch.stack(metrics)
             rows = torch.cat([metrics, metrics.new_tensor(numbers)], 1)  # [batches, 9]
-            rows = self.accelerator.gather(rows[None]).double().cpu().numpy()  # [W, batches, 9]
+            rows = self.accelerator.gather(rows[None]).cpu().double().numpy()  # [W, batches, 9]
             self._metrics[mode].update(self._averages(rows, mode))
         super().log(logs, start_time)
 
