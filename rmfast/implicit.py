@@ -81,6 +81,7 @@ class ImplicitScorer(Scorer):
         given = {name: options[name] for name in ("attention", "compile") if name in options}
         self.reference = patching.patch(reference, **given)
         self._patches.append((reference, patching.attached(reference)))
+        self._budget.fixed |= models.is_sharded(reference)
         self.beta = beta
         rows = [m.get_input_embeddings().num_embeddings for m in (model, reference)]
         self.encoder.vocabulary = min(rows)

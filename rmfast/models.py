@@ -199,9 +199,13 @@ def is_sharded(base: nn.Module) -> bool:
     if not (dist.is_available() and dist.is_initialized()):
         return False
     return any(
-        type(p).__name__ == "DTensor" or hasattr(p, "ds_id")  # FSDP2, DeepSpeed's ZeRO-3
+        # FSDP2 and tensor parallelism, DeepSpeed's ZeRO-3
+        type(p).__name__ == "DTensor" or hasattr(p, "ds_id")
         for p in base.parameters()
-    ) or any(getattr(m, "_is_fsdp_managed_module", False) for m in base.modules())
+    ) or any(  # FSDP1, tensor parallelism before transformers had it by DTensor
+        getattr(m, "_is_fsdp_managed_module", False) or hasattr(m, "_hf_device_mesh")
+        for m in base.modules()
+    )
 
 
 def draws_noise(model: nn.Module, active: bool) -> bool:

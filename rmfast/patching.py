@@ -174,7 +174,8 @@ class Patch(Member):
 
     def report(self) -> Report:
         reasons = list(self.reasons)
-        if self.level == "trie" and self.packs and self.options.max_tokens != 0:
+        cuts = self.level == "trie" and self.options.max_tokens != 0
+        if cuts and self.packs and not models.is_sharded(self.base):
             budget = self.budget()
             reasons.append(f"without gradients at most {budget.tokens} tokens run at once")
             if budget.halvings:

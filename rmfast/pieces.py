@@ -90,11 +90,13 @@ class Budget:
 
     Attributes:
         tokens: trie nodes a piece, or token slots of a padded batch.
+        fixed: it is never halved: other processes hold parts of the model and run the same passes.
         halvings: how often it was halved.
     """
 
     tokens: int
     halvings: int = 0
+    fixed: bool = False
 
     def attempt(self, work: Callable[..., Any], *args: Any) -> Any:
         """What ``work(*args)`` gives; None where memory ran out, and the budget is halved."""
@@ -108,7 +110,12 @@ class Budget:
         return None
 
     def halve(self, reason: str) -> None:
-        """Raises MemoryError where there is next to nothing left to halve."""
+        """Raises MemoryError where it is fixed, or there is next to nothing left to halve."""
+        if self.fixed:
+            raise MemoryError(
+                f"out of memory with {self.tokens} tokens at a time ({reason}), which cannot be "
+                "halved on this process alone, as the model is sharded: set max_tokens"
+            )
         if self.tokens <= _LEAST:
             raise MemoryError(
                 f"out of memory with {self.tokens} tokens at a time ({reason}): use a smaller "

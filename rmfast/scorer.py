@@ -85,7 +85,8 @@ class Scorer:
         model: a reward model; patched in place, as by :func:`rmfast.patch`.
         tokenizer: its tokenizer; None where only token ids come.
         max_tokens: trie nodes (distinct prefixes) a micro-batch; found by looking at the device's
-            memory when not given. Halved when memory runs out all the same.
+            memory when not given. Halved when memory runs out all the same; neither, where
+            processes share the parts of a model and must run as many micro-batches.
         max_length: most tokens of a conversation; the model's own limit when not given.
         on_overlong: ``"error"``, ``"skip"`` (the score is NaN), or ``"truncate_left"``: the BOS
             and the last tokens are scored.
@@ -160,7 +161,11 @@ class Scorer:
         self.window = window
         self.stats = Stats()
         self._progress = progress
-        self._budget = pieces.Budget(max_tokens or _most_tokens(self._device, self._probe))
+        sharded = models.is_sharded(model)  # then all processes must run as many passes
+        if max_tokens is None:
+            most = pieces.most(self._device)
+            max_tokens = most if sharded else _most_tokens(self._device, self._probe)
+        self._budget = pieces.Budget(max_tokens, fixed=sharded)
 
     @staticmethod
     def _check(model: nn.Module) -> None:
