@@ -7,6 +7,7 @@ hold numbers all the same, refuse to meet tensors of the CPU and, as on MPS, to 
 import copy
 import functools
 import os
+import types
 from pathlib import Path
 
 import processes
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import rmfast
 import tiny
-from rmfast import implicit, models, pieces, scorer, training
+from rmfast import implicit, models, pieces, scorer, training, trials
 from rmfast.trie import PackedTrie
 
 CPU, THERE = torch.device("cpu"), torch.device("meta")
@@ -328,6 +329,17 @@ def test_implicit_rewards_without_fp64(family, no_inference_mode):
     want = rewards(make())
     with TwoDevices(fp64=False):
         got = rewards(everything(make()))
+    assert tiny.score_error(got, want) <= 1e-4
+
+
+def test_the_doctors_trials_without_fp64():
+    model, case = tiny.model(), types.SimpleNamespace(tokenizer=None, pad=tiny.PAD, classifier=None)
+    with torch.no_grad():
+        want = trials._scores(case, model, tiny.rows())
+    everything(model).config.use_cache = False
+    with TwoDevices(fp64=False), torch.no_grad():
+        got = trials._scores(case, model, tiny.rows())
+    assert got.dtype == torch.float64
     assert tiny.score_error(got, want) <= 1e-4
 
 
