@@ -102,8 +102,7 @@ class TrieRun:
             key, value = self.keys_and_values
             queries = self.pooled.to(query.device)
         device = query.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            # as torch's own attention does
+        if torch.is_autocast_enabled(device):  # as torch's own attention does
             dtype = torch.get_autocast_dtype(device)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if dropout:

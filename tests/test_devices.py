@@ -80,6 +80,12 @@ class TwoDevices(TorchDispatchMode):
         return run(op, args, kwargs or {}, self.fp64)
 
 
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch):
+    """To ask for it on ``meta`` is an error."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+
+
 @pytest.fixture
 def no_inference_mode(monkeypatch):
     """Of which what is make-believe here knows nothing."""
