@@ -52,7 +52,8 @@ class Carried:
             before = self.before[layer]
             key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
         if self.keep.numel():
-            self.after[layer] = tuple(x.index_select(2, self.keep) for x in (key, value))
+            keep = self.keep.to(key.device)
+            self.after[layer] = tuple(x.index_select(2, keep) for x in (key, value))
         return key, value
 
 
@@ -90,20 +91,23 @@ class TrieRun:
                 "rmfast runs causal attention without a position bias; unpatch this model and "
                 "report its class, it should not have been patched"
             )
-        queries = self.rows
+        trie, queries = self.trie.on(query.device), self.rows
+        if queries is not None and queries.device != query.device:
+            queries = trie.after(self.carried.count)
         if self.carried is not None and self.keys_and_values is None:
             key, value = self.carried.join(layer, key, value)
         if self.leave_at_attention:
             raise KeysAndValues(key, value)
         if self.keys_and_values is not None:
             key, value = self.keys_and_values
-            queries = self.pooled
+            queries = self.pooled.to(query.device)
         device = query.device.type
         if torch.is_autocast_enabled(device):  # as torch's own attention does
             dtype = torch.get_autocast_dtype(device)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if dropout:
             return self._with_dropout(
+                trie,
                 query,
                 key,
                 value,
@@ -119,8 +123,8 @@ class TrieRun:
             query,
             key,
             value,
-            self.trie.subtree_end,
-            self.trie.position_ids,
+            trie.subtree_end,
+            trie.position_ids,
             queries=queries,
             sinks=s_aux,
             scale=scaling,
@@ -129,7 +133,7 @@ class TrieRun:
         )
 
     def _with_dropout(
-        self, query, key, value, queries, window, scaling, softcap, sinks, dropout
+        self, trie, query, key, value, queries, window, scaling, softcap, sinks, dropout
     ) -> Tensor:
         if self.shared:
             raise RuntimeError(
@@ -137,7 +141,7 @@ class TrieRun:
                 "patch with share_prefixes=False, and report this model's class"
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        end, positions = self.trie.subtree_end, self.trie.position_ids
+        end, positions = trie.subtree_end, trie.position_ids
         return reference.trie_attention(
             query, key, value, end, positions, queries, sinks, scale, window, softcap, dropout
         )

@@ -11,6 +11,7 @@ import contextvars
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -37,29 +38,80 @@ class Unservable(Exception):
     """A call the packed path cannot serve; the message is the reason."""
 
 
-class Override:
+class Weak:
+    """An attribute that keeps nothing alive: None where what it was has gone."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        held = getattr(instance, self.name)
+        return None if held is None else held()
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        setattr(instance, self.name, None if value is None else weakref.ref(value))
+
+
+class Member:
+    """Part of a patched model, which it does not keep alive. A copy belongs to the model's copy."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = [name.removeprefix("_") for name in self.__dict__]
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class Override(Member):
     """Stands in for ``forward`` on one instance. Pickles and copies along with its module."""
 
     __name__ = "forward"
+    module = Weak()
+    patch = Weak()  # None in the copy of a layer alone: it then runs as it was
+
+    def __new__(cls, *_: Any) -> Override:
+        go_around(cls)  # an unpickled model comes by no other way
+        return super().__new__(cls)
 
     def __init__(self, module: nn.Module, patch: Patch) -> None:
         self.module = module
         self.patch = patch
-        self.before = module.__dict__.get("forward")  # an instance forward of somebody else's
+        self.before = models.replaced(module)  # an instance forward of somebody else's
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"patch": None}  # the copy of the patch puts itself there
+
+    def leave(self) -> None:
+        """Put back what was there, unless somebody has wrapped this since."""
+        module = self.module
+        for slot in ("forward", "_old_forward"):
+            now = None if module is None else module.__dict__.get(slot)
+            if now is self or (now is not None and getattr(now, "__func__", None) is self):
+                if self.before is None and slot == "forward":
+                    del module.forward
+                else:
+                    setattr(module, slot, self.before or self.of_class())
+
+    def of_class(self) -> Callable:
+        return type(self.module).forward.__get__(self.module)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
             return self.before(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return self.of_class()(*args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:  # trainers drop the columns it does not name
-        return inspect.signature(self.before or type(self.module).forward.__get__(self.module))
+        return inspect.signature(self.before or self.of_class())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], nn.Module):  # accelerate makes a method of what it unwraps
             args = args[1:]
-        if not self.patch.active:
+        if self.module is None:
+            raise ReferenceError("the model of this forward is gone: keep the model")
+        if self.patch is None or not self.patch.active:
             return self.original(*args, **kwargs)
         return self.run(*args, **kwargs)
 
@@ -68,13 +120,30 @@ class Override:
 
 
 @functools.cache
-def untraced(owner: Any, name: str = "run", whole: bool = False) -> None:
+def go_around(kind: type[Override]) -> None:
+    """torch.compile goes around stand-ins of this kind, and around packing, into the layers.
+
+    Not at import, which would bring all of torch.compile along.
+    """
+    untraced(kind, "run", whole=kind is LastLayer)
+    for owner, name in ((PackedForward, "pack"), (pieces, "cut")):
+        untraced(owner, name, whole=True)
+    for owner, name in (
+        (pieces, "run"),
+        (pieces.Budget, "attempt"),
+        (ScoringForward, "by_piece"),
+        (attention.Carried, "join"),
+    ):
+        untraced(owner, name)
+
+
+@functools.cache
+def untraced(owner: Any, name: str, whole: bool = False) -> None:
     """Packing looks at the tokens, so torch.compile goes around it, into the layers.
 
     It goes around pieces and what they carry: nothing is compiled anew for each count of nodes.
     With ``whole`` it does not go into what is called from there either.
     """
-    whole = whole or owner is LastLayer
     setattr(owner, name, torch.compiler.disable(getattr(owner, name), recursive=whole))
 
 
@@ -274,9 +343,9 @@ class ScoringForward(PackedForward):
         return half or torch.is_autocast_enabled(linear.weight.device.type)
 
     def check(self, call: dict[str, Any]) -> None:
-        super().check(call)
-        if models.inner(self.module) is not self.patch.base:
+        if self.patch.base is None or models.inner(self.module) is not self.patch.base:
             raise Unservable("the backbone was replaced after the patch")
+        super().check(call)
         if not models.is_pointwise(self.module.score):
             raise Unservable("the score head mixes tokens")
         if not self.has_loss(call):
@@ -300,7 +369,7 @@ class ScoringForward(PackedForward):
 
     def in_pieces(self, device: torch.device) -> bool:
         """Whether nothing of a call need be kept, so that its tokens may run bit by bit."""
-        if self.patch.options.max_tokens == 0 or device != self.patch.base.device:
+        if self.patch.options.max_tokens == 0 or device != models.device(self.patch.base):
             return False
         needed = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
         return not needed and not models.is_sharded(self.patch.base)
@@ -338,6 +407,8 @@ class ScoringForward(PackedForward):
             rows = batch["pooled"] if self.may_prune() else None
             hidden = self.backbone(patch.base, training.trie_of(batch), batch["shared"], rows)[0]
             head = models.linear(self.module.score)
+            if head is not None and {head.weight.device, hidden.device} != {batch["pooled"].device}:
+                head = None  # the loss is where the batch is
             found = objective.of_hidden(hidden[0], batch, head, self.scores)
             loss, step.scores, step.metrics = found
         loss = loss / step.count
@@ -367,7 +438,8 @@ class ScoringForward(PackedForward):
         out = models.inner(self.module)(**inputs, return_dict=True)
         hidden, mask = out[0], call.get("attention_mask")
         linear = models.linear(self.module.score)
-        if linear is not None and ids.shape == hidden.shape[:2]:
+        fused = linear is not None and linear.weight.device == hidden.device
+        if fused and ids.shape == hidden.shape[:2]:
             pad, pooling = self.rule(ids)
             mask = mask.to(hidden.device) if mask is not None and pooling == "mask" else None
             scores = ops.pooled_reward_head(
@@ -403,11 +475,15 @@ class ScoringForward(PackedForward):
         return reference.last_token(ids, mask, *self.rule(ids))
 
     def scores(self, hidden: Tensor, index: Tensor) -> Tensor:  # [M, H], [B] -> [B, num_labels]
-        linear = models.linear(self.module.score)
-        if linear is not None:
-            return ops.reward_head(hidden, index, linear.weight, linear.bias)
-        scores = self.module.score(hidden[index][:, None])[:, 0]
-        return scores.to(reference.wide(scores.dtype))
+        linear, device = models.linear(self.module.score), index.device
+        index = index.to(hidden.device)
+        if linear is None:
+            scores = self.module.score(hidden[index][:, None])[:, 0]
+            return scores.to(device, reference.wide(scores.dtype))
+        if linear.weight.device != hidden.device:
+            hidden = hidden[index].to(linear.weight.device)
+            index = torch.arange(len(index), device=hidden.device)
+        return ops.reward_head(hidden, index, linear.weight, linear.bias).to(device)
 
     def return_dict(self, call: dict[str, Any]) -> bool:
         asked = call.get("return_dict")
@@ -478,7 +554,6 @@ class BackboneForward(PackedForward):
         out = self.backbone(self.original, trie, shared, None, return_dict=True, **passed)
         node = torch.full(keep.shape, len(trie))  # one row more, of zeros, for what is not attended
         node[keep] = torch.cat([torch.from_numpy(path) for path in trie.paths()])
-        node = node.to(device)
         out.last_hidden_state = _unpack(out.last_hidden_state, node)
         if out.get("hidden_states") is not None:
             out.hidden_states = tuple(_unpack(h, node) for h in out.hidden_states)
@@ -490,7 +565,7 @@ class BackboneForward(PackedForward):
 def _unpack(hidden: Tensor, node: Tensor) -> Tensor:  # [1, N, H], int64 [B, T] -> [B, T, H]
     # in fp32, so that the gradients of a shared token are summed in fp32
     rows = nn.functional.pad(hidden[0].to(reference.wide(hidden.dtype)), (0, 0, 0, 1))
-    return nn.functional.embedding(node, rows).to(hidden.dtype)
+    return nn.functional.embedding(node.to(rows.device), rows).to(hidden.dtype)
 
 
 class LastLayer(Override):
@@ -520,14 +595,16 @@ class LastLayer(Override):
 
         def pick(x: Any) -> Any:
             along = isinstance(x, Tensor) and x.ndim > 1 and x.shape[:2] == (1, nodes)
-            return x.index_select(1, rows) if along else x
+            return x.index_select(1, rows.to(x.device)) if along else x
 
         kwargs["rmfast_run"] = dataclasses.replace(run, keys_and_values=(key, value))
         out = self.layer(pick(hidden), *tree_map(pick, args), **tree_map(pick, kwargs))
 
         def put(x: Any) -> Any:
             along = isinstance(x, Tensor) and x.ndim > 1 and x.shape[:2] == (1, len(rows))
-            return x.new_zeros(1, nodes, *x.shape[2:]).index_copy(1, rows, x) if along else x
+            if not along:
+                return x
+            return x.new_zeros(1, nodes, *x.shape[2:]).index_copy(1, rows.to(x.device), x)
 
         return tree_map(put, out)
 

@@ -8,6 +8,7 @@ that an answer's token follows.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,7 +86,9 @@ class ImplicitScorer(Scorer):
         patch = patching.repatch(reference, **given)
         self._patches.append((reference, patch))
         if options.get("max_tokens") is None and patch.options.max_tokens:
-            self._budget = pieces.Budget(min(self.max_tokens, patch.options.max_tokens))
+            least = min(self.max_tokens, patch.options.max_tokens)
+            self._budget = dataclasses.replace(self._budget, tokens=least)
+        self._budget.fixed |= models.is_sharded(reference)
         self.beta = beta
         rows = [m.get_input_embeddings().num_embeddings for m in (model, reference)]
         self.encoder.vocabulary = min(rows)
@@ -224,11 +227,11 @@ class ImplicitScorer(Scorer):
             ids[i, : row.size] = torch.from_numpy(row.ids)
             mask[i, : row.size] = 1
             answer[i, row.start : row.size] = True
-        ids, mask, answer = (x.to(model.device) for x in (ids, mask, answer))
+        ids, mask = (x.to(models.device(model)) for x in (ids, mask))
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         logits = logits.to(reference.wide(logits.dtype)).log_softmax(-1)
-        gain = logits.gather(-1, ids[:, 1:, None])[..., 0].double()
-        return gain.where(answer[:, 1:], 0).sum(1).cpu().numpy()
+        gain = logits.gather(-1, ids[:, 1:, None])[..., 0].cpu().double()
+        return gain.where(answer[:, 1:], 0).sum(1).numpy()
 
 
 def _prompt(conversation: Any) -> str | list | None:
@@ -284,7 +287,7 @@ def _log_probs(
         logits = _logits(model, hidden.index_select(0, index))
         at = torch.from_numpy(place[here] - first).to(hidden.device)
         picked = logits[at, torch.from_numpy(token[here]).to(hidden.device)]
-        out[here] = (picked - logits.logsumexp(-1)[at]).double().cpu().numpy()
+        out[here] = (picked - logits.logsumexp(-1)[at]).cpu().double().numpy()
     return out
 
 

@@ -11,6 +11,7 @@ import math
 import os
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rmfast import attention
@@ -48,6 +49,35 @@ def _runs_transformers(module: nn.Module) -> bool:
     return True
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether accelerate's hooks, which move weights and inputs to a device, come first."""
+    function = getattr(module.__dict__.get("forward"), "func", None)
+    hooks = getattr(function, "__module__", None) == "accelerate.hooks"
+    return hooks and "_old_forward" in module.__dict__
+
+
+def slot(module: nn.Module) -> str:
+    """Where an instance has the forward that runs once accelerate's hooks have moved things."""
+    return "_old_forward" if hooked(module) else "forward"
+
+
+def replaced(module: nn.Module) -> Any:
+    """What an instance has there instead of its class's forward; None: nothing."""
+    now = module.__dict__.get(slot(module))
+    own = hooked(module) and getattr(now, "__func__", None) is type(module).forward
+    return None if own else now
+
+
+def device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs, also while its weights lie elsewhere for want of room."""
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            hook = getattr(module, "_hf_hook", None)
+            runs_on = getattr(hook, "execution_device", None) if p.is_meta else None
+            return p.device if runs_on is None else torch.device(runs_on)
+    return torch.device("cpu")
+
+
 def decoder_layers(module: nn.Module) -> nn.ModuleList | None:
     """The stack of decoder layers a backbone holds directly; None where there is not just one."""
     count = getattr(getattr(module, "config", None), "num_hidden_layers", None)
@@ -74,8 +104,8 @@ def find(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
 
 
 def _scores_last_token(module: nn.Module) -> bool:
-    replaced = "forward" in module.__dict__  # somebody's wrapper: it must stay outermost
-    if replaced or not isinstance(inner(module), nn.Module) or not hasattr(module, "score"):
+    wrapped = replaced(module) is not None  # by somebody: that must stay outermost
+    if wrapped or not isinstance(inner(module), nn.Module) or not hasattr(module, "score"):
         return False
     own = _owner(module).__name__.endswith("ForSequenceClassification")
     listed = own and module.config.model_type in LAST_TOKEN_HEADS
@@ -102,7 +132,8 @@ def linear(head: nn.Module) -> nn.Linear | None:
     """The bare linear layer behind a head, through PEFT's ``modules_to_save``; None if not bare."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for module in head.modules():
-        if "forward" in module.__dict__ or any(getattr(module, name) for name in hooks):
+        moves = type(getattr(module, "_hf_hook", None)).__name__ in ("NoneType", "AlignDevicesHook")
+        if not moves or replaced(module) or any(getattr(module, name) for name in hooks):
             return None
     copies = getattr(head, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):
@@ -168,9 +199,13 @@ def is_sharded(base: nn.Module) -> bool:
     if not (dist.is_available() and dist.is_initialized()):
         return False
     return any(
-        type(p).__name__ == "DTensor" or hasattr(p, "ds_id")  # FSDP2, DeepSpeed's ZeRO-3
+        # FSDP2 and tensor parallelism, DeepSpeed's ZeRO-3
+        type(p).__name__ == "DTensor" or hasattr(p, "ds_id")
         for p in base.parameters()
-    ) or any(getattr(m, "_is_fsdp_managed_module", False) for m in base.modules())
+    ) or any(  # FSDP1, tensor parallelism before transformers had it by DTensor
+        getattr(m, "_is_fsdp_managed_module", False) or hasattr(m, "_hf_device_mesh")
+        for m in base.modules()
+    )
 
 
 def draws_noise(model: nn.Module, active: bool) -> bool:

@@ -20,22 +20,14 @@ from rmfast import attention, backends, liger, models, pieces, reference
 from rmfast.forwards import (
     BackboneForward,
     LastLayer,
+    Member,
     Override,
-    PackedForward,
     ScoringForward,
-    untraced,
+    Weak,
 )
 
 _POOLING = ("hf", "mask")
 _ATTRIBUTE = "_rmfast"
-_UNTRACED = {  # besides the stand-ins
-    "pack": PackedForward,
-    "cut": pieces,
-    "run": pieces,
-    "attempt": pieces.Budget,
-    "by_piece": ScoringForward,
-    "join": attention.Carried,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +69,13 @@ class Report:
         return "\n".join(lines)
 
 
-class Patch:
+class Patch(Member):
     """What was changed in one model, and how to undo it."""
+
+    outer = Weak()
+    base = Weak()
+    holder = Weak()
+    last_layer = Weak()
 
     def __init__(self, root: nn.Module, options: Options) -> None:
         self.options = options
@@ -86,7 +83,7 @@ class Patch:
         self.fallbacks: Counter[str] = Counter()
         self.rounded: Counter[str] = Counter()  # calls scored in half precision, by dtype
         self.budgets: dict[str, pieces.Budget] = {}  # by device
-        self.last_layer: nn.Module | None = None
+        self.last_layer = None
         self.overrides: list[Override]
         self.attention_before: str | None = None
         self.level, self.reasons, self.outer, self.base = _choose(root, options)
@@ -112,8 +109,6 @@ class Patch:
                 self.override(BackboneForward(self.base, self))
             if self.last_layer is not None:
                 self.override(LastLayer(self.last_layer, self))
-            for name, owner in _UNTRACED.items():
-                untraced(owner, name, whole=name in ("pack", "cut"))
             _keep_the_heap(self.base)
         if self.options.backbone_kernels:
             for module, stand_in in liger.places(self.base).items():
@@ -123,19 +118,22 @@ class Patch:
         for module in self.marked():
             setattr(module, _ATTRIBUTE, self)
 
+    @property
+    def packs(self) -> bool:
+        return self.level != "head" and self.base is not None
+
     def marked(self) -> list[nn.Module]:
         """Where the patch is found again: also from inside or outside of a wrapper like PEFT's."""
-        packs = self.level != "head" and self.base is not self.holder
-        return [self.holder, self.base] if packs else [self.holder]
+        marked = [self.holder, self.base if self.packs else None]
+        return [m for m in dict.fromkeys(marked) if m is not None]
 
     def override(self, stand_in: Override) -> None:
-        untraced(type(stand_in))
-        stand_in.module.forward = stand_in
+        setattr(stand_in.module, models.slot(stand_in.module), stand_in)
         self.overrides.append(stand_in)
 
     def prepare(self) -> None:
         """Before a packed pass: somebody may have renamed the attention, or copied the model."""
-        if self.level == "head":
+        if not self.packs:
             return
         for module in self.base.modules():  # copied layers have configs of their own
             config = module.__dict__.get("config")
@@ -148,31 +146,27 @@ class Patch:
 
     def budget(self) -> pieces.Budget:
         """What runs together without gradients."""
-        device = self.base.device
+        device = models.device(self.base)
         if device.type not in self.budgets:
             tokens = self.options.max_tokens or pieces.most(device)
             self.budgets[device.type] = pieces.Budget(tokens)
         return self.budgets[device.type]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
+        for stand_in in self.overrides:
+            stand_in.patch = self
         if self.attention_before is not None:  # another process has registries of its own
             attention.register(self.attention_before)
 
     def undo(self) -> None:
         self.active = False  # should somebody have wrapped a stand-in, it hands everything on
         for stand_in in self.overrides:
-            module = stand_in.module
-            now = module.__dict__.get("forward")
-            if now is stand_in or getattr(now, "__func__", None) is stand_in:
-                if stand_in.before is not None:
-                    module.forward = stand_in.before
-                else:
-                    del module.forward
-        if self.level != "head":
+            stand_in.leave()
+        if self.packs:
             for module in self.base.modules():
                 attention.leave(module.__dict__.get("config"))
-        if self.options.compile and self.level != "head":
+        if self.options.compile and self.packs:
             for layer in models.decoder_layers(self.base):
                 if layer is not self.last_layer:
                     layer._compiled_call_impl = None
@@ -181,7 +175,8 @@ class Patch:
 
     def report(self) -> Report:
         reasons = list(self.reasons)
-        if self.level == "trie" and self.options.max_tokens != 0:
+        cuts = self.level == "trie" and self.options.max_tokens != 0
+        if cuts and self.packs and not models.is_sharded(self.base):
             budget = self.budget()
             reasons.append(f"without gradients at most {budget.tokens} tokens run at once")
             if budget.halvings:
@@ -217,8 +212,8 @@ class Patch:
                 out.append(
                     f"the reward head is no bare linear layer: it runs in {dtype}, not in fp32"
                 )
-        shares = self.level != "head" and self.options.share_prefixes
-        if shares and models.draws_noise(self.holder, active=False):
+        shares = self.packs and self.options.share_prefixes
+        if shares and models.draws_noise(self.marked()[0], active=False):
             out.append(
                 "the model has dropout: in training mode prefixes are not shared, because each "
                 "sequence draws its own noise"
@@ -231,9 +226,9 @@ class Patch:
                 "hidden states of tokens that the attention mask hides are zeros: a head or a loss "
                 "that reads them gives other numbers"
             )
-        if self.options.backbone_kernels and not liger.runs_on(self.base):
+        if self.options.backbone_kernels and self.packs and not liger.runs_on(self.base):
             out.append("Liger's kernels wait: the model is not on a GPU, and runs as it was")
-        hooked = self.level != "head" and any(
+        hooked = self.packs and any(
             m._forward_hooks or m._forward_pre_hooks for m in self.base.modules()
         )
         if hooked:
@@ -248,7 +243,7 @@ def _keep_the_heap(base: nn.Module) -> None:
     threshold"). Else it returns a layer's memory to the system and faults it in again for the next.
     Other allocators take no notice.
     """
-    if base.device.type == "cpu":
+    if models.device(base).type == "cpu":
         torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 
 
@@ -362,7 +357,7 @@ def patch(
             raise ValueError(missing)
     found = attached(model)
     if found is not None:
-        if found.holder not in model.modules():
+        if found.holder is not None and found.holder not in model.modules():
             raise ValueError(
                 f"the backbone of this {type(model).__name__} is already patched as part of a "
                 f"{type(found.holder).__name__}: unpatch that one first"

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmfast import models
 from rmfast.trie import PackedTrie
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Budget:
 
     Attributes:
         tokens: trie nodes a piece, or token slots of a padded batch.
+        fixed: it is never halved: other processes hold parts of the model and run the same passes.
         halvings: how often it was halved.
         doublings: how often it was doubled again.
     """
@@ -101,6 +103,7 @@ class Budget:
     tokens: int
     halvings: int = 0
     doublings: int = 0
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         self._before: list[int] = []  # the sizes that were halved, and not doubled again
@@ -133,7 +136,12 @@ class Budget:
             self._fitted, self._doubled = 0, True
 
     def halve(self, reason: str) -> None:
-        """Raises MemoryError where there is next to nothing left to halve."""
+        """Raises MemoryError where it is fixed, or there is next to nothing left to halve."""
+        if self.fixed:
+            raise MemoryError(
+                f"out of memory with {self.tokens} tokens at a time ({reason}), which cannot be "
+                "halved on this process alone, as the model is sharded: set max_tokens"
+            )
         if self.tokens <= _LEAST:
             raise MemoryError(
                 f"out of memory with {self.tokens} tokens at a time ({reason}): use a smaller "
@@ -178,7 +186,7 @@ def run(
     Raises:
         MemoryError: not even a few tokens fit.
     """
-    device = forward.patch.base.device
+    device = models.device(forward.patch.base)
 
     def one(start: int, before: dict) -> tuple[int, dict]:
         piece = cut(trie, start, budget.tokens).to(device)

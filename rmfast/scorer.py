@@ -90,7 +90,9 @@ class Scorer:
         max_tokens: trie nodes (distinct prefixes) a micro-batch. When not given, the limit that the
             model was patched with; where that has none, or 0, what the device's memory holds is
             looked for. What is given here leaves the limit of other calls as it is. Halved when
-            memory runs out all the same, and doubled again, up to there, after a while.
+            memory runs out all the same, and doubled again, up to there, after a while. Where
+            processes share the parts of a model, they must run as many micro-batches: memory is
+            not looked at then, and nothing is halved.
         max_length: most tokens of a conversation; the model's own limit when not given.
         on_overlong: ``"error"``, ``"skip"`` (the score is NaN), or ``"truncate_left"``: the BOS
             and the last tokens are scored.
@@ -168,8 +170,11 @@ class Scorer:
         self.stats = Stats()
         self._progress = progress
         self._told: bool | Callable[[int, int], None] = False  # of the window that runs
+        sharded = models.is_sharded(model)  # then all processes must run as many passes
         most = max_tokens or self._patch.options.max_tokens
-        self._budget = pieces.Budget(most or _most_tokens(self._device, self._probe))
+        if not most:
+            most = pieces.most(self._device) if sharded else _most_tokens(self._device, self._probe)
+        self._budget = pieces.Budget(most, fixed=sharded)
 
     @staticmethod
     def _check(model: nn.Module) -> None:
@@ -183,7 +188,7 @@ class Scorer:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return models.device(self.model)
 
     # --- what people call
 
@@ -404,7 +409,7 @@ class Scorer:
                 # a node once: a matmul may round equal rows differently, and equal is a tie
                 nodes, place = piece.trie.pool_index.unique(return_inverse=True)
                 scores = self._forward.scores(hidden, nodes - piece.carried)
-                out[done] = scores[place, 0].double().cpu()
+                out[done] = scores[place, 0].cpu().double()
             self._ran(piece.stop - piece.start, done.size, int(lengths[done].sum()))
 
         pieces.run(self._forward, trie, self._budget, take)
@@ -460,7 +465,7 @@ class Scorer:
                 f"{type(self.model).__name__} gave logits {tuple(logits.shape)} for "
                 f"{len(rows)} sequences: a reward model gives one score each"
             )
-        return logits.reshape(-1).double().cpu()
+        return logits.reshape(-1).cpu().double()
 
     def _ran(self, run: int, conversations: int, tokens: int) -> None:
         self.stats.micro_batches += 1

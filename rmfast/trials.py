@@ -156,12 +156,12 @@ def _scores(case: Case, model: nn.Module, rows: Rows) -> Tensor:  # fp64 [len(ro
     for i, row in enumerate(rows):
         where = slice(longest - len(row), longest) if left else slice(0, len(row))
         ids[i, where], mask[i, where] = torch.tensor(row), 1
-    device = next(model.parameters()).device
+    device = models.device(model)
     out = model(input_ids=ids.to(device), attention_mask=mask.to(device))
     scores = out.logits if hasattr(out, "logits") else out[0]
     if scores.shape[0] != len(rows) or scores.ndim > 2:
         raise ValueError(f"it gives {list(scores.shape)} numbers for {len(rows)} conversations")
-    return scores.reshape(len(rows), -1)[:, 0].double().cpu()
+    return scores.reshape(len(rows), -1)[:, 0].cpu().double()
 
 
 def _exact(case: Case, rows: Rows) -> tuple[Tensor, Tensor] | None:
@@ -184,7 +184,7 @@ def _is_half(model: nn.Module) -> bool:
 def _fits(model: nn.Module) -> bool:
     """Whether there is memory for a copy in fp32, and a fifth of it for the work."""
     needed = 1.2 * 4 * sum(p.numel() for p in model.parameters())
-    device = next(model.parameters()).device
+    device = models.device(model)
     if device.type == "cuda":
         return needed < torch.cuda.mem_get_info(device)[0]
     try:

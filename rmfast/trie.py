@@ -69,6 +69,13 @@ class PackedTrie:
     def to(self, device: torch.device | str) -> PackedTrie:
         return PackedTrie(*(getattr(self, field.name).to(device) for field in fields(self)))
 
+    def on(self, device: torch.device) -> PackedTrie:
+        """The trie for layers on a device: itself, or a copy that is made once and kept."""
+        if device == self.subtree_end.device:
+            return self
+        kept = self.subtree_end._rmfast_kept
+        return kept.once(("on", device), self.position_ids, lambda: self.to(device))
+
     def after(self, first: int) -> Tensor | None:  # int64 [N - first]
         """The nodes from ``first`` on, as queries of attention; None for all of them.
 

@@ -79,11 +79,15 @@ def launch(module: str, kinds: Collection[str], folder: Path) -> Path:
 
     They are forks of a process that has no threads yet: forks of others may hang.
     """
-    code = f"import processes; processes.in_pairs({module!r}, {list(kinds)!r}, {str(folder)!r})"
+    alone(f"import processes; processes.in_pairs({module!r}, {list(kinds)!r}, {str(folder)!r})")
+    return folder
+
+
+def alone(code: str, *args: str | Path) -> None:
+    """Run Python code in a new process that can import rmfast and the tests' helpers."""
     here, root = Path(__file__).parent, Path(rmfast.__file__).parent.parent
     env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=600)
-    return folder
+    subprocess.run([sys.executable, "-c", code, *args], env=env, check=True, timeout=600)
 
 
 def in_pairs(module: str, kinds: Collection[str], folder: str) -> None:

@@ -250,6 +250,28 @@ def test_torch_compile_of_the_whole_model(patch_first):
     assert_step(got, want, 1e-5)
 
 
+UNPICKLED = """
+import pickle, sys, torch, tiny
+model, batches, want = pickle.load(open(sys.argv[1], "rb"))
+compiled = torch.compile(model)
+for i, (batch, logits) in enumerate(zip(batches, want)):
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=i > 3):
+        assert tiny.score_error(compiled(**batch).logits, logits) <= 1e-5
+import rmfast
+assert not rmfast.report(model).fallbacks
+"""
+
+
+def test_torch_compile_of_a_model_unpickled_in_another_process(tmp_path):
+    """Where nobody patched anything: packing is gone around there too."""
+    model = tiny.model("llama", torch.float64)
+    batches = [tiny.padded(tiny.rows(seed)[: 3 + seed % 3]) for seed in range(7)]
+    with torch.no_grad():
+        want = [model(**batch).logits for batch in batches]
+    (tmp_path / "model").write_bytes(pickle.dumps((rmfast.patch(model), batches, want)))
+    processes.alone(UNPICKLED, tmp_path / "model")
+
+
 # --- threads
 
 

@@ -2,8 +2,11 @@
 
 import copy
 import functools
+import gc
 import pickle
+import weakref
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -623,7 +626,6 @@ def test_a_head_that_somebody_changed(where):
     elif where == "hook":
         model.score.register_forward_hook(lambda _, args, out: out * 3)
     else:
-        peft = pytest.importorskip("peft")
         model = peft.get_peft_model(
             model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
         )
@@ -914,3 +916,94 @@ def test_attention_renamed_after_the_patch():
     assert_same(want, model(**inputs).logits)
     rmfast.unpatch(model)
     assert model.config._attn_implementation == "eager"
+
+
+# --- gone when it is let go of
+
+
+def raises(model, inputs):
+    with pytest.raises(IndexError):
+        model(input_ids=inputs["input_ids"] + tiny.VOCAB)
+
+
+LIVES = {
+    "patched": lambda model, inputs: None,
+    "scored": lambda model, inputs: model(**inputs),
+    "trained": lambda model, inputs: tiny.run(model, **inputs),
+    "fell back": lambda model, inputs: model(**inputs, output_attentions=True),
+    "raised": raises,
+    "in pieces": lambda model, inputs: model.requires_grad_(False)(**inputs),
+    "unpatched": lambda model, inputs: rmfast.unpatch(model),
+    "patched again": lambda model, inputs: rmfast.patch(model, share_prefixes=False),
+    "copied": lambda model, inputs: copy.deepcopy(model)(**inputs),
+    "bulk": lambda model, inputs: rmfast.Scorer(model).score(tiny.rows()),
+    "wrapped": lambda model, inputs: peft.get_peft_model(model, LORA)(**inputs),
+}
+LORA = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "query_key_value"])
+
+
+OF_TRANSFORMERS = ("trained", "fell back", "raised", "bulk", "wrapped")
+EAGER = functools.partial(tiny.model, attn_implementation="eager")
+KINDS = [
+    ("trie", EAGER, {"max_tokens": 10}),
+    ("trie", EAGER, {"prune_last_layer": False}),
+    ("backbone", lambda: OwnHead(tiny.model(dtype=torch.float64).base_model), {}),
+    ("head", functools.partial(EAGER, "bloom"), {}),
+]
+CASES = [
+    (*kind, life) for kind in KINDS for life in LIVES
+    if kind[0] != "backbone" or life not in OF_TRANSFORMERS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("level", "make", "options", "life"), CASES)
+def test_a_model_is_freed_with_its_last_name(level, make, options, life):
+    inputs = tiny.padded(tiny.rows())
+    make()(**inputs)  # what libraries import and keep on their first call is not ours
+    gc.collect()
+    gc.disable()
+    try:
+        model = rmfast.patch(make(), **options)
+        assert rmfast.report(model).level == level
+        LIVES[life](model, inputs)
+        left = [weakref.ref(p) for p in model.parameters()]
+        del model
+        assert sum(p() is not None for p in left) == 0
+    finally:
+        gc.enable()
+
+
+def test_the_copy_of_a_layer_alone_runs_as_it_was():
+    model = rmfast.patch(tiny.model(dtype=torch.float64))
+    inputs = tiny.padded(tiny.rows())
+    want = model(**inputs).logits
+    layer = model.model.layers[-1]
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        model.model.layers[-1] = clone
+        assert_same(want, model(**inputs).logits)
+        assert not rmfast.report(model).fallbacks
+    assert len(pickle.dumps(layer)) < 2 * sum(8 * p.numel() for p in layer.parameters())
+
+
+def test_the_backbone_outlives_its_model():
+    inputs = tiny.padded(tiny.rows())
+    model = rmfast.patch(tiny.model(dtype=torch.float64))
+    base = model.model
+    want = base(**inputs)[0]
+    del model
+    assert_same(want, base(**inputs)[0])
+    assert rmfast.report(base).level == "trie"
+    rmfast.patch(base)
+    assert rmfast.report(base).level == "backbone"
+    keep = inputs["attention_mask"].bool()
+    assert_same(want[keep], base(**inputs)[0][keep])
+    rmfast.unpatch(base)
+    assert torch.equal(want, base(**inputs)[0])
+
+
+def test_a_forward_without_its_model_says_so():
+    model = rmfast.patch(tiny.model())
+    forward = model.forward
+    del model
+    with pytest.raises(ReferenceError, match="keep the model"):
+        forward(**tiny.padded(tiny.rows()))

@@ -466,7 +466,7 @@ class RewardTrainer(trl.RewardTrainer):
         self._logged[mode] = []
         metrics = torch.stack(metrics)
         rows = torch.cat([metrics, metrics.new_tensor(numbers)], 1)  # [batches, 9]
-        rows = self.accelerator.gather(rows[None]).double().cpu().numpy()  # [W, batches, 9]
+        rows = self.accelerator.gather(rows[None]).cpu().double().numpy()  # [W, batches, 9]
         accuracy, _, margin, mean, least, greatest, pairs, scores, tokens = np.moveaxis(rows, -1, 0)
         ranked = pairs > 0
         weights = pairs[ranked]

@@ -1,5 +1,6 @@
 """Patched models on a GPU, by every attention: scores and gradients against Hugging Face."""
 
+import functools
 import math
 
 import pytest
@@ -76,3 +77,36 @@ def test_bf16(family, attention, triton_calls):
     size = max(x.abs().max().item() for x, _ in oracle)
     assert score <= 1.1 * their_score + 2.0**-8 * size
     assert grad <= 1.1 * their_grad + 2.0**-8
+
+
+@pytest.mark.parametrize("last", ["cpu", "cuda:0", "cuda:1"])
+@pytest.mark.parametrize("order", ["patch-first", "dispatch-first"])
+def test_layers_on_two_devices(order, last, triton_calls):
+    """accelerate's hooks; tests/test_devices.py has more of it, with a make-believe device."""
+    accelerate = pytest.importorskip("accelerate")
+    if last == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    first = "cpu" if last == "cuda:0" else "cuda:0"
+    names = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1")
+    places = dict.fromkeys(names, first)
+    places |= dict.fromkeys(("model.layers.2", "model.norm", "score"), last)
+
+    def dispatch(m):  # with "cpu" as main device, what is on the CPU runs there
+        return accelerate.dispatch_model(m, places, main_device=first)
+
+    make = functools.partial(tiny.model, "qwen3", torch.float32, head_dim=32)
+    inputs = {name: x.to(first) for name, x in batch(0).items()}
+    theirs, their_grads = tiny.run(dispatch(make()), **inputs)
+    m = make()
+    m = dispatch(rmfast.patch(m)) if order == "patch-first" else rmfast.patch(dispatch(m))
+    ours, our_grads = tiny.run(m, **inputs)
+    assert rmfast.report(m).level == "trie" and not rmfast.report(m).fallbacks
+    assert len({p.device for p in m.parameters()}) == 2
+    assert len(triton_calls) == sum(m.model.layers[i].mlp.up_proj.weight.is_cuda for i in range(3))
+    assert ours.device == theirs.device
+    assert tiny.score_error(ours, theirs) <= 1e-4
+    on_host = ({n: g.cpu() for n, g in grads.items()} for grads in (our_grads, their_grads))
+    assert tiny.grad_error(*on_host) <= 1e-4
+    rows = [row[keep.bool()].tolist() for row, keep in zip(*batch(0).values(), strict=True)]
+    bulk = torch.from_numpy(rmfast.Scorer(m, max_tokens=16).score(rows))
+    assert tiny.score_error(bulk, theirs[:, 0].cpu()) <= 1e-4
