@@ -415,14 +415,13 @@ def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
     With gradient checkpointing the backward belongs inside: it runs the layers again.
     """
     found = attached(model)
-    before = found.options if found else None
     patch(model, **options)
     try:
         yield model
     finally:
         unpatch(model)
-        if before is not None:
-            patch(model, **dataclasses.asdict(before))
+        if found is not None:
+            found.apply()
 
 
 @contextlib.contextmanager

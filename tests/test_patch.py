@@ -7,6 +7,7 @@ import pickle
 import weakref
 
 import peft
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -485,6 +486,18 @@ def test_generation_is_untouched():
     with rmfast.patched(model):
         got = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
     assert torch.equal(got, want)
+
+
+def test_after_a_block_the_patch_is_the_one_from_before():
+    model, inputs = tiny.model("llama"), tiny.padded(tiny.rows())
+    rmfast.patch(model, share_prefixes=False)
+    scorer = rmfast.Scorer(model, max_tokens=64)
+    model(**inputs, use_cache=True)  # falls back
+    before = rmfast.report(model)
+    with rmfast.patched(model, prune_last_layer=False):
+        assert str(rmfast.report(model)) != str(before)
+    assert str(rmfast.report(model)) == str(before)
+    assert np.isfinite(scorer.score(tiny.rows())).all()
 
 
 def test_a_subclass_with_its_own_forward_keeps_it():
