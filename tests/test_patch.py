@@ -6,8 +6,8 @@ import gc
 import pickle
 import weakref
 
-import peft
 import numpy as np
+import peft
 import pytest
 import torch
 from torch import nn
