@@ -208,6 +208,13 @@ class Patch:
                         "rule passes over a final eos and scores the token before it; "
                         "pooling='mask' scores the last attended token"
                     )
+        if self.level != "head" and _drops_soft_cap(self.base.config, self.attention_before):
+            out.append(
+                "gemma2: in transformers up to 5.20, SDPA leaves out the soft cap of the attention "
+                "logits (config.attn_logit_softcapping). Packed calls have it, so their scores "
+                "differ from Hugging Face's and from those of calls that run unpacked; loaded with "
+                "attn_implementation='eager', both have it"
+            )
         shares = self.level != "head" and self.options.share_prefixes
         if shares and models.draws_noise(self.holder, active=False):
             out.append(
@@ -227,6 +234,15 @@ class Patch:
         if hooked:
             out.append("forward hooks on the backbone see packed rows [1, N, H], not [B, T, H]")
         return out
+
+
+def _drops_soft_cap(config: Any, attention_before: str | None) -> bool:
+    """Whether the model's own attention is handed a soft cap that it does not know.
+
+    gemma2 alone hands one on, of the families that run packed. Later versions refuse it with SDPA.
+    """
+    cap = getattr(config, "attn_logit_softcapping", None)
+    return config.model_type == "gemma2" and cap is not None and attention_before == "sdpa"
 
 
 def _keep_the_heap(base: nn.Module) -> None:
