@@ -355,17 +355,14 @@ class Tests:
 def main() -> None:
     parser = argparse.ArgumentParser("gpu_check", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, default=Path("build/gpu"), help="folder; default: %(default)s")
     add("--seconds", type=float, default=225, help="all in all; default: %(default)s")
     add("--jobs", type=int, default=6, help="checks beside each other; default: %(default)s")
     add("--only", default="", help="checks whose names match this, and no tests")
-    add("--dry", action="store_true", help="tiny, on a CPU, with TRITON_INTERPRET=1")
     add("--small", action="store_true", help="only the launches that a checker looks at")
-    args = parser.parse_args()
+    args = gpu_common.begin(parser)
     if args.small:
         print(*small())
         return
-    args.out.mkdir(parents=True, exist_ok=True)
     begun, about = time.monotonic(), gpu_common.facts()
     found: dict[str, dict] = {}
     running: dict[str, gpu_common.Task] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import gc
@@ -126,33 +127,59 @@ def roof() -> dict[str, float]:
 # --- the machine, and where results go
 
 
-def facts() -> dict[str, Any]:
-    def said(*command: str) -> str:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-            return done.stdout.strip() if done.returncode == 0 else ""
-        return ""
+def said(*command: str) -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        return done.stdout.strip() if done.returncode == 0 else ""
+    return ""
 
+
+def ask(fields: str) -> str:
+    return said("nvidia-smi", "--format=csv,noheader", f"--query-gpu={fields}").partition("\n")[0]
+
+
+def device_name() -> str:
+    """Asked elsewhere: a process that touched the GPU cannot be forked."""
+    if DRY:
+        return "dry run"
+    get = "import torch; print(torch.cuda.get_device_name())"
+    return ask("name") or said(sys.executable, "-c", get)
+
+
+def facts() -> dict[str, Any]:
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    fields = "driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit"
-    asked = ["nvidia-smi", "--format=csv,noheader"]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        # torch is not asked: it would touch the GPU before the forks
-        "device": "dry run" if DRY else said(*asked, "--query-gpu=name").partition("\n")[0],
-        "gpu": said(*asked, f"--query-gpu={fields}"), "cuda": torch.version.cuda,
-        "python": sys.version.split()[0], "cpus": os.cpu_count(), "packages": versions,
+        "device": device_name(),
+        "gpu": ask("driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit"),
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "cpus": os.cpu_count(),
+        "packages": versions,
         "gcc": said("gcc", "--version").partition("\n")[0],
         "environment": {k: v for k, v in os.environ.items() if re.search("TRITON|CUDA|TORCH", k)},
-    }  # fmt: skip
+    }
+
+
+def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with a folder for results; refuses where no GPU is."""
+    parser.add_argument(
+        "--dry", action="store_true", help="tiny, on a CPU, with TRITON_INTERPRET=1"
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of results")
+    args = parser.parse_args()
+    if not device_name():
+        parser.error("torch sees no GPU: to try it out, TRITON_INTERPRET=1 and --dry")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def keep(folder: Path, part: str, about: dict[str, Any], found: dict[str, Any]) -> None:
     """Into ``folder/<device>.json``, which both programs write a part of."""
-    path = folder / Path(bench.file_of(about["device"] or "gpu")).with_suffix(".json")
+    path = folder / Path(bench.file_of(about["device"])).with_suffix(".json")
     whole = json.loads(path.read_text()) if path.exists() else {}
     new = path.with_suffix(".new")
     new.write_text(json.dumps(whole | {part: {"facts": about, "found": found}}, indent=1) + "\n")

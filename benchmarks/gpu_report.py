@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import operator
+import re
 import tempfile
 import time
 import warnings
@@ -158,11 +159,10 @@ def contest(
             made[name] = row = {**row, "peak GB": peak[name]}
             yield row
     if rounds:
-        best = [
-            min((r for n, r in made.items() if n.startswith(side)), key=lambda r: r["ms"], default={})
+        ours, theirs = (
+            min((r for n, r in made.items() if side in n), key=lambda r: r["ms"], default={})
             for side in ("rmfast", "HF, sorted")
-        ]  # fmt: skip
-        ours, theirs = best
+        )
         bound = theirs.get("slots", nodes) / nodes
         yield goal(
             f"{what}, {kind}: times as fast as Hugging Face, sorted",
@@ -253,6 +253,9 @@ def waiting_lines(run: Callable[[], object]) -> dict[str, int]:
     return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in seen)
 
 
+WAITS = re.compile("ynchronize|Malloc")
+
+
 def profiles(timed: bool) -> Iterator[Row]:
     for name, step in (("0.6B", True), ("0.6B", False), ("8B", False)):
         model, rows = build(name).train(step), rows_of("pairs")
@@ -280,7 +283,7 @@ def profiles(timed: bool) -> Iterator[Row]:
             "model": name, "what": "step" if step else "scoring", "wall ms": 1e3 * wall,
             "GPU busy ms": busy / 1e3, "gaps ms": sum(g for g, _ in gaps) / 1e3,
             "launches": len(there),
-            "waits": Counter(e.name for e in events if "ynchronize" in e.name or "Malloc" in e.name),
+            "waits": Counter(name for e in events if WAITS.search(name := e.name)),
             "waiting lines": waiting_lines(lambda once=once, args=args: once(*args)),
             "longest gaps us": sorted(gaps)[::-1][:6],
             "top": [(round(t / 1e3, 3), n, kernel[:90]) for kernel, (t, n) in top],
@@ -475,13 +478,10 @@ def show(name: str, section: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser("gpu_report", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, default=Path("build/gpu"), help="folder; default: %(default)s")
     add("--seconds", type=float, default=350, help="all in all; default: %(default)s")
     add("--compiling", type=float, default=70, help="of them, at most; default: %(default)s")
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections")
-    add("--dry", action="store_true", help="tiny, on a CPU, with TRITON_INTERPRET=1")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = gpu_common.begin(parser)
     begun, about, found = time.monotonic(), gpu_common.facts(), {}
     left = lambda: args.seconds - (time.monotonic() - begun)  # noqa: E731
     with tempfile.TemporaryDirectory() as folder:

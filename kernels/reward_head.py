@@ -222,7 +222,8 @@ def row_blocks(rows: int, width: int, rows_tile: int = _ROWS_TILE) -> tuple[dict
     tall = min(64, triton.next_power_of_2(max(rows, 1)), max(1, rows_tile // block))
     tiles = triton.cdiv(rows, tall)
     splits = min(triton.cdiv(width, block), max(1, _PROGRAMS // max(tiles, 1)))
-    return {"ROWS": tall, "USES": 128, "BLOCK": block}, splits, tiles * splits
+    uses = min(128, 4096 // tall)  # each row is compared with each use
+    return {"ROWS": tall, "USES": uses, "BLOCK": block}, splits, tiles * splits
 
 
 def _forward(
