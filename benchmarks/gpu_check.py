@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -43,7 +44,7 @@ from rmfast.kernels import trie_attention as kernels
 ROOT = Path(__file__).resolve().parents[1]
 FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
 # of an answer; torch's error may be more. The interpreter's bf16 is cut off, not rounded
-ROUND = {FP32: 2.0**-20, FP16: 2.0**-9, BF16: 2.0**-7}
+ROUND = {FP32: 2.0**-20, FP16: 2.0**-9, BF16: 2.0 ** (-6 if DRY else -7)}
 
 
 @contextlib.contextmanager
@@ -111,7 +112,7 @@ def head(m: int, h: int, b: int) -> Iterator[dict]:
     for two in (False, True):
         got = run(two)
         far = [off(a, b) for a, b in zip((*got[:2], got[2][used], got[3]), true, strict=True)]
-        assert max(far[:2]) < 1e-5 and max(far[2:]) < ROUND[BF16] / (1 if DRY else 2), far
+        assert max(far[:2]) < 1e-5 and max(far[2:]) < ROUND[BF16] / 2, far
         for part, none in zip(got[2].split(1 << 16), idle.split(1 << 16), strict=True):
             assert not part[none].any(), "a row of no score has a gradient"
         same_bits(functools.partial(run, two), got, 30)
@@ -135,7 +136,7 @@ def losses() -> Iterator[list[float]]:
             got = [got, *torch.autograd.grad(got, s)]
         true = reference.pairwise_loss(wide, pairs, label_smoothing=0.1)[0]
         yield checked(got, [true, *torch.autograd.grad(true, wide)])
-    sizes = torch.randint(1, 65, (40 if DRY else 4000,))
+    sizes = torch.randint(1, 65, (9 if DRY else 4000,))
     offsets = F.pad(sizes.cumsum(0), (1, 0)).to(DEV)
     for kind in ("all_pairs", "plackett_luce"):
         s = (3 * noise(int(sizes.sum()))).requires_grad_()
@@ -194,7 +195,7 @@ def small() -> Iterator[str]:
     """Each kernel on little, for a checker."""
     size = 10 if DRY else 150
     rows = [np.arange(9), np.r_[np.arange(size), 7], np.r_[np.arange(size), 8, 8]]
-    for dtype in (BF16, FP32):
+    for dtype in (BF16,) if DRY else (BF16, FP32):
         hidden, weight = (noise(n, 2 * size, dtype=dtype).requires_grad_() for n in (90, 1))
         index, trie = torch.arange(80, device=DEV), rmfast.pack(rows).to(DEV)
         loss = ops.reward_head_pairwise_loss(hidden, index, weight).loss
@@ -281,32 +282,22 @@ def _attends(**options: Any) -> tuple:
 
 
 CHECKS: dict[str, tuple[Callable, dict, float]] = {  # the first one alone, then in this order
-    "roof": (roofs, {}, 40),
-    "qwen3-0.6b": (model, {"name": "0.6B"}, 120),
+    "roof": (roofs, {}, 40), "qwen3-0.6b": (model, {"name": "0.6B"}, 120),
     "llama-1b": (model, {"name": "1B"}, 120),
     "qwen3-0.6b, sdpa": (model, {"name": "0.6B", "attention": "sdpa"}, 120),
     "memcheck": (sanitized, {"tool": "memcheck"}, 170),
     "racecheck": (sanitized, {"tool": "racecheck"}, 170),
-    "head 4096": _heads(65536, 4096, 4096),
-    "head 896": _heads(16384, 896, 154),
-    "head 16384": _heads(4096, 16384, 512),
-    "losses": (losses, {}, 60),
-    "D 128": _attends(),
-    "D 64": _attends(d=64, h=(14, 2)),
-    "D 256": _attends(d=256, h=(8, 4)),
-    "D 96": _attends(d=96, h=(32, 32)),
-    "groups": _attends(kind="groups"),
-    "long prompt": _attends(kind="long"),
-    "pooled": _attends(pooled=True),
-    "window": _attends(kind="long", window=1024),
-    "fp16": _attends(dtype=FP16),
-    "fp32": _attends(dtype=FP32, h=(8, 2), times=2),
-    "65,536 nodes": _attends(kind="wide", times=3),
+    "head 4096": _heads(65536, 4096, 4096), "head 896": _heads(16384, 896, 154),
+    "head 16384": _heads(4096, 16384, 512), "losses": (losses, {}, 60),
+    "D 128": _attends(), "D 64": _attends(d=64, h=(14, 2)), "D 256": _attends(d=256, h=(8, 4)),
+    "D 96": _attends(d=96, h=(32, 32)), "groups": _attends(kind="groups"),
+    "long prompt": _attends(kind="long"), "pooled": _attends(pooled=True),
+    "window": _attends(kind="long", window=1024), "fp16": _attends(dtype=FP16),
+    "fp32": _attends(dtype=FP32, h=(8, 2), times=2), "65,536 nodes": _attends(kind="wide", times=3),
     "gemma2": _attends(kind="groups", d=256, h=(8, 4), softcap=50.0, window=1024),
     "gpt_oss": _attends(d=64, h=(64, 8), sinks=True, window=128),
-    "past int32, head": _heads(540_000, 4096, 512),
-    "past int32": _attends(kind="huge", times=1),
-}
+    "past int32, head": _heads(540_000, 4096, 512), "past int32": _attends(kind="huge", times=1),
+}  # fmt: skip
 
 
 # --- tests
@@ -325,7 +316,7 @@ class Tests:
 
     def __init__(self, log: Path, what: list[str], workers: int, seconds: float) -> None:
         options = ["-v", "--tb=short", "-p", "no:cacheprovider", "--durations=12"]
-        if "pytest-timeout" in gpu_common.facts()["packages"]:
+        if importlib.util.find_spec("pytest_timeout"):
             options.append("--timeout=100")
         env = {"OMP_NUM_THREADS": "1" if DRY else "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         command = ["timeout", "-s", "INT", "-k", "6", str(int(seconds)), sys.executable, "-m"]

@@ -34,14 +34,10 @@ DEV = "cpu" if DRY else "cuda"
 BF16 = torch.bfloat16
 PACKAGES = """torch triton transformers numpy accelerate peft pytest pytest-xdist pytest-timeout
     trl datasets pyarrow liger-kernel flash-attn""".split()
-# prompts, tokens of each, answers to each, tokens of an answer
-REGULAR = {
-    "groups": (7, 600, 8, 200),
-    "long": (2, 4096, 8, 512),
-    "apart": (32, 0, 1, 512),
-    "wide": (16, 0, 1, 4096),
-    "huge": (1056, 0, 1, 512),
-}
+REGULAR = {  # prompts, tokens of each, answers to each, tokens of an answer
+    "groups": (7, 600, 8, 200), "long": (2, 4096, 8, 512), "apart": (32, 0, 1, 512),
+    "wide": (16, 0, 1, 4096), "huge": (1056, 0, 1, 512),
+}  # fmt: skip
 QWEN3 = transformers.Qwen3ForSequenceClassification
 LLAMA = transformers.LlamaForSequenceClassification
 SIZES = """hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -72,7 +68,7 @@ def rows_of(kind: str, start: int = 4) -> list[np.ndarray]:
         count, prompt, answers, answer = REGULAR[kind]
         made = [(prompt, [answer] * answers)] * count
     if DRY:
-        made = [(p // 100, [1 + n // 100 for n in answers[:2]]) for p, answers in made[:4]]
+        made = [(p // 200, [1 + n // 200 for n in answers[:2]]) for p, answers in made[:4]]
     tokens = lambda n: rng.integers(3, 30_000, n)  # noqa: E731
     begin, out = tokens(start), []
     for prompt, answers in made:
@@ -101,14 +97,9 @@ def heads_of(trie: Any, d: int, h: Sequence[int], dtype: torch.dtype = BF16) -> 
 def build(name: str, dtype: torch.dtype = BF16) -> nn.Module:
     """A reward model with random weights."""
     made, *sizes = SHAPES[name]
-    config = made.config_class(
-        vocab_size=30_000,
-        num_labels=1,
-        pad_token_id=0,
-        max_position_embeddings=8192,
-        use_cache=False,
-        **dict(zip(SIZES, (32, 48, 2, 2, 1, 16) if DRY else sizes, strict=True)),
-    )
+    sizes = dict(zip(SIZES, (32, 48, 2, 2, 1, 16) if DRY else sizes, strict=True))
+    sizes |= {"vocab_size": 30_000, "max_position_embeddings": 8192}
+    config = made.config_class(num_labels=1, pad_token_id=0, use_cache=False, **sizes)
     torch.manual_seed(0)
     with torch.device(DEV):
         return made._from_config(config, dtype=dtype)
@@ -153,15 +144,12 @@ def facts() -> dict[str, Any]:
             versions[name] = metadata.version(name)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": device_name(),
+        "device": device_name(), "cuda": torch.version.cuda, "python": sys.version.split()[0],
         "gpu": ask("driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit"),
-        "cuda": torch.version.cuda,
-        "python": sys.version.split()[0],
-        "cpus": os.cpu_count(),
-        "packages": versions,
-        "gcc": said("gcc", "--version").partition("\n")[0],
+        "gcc": said("gcc", "--version").partition("\n")[0], "cpus": os.cpu_count(),
         "environment": {k: v for k, v in os.environ.items() if re.search("TRITON|CUDA|TORCH", k)},
-    }
+        "packages": versions,
+    }  # fmt: skip
 
 
 def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:

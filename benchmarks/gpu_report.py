@@ -14,6 +14,7 @@ was measured, and whether that was ``reached``: the goals are for one H100. All 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import operator
 import re
@@ -42,6 +43,7 @@ KINDS = ("groups", "apart") if DRY else ("pairs", "groups", "long", "apart")
 ATTENTION = "sdpa" if DRY else "auto"
 SLOTS = 400 if DRY else 16_384  # token slots of a filled batch: about the nodes of a whole one
 ROUNDS = 1 if DRY else 3
+WAITS = "ynchronize|Malloc"  # in the names of what the host waits in
 Row = dict[str, Any]
 
 
@@ -88,11 +90,13 @@ def filled(rows: Sequence, slots: int) -> list[list[int]]:
     return out
 
 
-def pairs_by_length(rows: Sequence) -> list[list[int]]:
-    """8 pairs a batch, the chosen ones and then the rejected, those with the longest side first."""
-    count = len(rows) // 2
-    order = sorted(range(count), key=lambda i: -max(map(len, rows[2 * i : 2 * i + 2])))
-    batches = contestants.in_file_order(count, 8)
+def pairs_of(rows: Sequence, by_length: bool) -> list[list[int]]:
+    """8 pairs a batch, fewer of long ones: chosen, then rejected; with the longest side first?"""
+    count, longest = len(rows) // 2, max(map(len, rows))
+    order = list(range(count))
+    if by_length:
+        order.sort(key=lambda i: -max(map(len, rows[2 * i : 2 * i + 2])))
+    batches = contestants.in_file_order(count, min(8, SLOTS // longest))
     return [[2 * order[i // 2] + i % 2 for i in batch] for batch in batches]
 
 
@@ -176,15 +180,15 @@ def scoring(timed: bool, name: str) -> Iterator[Row]:
     model = build(name).eval()
     for kind in KINDS if timed else KINDS[:1]:
         rows = rows_of(kind)
-        whole, in_order = [list(range(len(rows)))], contestants.in_file_order(len(rows) // 2, 8)
+        whole, in_order = [list(range(len(rows)))], pairs_of(rows, False)
         who = {
             "HF, sorted, 16": Entry(None, score, contestants.by_length(rows, 16)),
             "HF, sorted, filled": Entry(None, score, filled(rows, SLOTS)),
             "rmfast": Entry({}, score, whole),
         }
         if name == "0.6B":
-            who["HF, file order, 16"] = Entry(None, score, in_order)
-            who["rmfast, file order, 16"] = Entry({}, score, in_order)
+            who["HF, file order"] = Entry(None, score, in_order)
+            who["rmfast, file order"] = Entry({}, score, in_order)
             who["rmfast, sdpa"] = Entry({"attention": "sdpa"}, score, whole)
         yield from contest(f"scoring {name}", kind, model, rows, who, ROUNDS * timed)
 
@@ -196,17 +200,17 @@ def steps(timed: bool, name: str) -> Iterator[Row]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for kind in KINDS if timed else KINDS[:1]:
         rows = rows_of(kind)
-        in_order = contestants.in_file_order(len(rows) // 2, 8)
+        in_order, by_length = (pairs_of(rows, sort) for sort in (False, True))
         whole = contestants.in_file_order(len(rows) // 2, len(rows))
         who = {
-            "HF, sorted, 8 pairs": Entry(None, train, pairs_by_length(rows)),
-            "HF, 8 pairs": Entry(None, train, in_order),
-            "rmfast, 8 pairs": Entry({}, train, in_order),
+            "HF, sorted": Entry(None, train, by_length),
+            "HF, file order": Entry(None, train, in_order),
+            "rmfast, file order": Entry({}, train, in_order),
             "rmfast, whole": Entry({}, train, whole),
             "rmfast, packed before": Entry({}, train_packed, packed(rows)),
         }
         if big:
-            who = {n: who[n] for n in ("HF, sorted, 8 pairs", "rmfast, packed before")}
+            who = {n: who[n] for n in ("HF, sorted", "rmfast, packed before")}
         rounds = (2 if big else ROUNDS) * timed
         yield from contest(f"training {name}", kind, model, rows, who, rounds)
 
@@ -253,22 +257,15 @@ def waiting_lines(run: Callable[[], object]) -> dict[str, int]:
     return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in seen)
 
 
-WAITS = re.compile("ynchronize|Malloc")
-
-
 def profiles(timed: bool) -> Iterator[Row]:
     for name, step in (("0.6B", True), ("0.6B", False), ("8B", False)):
         model, rows = build(name).train(step), rows_of("pairs")
         rmfast.patch(model, attention=ATTENTION)
-        run, batches = train_packed if step else score, [list(range(len(rows)))]
-
-        def once(*args: Any, run: Callable = run) -> None:
-            run(*args)
-
-        args = (model, rows, packed(rows) if step else batches)
+        batches = packed(rows) if step else [list(range(len(rows)))]
+        once = functools.partial(train_packed if step else score, model, rows, batches)
         for _ in range(2):
-            once(*args)
-        there, events, wall = on_gpu(lambda once=once, args=args: once(*args))
+            once()
+        there, events, wall = on_gpu(once)
         total, busy, gaps, until = defaultdict(lambda: [0.0, 0]), 0.0, [], None
         for e in there:
             begin, end = e.time_range.start, e.time_range.end
@@ -283,12 +280,12 @@ def profiles(timed: bool) -> Iterator[Row]:
             "model": name, "what": "step" if step else "scoring", "wall ms": 1e3 * wall,
             "GPU busy ms": busy / 1e3, "gaps ms": sum(g for g, _ in gaps) / 1e3,
             "launches": len(there),
-            "waits": Counter(name for e in events if WAITS.search(name := e.name)),
-            "waiting lines": waiting_lines(lambda once=once, args=args: once(*args)),
+            "waits": Counter(name for e in events if re.search(WAITS, name := e.name)),
+            "waiting lines": waiting_lines(once),
             "longest gaps us": sorted(gaps)[::-1][:6],
             "top": [(round(t / 1e3, 3), n, kernel[:90]) for kernel, (t, n) in top],
         }  # fmt: skip
-        del model, args  # before the next one is built
+        del model, once  # before the next one is built
 
 
 def launches(timed: bool) -> Iterator[Row]:
@@ -350,16 +347,14 @@ def against(timed: bool) -> Iterator[Row]:
 
             who[f"nothing shared, {backend}"] = plain._replace(forward=forced)
         work = bench.allowed_pairs(trie) * shape.heads * shape.head_dim
-        for what, call, each in (
-            ("forward", bench.forward_of, 4),
-            ("forward + backward", bench.step_of, 14),
-        ):
+        whats = ("forward", bench.forward_of, 4), ("forward + backward", bench.step_of, 14)
+        for what, call, each in whats:
             calls = {name: call(one) for name, one in who.items()} | {"matmul": product}
             took = bench.measure(calls, (5 * ROUNDS if not DRY else 1) * timed, clock)
             took = {name: median(times) for name, times in took.items() if times}
             for name, s in took.items():
                 yield {"kind": kind, "what": what, "who": name, "ms": 1e3 * s}
-            if took:
+            if "rmfast" in took:
                 flex = took.get("FlexAttention")
                 label = f"attention {what}, {kind}, D {shape.head_dim}"
                 speed = flex / took["rmfast"] if flex else None
@@ -444,22 +439,16 @@ def roofs(timed: bool) -> Iterator[Row]:
 
 # --- all of it
 
+# function, arguments, seconds, whether it is run once before, to compile
 SECTIONS: dict[str, tuple[Callable, tuple, float, bool]] = {
-    # function, arguments, seconds, whether it is run once before, to compile
-    "roof": (roofs, (), 20, False),
-    "launches": (launches, (), 40, True),
-    "scoring 0.6B": (scoring, ("0.6B",), 45, True),
-    "training 0.6B": (steps, ("0.6B",), 50, True),
-    "against": (against, (), 60, True),
-    "dualkv": (dualkv, (), 30, True),
-    "heads": (heads, (), 30, True),
-    "scoring 8B": (scoring, ("8B",), 70, False),
-    "training 8B": (steps, ("8B, 12 layers",), 60, False),
-    "profiles": (profiles, (), 50, False),
-    "compiled": (compiled, (), 60, True),
-    "scoring 1B": (scoring, ("1B",), 40, True),
+    "roof": (roofs, (), 20, False), "launches": (launches, (), 40, True),
+    "scoring 0.6B": (scoring, ("0.6B",), 45, True), "training 0.6B": (steps, ("0.6B",), 50, True),
+    "against": (against, (), 60, True), "dualkv": (dualkv, (), 30, True),
+    "heads": (heads, (), 30, True), "scoring 8B": (scoring, ("8B",), 70, False),
+    "training 8B": (steps, ("8B, 12 layers",), 60, False), "profiles": (profiles, (), 50, False),
+    "compiled": (compiled, (), 60, True), "scoring 1B": (scoring, ("1B",), 40, True),
     "tuning": (tuning, (), 90, False),
-}
+}  # fmt: skip
 
 
 def show(name: str, section: dict[str, Any]) -> None:
