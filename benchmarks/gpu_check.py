@@ -228,7 +228,7 @@ def sanitized(tool: str) -> Iterator[str]:
 
 
 def model(name: str, attention: str = "triton") -> Iterator[dict]:
-    """fp32 equals Hugging Face's; bf16 is no further from fp32; pieces equal the whole."""
+    """fp32 equals Hugging Face's; bf16 is no further from fp32, in one and in pieces."""
     batch, out = padded(rows_of("pairs")[:8]), {}
 
     def run() -> tuple[Tensor, dict[str, Tensor]]:
@@ -237,35 +237,36 @@ def model(name: str, attention: str = "triton") -> Iterator[dict]:
         F.logsigmoid(scores[0::2] - scores[1::2]).mean().backward()
         return scores.detach(), {n: p.grad.clone() for n, p in net.named_parameters()}
 
-    def gap(ours: tuple, theirs: tuple) -> tuple[float, float]:  # of the scores, of all gradients
+    def apart(scores: Tensor) -> float:
+        return float((scores - true[0]).square().mean().sqrt() / true[0].std())
+
+    def gap(run: tuple) -> tuple[float, float]:  # of the scores, of all gradients
         far = size = 0.0
-        for n, g in theirs[1].items():
-            far += float((ours[1][n].double() - g.double()).square().sum())
+        for n, g in true[1].items():
+            far += float((run[1][n].double() - g.double()).square().sum())
             size += float(g.double().square().sum())
-        rms = (ours[0] - theirs[0]).square().mean().sqrt() / theirs[0].std()
-        return float(rms), (far / size) ** 0.5
+        return apart(run[0]), (far / size) ** 0.5
 
     net = gpu_common.build(name, FP32)
     true = run()
     with rmfast.patched(net, attention=attention):
-        out["fp32"] = fp32 = gap(run(), true)
+        out["fp32"] = fp32 = gap(run())
     net.to(BF16)
-    out["bf16, Hugging Face"] = theirs = gap(run(), true)
+    out["bf16, Hugging Face"] = theirs = gap(run())
     rmfast.patch(net, attention=attention)
-    out["bf16, rmfast"] = ours = gap(run(), true)
-    with torch.no_grad():
-        whole, stream = net(**batch).logits, contextlib.nullcontext()
-        rmfast.patch(net, attention=attention, max_tokens=16 if DRY else 256)
-        if not DRY:
-            torch.cuda.synchronize()
-            stream = torch.cuda.stream(torch.cuda.Stream())
-        with stream:
-            out["in pieces"] = float((net(**batch).logits - whole).abs().max() / true[0].std())
+    out["bf16, rmfast"] = ours = gap(run())
+    rmfast.patch(net, attention=attention, max_tokens=4 if DRY else 256)
+    stream = contextlib.nullcontext()
+    if not DRY:
+        torch.cuda.synchronize()
+        stream = torch.cuda.stream(torch.cuda.Stream())
+    with torch.no_grad(), stream:
+        out["bf16, in pieces"] = pieces = apart(net(**batch).logits[:, 0].float())
     report = rmfast.report(net)
     assert report.level == "trie" and not report.fallbacks, str(report)
     assert max(fp32) <= 1e-4, out
     # of 8 scores, and of one batch's gradients: chance counts
-    assert ours[0] <= 2 * theirs[0] and ours[1] <= 1.25 * theirs[1], out
+    assert max(ours[0], pieces) <= 2 * theirs[0] and ours[1] <= 1.25 * theirs[1], out
     yield out
 
 
