@@ -44,7 +44,7 @@ class Config(NamedTuple):
 _TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
     ("sm_80", 64): (Config(128, 32, 8, 3), Config(128, 64, 8, 3), Config(32, 128, 8, 2)),
     ("sm_80", 128): (Config(128, 32, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
-    ("sm_80", 256): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+    ("sm_80", 256): (Config(32, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
     ("sm_90", 64): (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
     ("sm_90", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
     ("sm_90", 256): (Config(64, 32, 8, 2), Config(64, 16, 8, 2), Config(32, 32, 8, 2)),
