@@ -62,8 +62,11 @@ _TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
     ("gfx950", 256): (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
 }
 # with a window, where its positions leave too few registers for the row above
-_WINDOWED = {(chip, 64): _TABLE[chip, 128] for chip in ("sm_80", "sm_90", "sm_120")} | {
-    ("sm_90", 128): (*_TABLE["sm_90", 128][:2], Config(32, 64, 8, 2))
+_WINDOWED: dict[tuple[str, int], tuple[Config, Config, Config]] = {
+    ("sm_80", 64): (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+    ("sm_90", 64): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
+    ("sm_90", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+    ("sm_120", 64): (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
 }
 # any chip, by padded head_dim: without tensor cores the operands are in registers
 _FP32 = {64: Config(16, 16, 4, 1), 128: Config(16, 16, 8, 1)}
