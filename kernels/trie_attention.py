@@ -69,7 +69,10 @@ _WINDOWED: dict[tuple[str, int], tuple[Config, Config, Config]] = {
     ("sm_120", 64): (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
 }
 # any chip, by padded head_dim: without tensor cores the operands are in registers
-_FP32 = {64: Config(16, 16, 4, 1), 128: Config(16, 16, 8, 1)}
+_FP32: dict[int, tuple[Config, Config, Config]] = {
+    64: (Config(16, 16, 4, 1), Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
+    128: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+}
 
 
 _tuned: dict[tuple, Config] = {}  # what tune() found
@@ -83,11 +86,11 @@ def _config(
     if tuned is not None:
         return tuned
     if like.dtype == torch.float32:
-        found = _FP32[max(width, 64)]
+        row = _FP32[max(width, 64)]
     else:  # a soft cap keeps one matrix more: the smallest tiles
         key = chips.chip(like.device), 256 if capped else max(width, 64)
         row = _WINDOWED.get(key, _TABLE[key]) if windowed else _TABLE[key]
-        found = row[("forward", "dq", "dkv").index(kernel)]
+    found = row[("forward", "dq", "dkv").index(kernel)]
     return found._replace(rows=16) if pooled else found
 
 
@@ -684,9 +687,8 @@ def tune(
     }
     best = {}
     for i, (kernel, run) in enumerate(runs.items()):
-        known = [row[i] for row in _TABLE.values()]
-        if query.dtype == torch.float32:
-            known = list(_FP32.values())
+        table = _FP32 if query.dtype == torch.float32 else _TABLE
+        known = [row[i] for row in table.values()]
         times = {}
         for config in dict.fromkeys(c._replace(rows=16) if pooled else c for c in known):
             try:
