@@ -221,8 +221,9 @@ def attention_cases() -> Iterable[tuple[str, Case]]:
     yield "attention, D 256, bf16", Case(_bind(call, 256, bf16), every, every, (dkv,))
     case = Case(_bind(call, 256, bf16, softcap=50.0, window=64), every, every, (dkv,))
     yield "attention, D 256, bf16, soft cap, window", case
-    case = Case(_bind(call, 128, bf16, window=64, sinks=True), every, every)
-    yield "attention, D 128, bf16, window, sinks", case
+    for width in (64, 128):
+        case = Case(_bind(call, width, bf16, window=64, sinks=True), every, every)
+        yield f"attention, D {width}, bf16, window, sinks", case
     case = Case(_bind(call, 128, bf16, pooled=True), every, every, (forward, dq))
     yield "attention, D 128, bf16, pooled queries", case
     case = Case(_bind(call, 192, bf16, value_width=128), every, every, (dkv,))

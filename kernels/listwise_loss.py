@@ -25,8 +25,8 @@ from rmfast.kernels.pairwise_loss import accumulator, log1p, wide
 
 
 def _warps(size: int, acc: torch.dtype) -> int:
-    """Of a [size, size] block: about 16 registers a thread for one value an element."""
-    return min(max(1, size * size * acc.itemsize // 2048), 8)
+    """Of a [size, size] block: about 8 registers a thread for one value an element."""
+    return min(max(1, size * size * acc.itemsize // 1024), 8)
 
 
 @triton.jit

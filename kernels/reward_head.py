@@ -219,7 +219,7 @@ def _sum_kernel(
 def row_blocks(rows: int, width: int, rows_tile: int = _ROWS_TILE) -> tuple[dict, int, int]:
     """Block sizes, splits and number of programs of :func:`write_rows`."""
     block = min(512, triton.next_power_of_2(width))
-    tall = min(64, triton.next_power_of_2(max(rows, 1)), max(1, rows_tile // block))
+    tall = min(32, triton.next_power_of_2(max(rows, 1)), max(1, rows_tile // block))
     tiles = triton.cdiv(rows, tall)
     splits = min(triton.cdiv(width, block), max(1, _PROGRAMS // max(tiles, 1)))
     return {"ROWS": tall, "USES": 128, "BLOCK": block}, splits, tiles * splits

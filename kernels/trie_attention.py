@@ -42,15 +42,15 @@ class Config(NamedTuple):
 
 # by chip and padded head_dim, 16-bit inputs: forward, dQ, dK and dV
 _TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
-    ("sm_80", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 128, 8, 2)),
-    ("sm_80", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
-    ("sm_80", 256): (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+    ("sm_80", 64): (Config(128, 32, 8, 3), Config(128, 64, 8, 3), Config(32, 128, 8, 2)),
+    ("sm_80", 128): (Config(128, 32, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+    ("sm_80", 256): (Config(32, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
     ("sm_90", 64): (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
     ("sm_90", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
-    ("sm_90", 256): (Config(128, 32, 8, 2), Config(64, 16, 8, 2), Config(32, 32, 8, 2)),
+    ("sm_90", 256): (Config(64, 32, 8, 2), Config(64, 16, 8, 2), Config(32, 32, 8, 2)),
     ("sm_100", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
     ("sm_100", 128): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 64, 8, 2)),
-    ("sm_100", 256): (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+    ("sm_100", 256): (Config(128, 32, 8, 2), Config(64, 16, 8, 2), Config(32, 32, 8, 2)),
     ("sm_120", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 128, 8, 2)),
     ("sm_120", 128): (Config(128, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm_120", 256): (Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 2)),
@@ -58,26 +58,39 @@ _TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
     ("gfx942", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),
     ("gfx942", 256): (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
     ("gfx950", 64): (Config(128, 64, 4, 1), Config(128, 64, 8, 1), Config(64, 64, 4, 1)),
-    ("gfx950", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(32, 128, 4, 1)),
+    ("gfx950", 128): (Config(128, 64, 8, 1), Config(64, 32, 4, 1), Config(32, 128, 4, 1)),
     ("gfx950", 256): (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
 }
+# with a window, where its positions leave too few registers for the row above
+_WINDOWED: dict[tuple[str, int], tuple[Config, Config, Config]] = {
+    ("sm_80", 64): (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+    ("sm_90", 64): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
+    ("sm_90", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+    ("sm_120", 64): (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+}
 # any chip, by padded head_dim: without tensor cores the operands are in registers
-_FP32 = {64: Config(16, 32, 4, 1), 128: Config(16, 16, 8, 1)}
+_FP32: dict[int, tuple[Config, Config, Config]] = {
+    64: (Config(16, 16, 4, 1), Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
+    128: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+}
 
 
 _tuned: dict[tuple, Config] = {}  # what tune() found
 
 
-def _config(kernel: str, like: Tensor, width: int, pooled: bool, capped: bool) -> Config:
+def _config(
+    kernel: str, like: Tensor, width: int, pooled: bool, capped: bool, windowed: bool = False
+) -> Config:
     """Tile sizes for ``forward``, ``dq`` or ``dkv`` at padded head_dim ``width``."""
     tuned = _tuned.get((kernel, like.device, like.dtype, width, pooled, capped))
     if tuned is not None:
         return tuned
     if like.dtype == torch.float32:
-        found = _FP32[max(width, 64)]
+        row = _FP32[max(width, 64)]
     else:  # a soft cap keeps one matrix more: the smallest tiles
-        row = _TABLE[chips.chip(like.device), 256 if capped else max(width, 64)]
-        found = row[("forward", "dq", "dkv").index(kernel)]
+        key = chips.chip(like.device), 256 if capped else max(width, 64)
+        row = _WINDOWED.get(key, _TABLE[key]) if windowed else _TABLE[key]
+    found = row[("forward", "dq", "dkv").index(kernel)]
     return found._replace(rows=16) if pooled else found
 
 
@@ -529,13 +542,14 @@ def _dkv_kernel(
 
 
 def _tile(
-    kernel: str, query: Tensor, value: Tensor, pooled: bool, capped: bool, config: Config | None
-) -> tuple[Config, dict]:
+    kernel: str, query: Tensor, value: Tensor, pooled: bool, capped: bool, windowed: bool,
+    config: Config | None,
+) -> tuple[Config, dict]:  # fmt: skip
     """Configuration, and the constants that the three kernels share."""
     interpreted = not isinstance(_forward_kernel, triton.JITFunction)
     width, v_width = query.shape[-1], value.shape[-1]
     d, dv = (max(16, triton.next_power_of_2(w)) for w in (width, v_width))
-    chosen = config or _config(kernel, query, max(d, dv), pooled, capped)
+    chosen = config or _config(kernel, query, max(d, dv), pooled, capped, windowed)
     low = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     return chosen, {
         "GROUP": query.shape[1] // value.shape[1],
@@ -576,7 +590,8 @@ def trie_attention(
     _, heads, rows, _ = query.shape
     pooled = queries is not None
     sinks = None if sinks is None else sinks.contiguous()
-    chosen, constants = _tile("forward", query, value, pooled, softcap is not None, config)
+    options = (pooled, softcap is not None, window is not None)
+    chosen, constants = _tile("forward", query, value, *options, config)
     who = _rule(subtree_end, position_ids, queries, window)
     tiles = _planned(who, subtree_end, position_ids, queries, chosen, False)
     out = query.new_empty(1, rows, heads, value.shape[-1])
@@ -623,7 +638,8 @@ def trie_attention_backward(
     g_strides = (grad.stride(2), grad.stride(1), grad.stride(3))
     flags = {"WINDOW": window is not None, "CAPPED": softcap is not None}
 
-    chosen, constants = _tile("dq", query, value, pooled, softcap is not None, configs[0])
+    options = (pooled, softcap is not None, window is not None)
+    chosen, constants = _tile("dq", query, value, *options, configs[0])
     tiles = _planned(who, subtree_end, position_ids, queries, chosen, False)
     delta = torch.empty_like(lse)
     partial = lse.new_empty(tiles.counts.shape[0], heads) if sinks is not None else lse
@@ -636,7 +652,7 @@ def trie_attention_backward(
         SINKS=sinks is not None, **flags, **constants,
     )  # fmt: skip
 
-    chosen, constants = _tile("dkv", query, value, pooled, softcap is not None, configs[1])
+    chosen, constants = _tile("dkv", query, value, *options, configs[1])
     blocks = _planned(who, subtree_end, position_ids, queries, chosen, True)
     _dkv_kernel[(blocks.counts.shape[0], kv_heads)](
         query, key, value, grad, lse, delta, grad_k, grad_v,
@@ -671,9 +687,8 @@ def tune(
     }
     best = {}
     for i, (kernel, run) in enumerate(runs.items()):
-        known = [row[i] for row in _TABLE.values()]
-        if query.dtype == torch.float32:
-            known = list(_FP32.values())
+        table = _FP32 if query.dtype == torch.float32 else _TABLE
+        known = [row[i] for row in table.values()]
         times = {}
         for config in dict.fromkeys(c._replace(rows=16) if pooled else c for c in known):
             try:

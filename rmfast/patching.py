@@ -212,6 +212,13 @@ class Patch(Member):
                 out.append(
                     f"the reward head is no bare linear layer: it runs in {dtype}, not in fp32"
                 )
+        if self.packs and _drops_soft_cap(self.base.config, self.attention_before):
+            out.append(
+                "gemma2: in transformers up to 5.20, SDPA leaves out the soft cap of the attention "
+                "logits (config.attn_logit_softcapping). Packed calls have it, so their scores "
+                "differ from Hugging Face's and from those of calls that run unpacked; loaded with "
+                "attn_implementation='eager', both have it"
+            )
         shares = self.packs and self.options.share_prefixes
         if shares and models.draws_noise(self.marked()[0], active=False):
             out.append(
@@ -234,6 +241,15 @@ class Patch(Member):
         if hooked:
             out.append("forward hooks on the backbone see packed rows [1, N, H], not [B, T, H]")
         return out
+
+
+def _drops_soft_cap(config: Any, attention_before: str | None) -> bool:
+    """Whether the model's own attention is handed a soft cap that it does not know.
+
+    gemma2 alone hands one on, of the families that run packed. Later versions refuse it with SDPA.
+    """
+    cap = getattr(config, "attn_logit_softcapping", None)
+    return config.model_type == "gemma2" and cap is not None and attention_before == "sdpa"
 
 
 def _keep_the_heap(base: nn.Module) -> None:

@@ -105,6 +105,30 @@ def test_pad_equal_to_eos(side):
     assert_same(torch.cat(one_by_one), ours, 1e-4 if side == "left" else 1e-12)
 
 
+def test_sdpa_that_leaves_out_the_soft_cap_is_told():
+    """gemma2 up to transformers 5.20; later versions refuse SDPA there."""
+    batch = tiny.padded(tiny.rows())
+    cap = {"attn_logit_softcapping": 0.5}
+    right = tiny.model("gemma2", attn_implementation="eager", **cap)
+    with torch.no_grad():
+        want = right(**batch).logits
+    assert not any("soft cap" in w for w in rmfast.report(rmfast.patch(right)).warnings)
+    try:
+        model = tiny.model("gemma2", attn_implementation="sdpa", **cap)
+    except ValueError:
+        model = rmfast.unpatch(right)
+        model.config._attn_implementation_internal = "sdpa"
+    else:
+        with torch.no_grad():
+            assert tiny.score_error(model(**batch).logits, want) > 1e-2
+    (told,) = rmfast.report(rmfast.patch(model)).warnings
+    assert told.startswith("gemma2: in transformers up to 5.20") and "'eager'" in told
+    with torch.no_grad():
+        assert tiny.score_error(model(**batch).logits, want) <= 1e-4
+    model.config.attn_logit_softcapping = None
+    assert not rmfast.report(model).warnings
+
+
 def test_masked_tokens_in_the_middle():
     model = tiny.model(dtype=torch.float64)
     inputs = tiny.padded(tiny.rows())

@@ -7,7 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
+import interpreter
+
 from rmfast.benchmarks import launches, work
+
+pytestmark = interpreter.NEEDED
 
 
 @pytest.fixture(scope="module")

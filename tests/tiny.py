@@ -95,6 +95,8 @@ def model(
     """A random model whose scores spread, in eval mode."""
     torch.manual_seed(0)
     cfg = config(family, num_labels=num_labels, **overrides)
+    if getattr(cfg, "attn_logit_softcapping", None) and attn_implementation is None:
+        attn_implementation = "eager"  # SDPA left the cap out before transformers 5.21
     kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
     build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
     out = build(cfg, **kwargs).to(dtype).eval()

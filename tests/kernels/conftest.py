@@ -2,6 +2,7 @@
 
 import os
 
+import interpreter
 import pytest
 import torch
 
@@ -9,9 +10,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items):
-    if INTERPRETED or torch.cuda.is_available():
+    reason = None
+    if INTERPRETED:
+        reason = interpreter.why_not()
+    elif not torch.cuda.is_available():
+        reason = "no GPU: `make test` runs these with TRITON_INTERPRET=1"
+    if reason is None:
         return
-    skip = pytest.mark.skip(reason="no GPU: `make test` runs these with TRITON_INTERPRET=1")
+    skip = pytest.mark.skip(reason=reason)
     for item in items:
         if "/kernels/" in item.path.as_posix():
             item.add_marker(skip)
