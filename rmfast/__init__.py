@@ -1,6 +1,7 @@
 """rmfast: Hugging Face reward models train and score without running a token twice."""
 
-import importlib as _importlib
+from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
@@ -47,11 +48,13 @@ _MODULE_OF = {name: module for module, names in _FROM.items() for name in names}
 
 
 def __getattr__(name: str) -> _Any:
-    """Import a public name when it is first asked for: torch takes seconds, ``--help`` has none."""
-    if name not in __all__:
+    """Import a name, or a module, when it is first asked for: torch takes seconds."""
+    module = _MODULE_OF.get(name, name)
+    if name.startswith("_") or _find_spec(f"rmfast.{module}") is None:
         raise AttributeError(f"module 'rmfast' has no attribute {name!r}")
-    module = _importlib.import_module(f"rmfast.{_MODULE_OF.get(name, name)}")
-    value = getattr(module, name) if name in _MODULE_OF else module
+    value = _import_module(f"rmfast.{module}")
+    if name in _MODULE_OF:
+        value = getattr(value, name)
     globals()[name] = value
     return value
 

@@ -70,6 +70,7 @@ class Override(Member):
     __name__ = "forward"
     module = Weak()
     patch = Weak()  # None in the copy of a layer alone: it then runs as it was
+    placed = False  # on its module, itself or inside somebody's wrapper
 
     def __new__(cls, *_: Any) -> Override:
         go_around(cls)  # an unpickled model comes by no other way
@@ -81,18 +82,44 @@ class Override(Member):
         self.before = models.replaced(module)  # an instance forward of somebody else's
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"patch": None}  # the copy of the patch puts itself there
+        state = super().__getstate__()
+        del state["patch"]  # the copy of the patch puts itself there
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_patch", None)
+
+    def put(self) -> None:
+        """Take the place of what the instance has; inside somebody's wrapper it stays there."""
+        if not self.placed:
+            setattr(self.module, models.slot(self.module), self)
+            self.placed = True
 
     def leave(self) -> None:
         """Put back what was there, unless somebody has wrapped this since."""
-        module = self.module
+        slot = self.slot()
+        if slot is None:
+            return
+        self.placed = False
+        if self.before is None and slot == "forward":
+            del self.module.forward
+        else:
+            setattr(self.module, slot, self.before or self.of_class())
+
+    def slot(self) -> str | None:
+        """The attribute of its module that it is; None inside somebody's wrapper."""
         for slot in ("forward", "_old_forward"):
-            now = None if module is None else module.__dict__.get(slot)
+            now = None if self.module is None else self.module.__dict__.get(slot)
             if now is self or (now is not None and getattr(now, "__func__", None) is self):
-                if self.before is None and slot == "forward":
-                    del module.forward
-                else:
-                    setattr(module, slot, self.before or self.of_class())
+                return slot
+        return None
+
+    def fits(self) -> bool:
+        """Whether it can be put again: nobody has put a forward of their own there since."""
+        if self.module is None:
+            return False
+        return self.placed or models.replaced(self.module) == self.before
 
     def of_class(self) -> Callable:
         return type(self.module).forward.__get__(self.module)

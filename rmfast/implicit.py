@@ -80,15 +80,14 @@ class ImplicitScorer(Scorer):
         for name in ("pooling", "normalize", "sigmoid"):
             if name in options:
                 raise ValueError(f"{name} belongs to a reward model's score, not to a policy's")
+        self.reference = reference
         super().__init__(model, tokenizer, **options)
         given = {name: options.get(name) for name in ("attention", "compile")}
-        self.reference = reference
         patch = patching.repatch(reference, **given)
         self._patches.append((reference, patch))
         if options.get("max_tokens") is None and patch.options.max_tokens:
             least = min(self.max_tokens, patch.options.max_tokens)
             self._budget = dataclasses.replace(self._budget, tokens=least)
-        self._budget.fixed |= models.is_sharded(reference)
         self.beta = beta
         rows = [m.get_input_embeddings().num_embeddings for m in (model, reference)]
         self.encoder.vocabulary = min(rows)
@@ -97,6 +96,12 @@ class ImplicitScorer(Scorer):
             self.encoder.max_length = min((x for x in limits if x is not None), default=None)
         same = {name: getattr(self.encoder, name) for name in ("system_prompt", "chat")}
         self._uncut = Encoder(tokenizer, chat_template=options.get("chat_template"), **same)
+
+    def _is_sharded(self) -> bool:
+        return super()._is_sharded() or models.is_sharded(self.reference)
+
+    def _check_hooks(self, patch: patching.Patch) -> None:
+        """None are passed over: logits come from the model's own forward."""
 
     @staticmethod
     def _check(model: nn.Module) -> None:
@@ -209,7 +214,7 @@ class ImplicitScorer(Scorer):
             longest = rows[left[0]].size
             alone = longest >= limit  # what is padded to would count
             batch = left[: 1 if alone else max(1, min(self.max_tokens, fit) // longest)]
-            likelihoods = self._budget.attempt(run, batch, alone)
+            likelihoods = self._budget.attempt(run, batch, alone, size=len(batch) * longest)
             if likelihoods is None:
                 continue
             left = left[len(batch) :]

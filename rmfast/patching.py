@@ -84,7 +84,6 @@ class Patch(Member):
         self.rounded: Counter[str] = Counter()  # calls scored in half precision, by dtype
         self.budgets: dict[str, pieces.Budget] = {}  # by device
         self.last_layer = None
-        self.overrides: list[Override]
         self.attention_before: str | None = None
         self.level, self.reasons, self.outer, self.base = _choose(root, options)
         # not a wrapper such as PEFT's: the patch is found again from inside and from outside it
@@ -97,22 +96,25 @@ class Patch(Member):
             if self.level == "trie" and options.prune_last_layer:
                 self.last_layer = models.decoder_layers(self.base)[-1]
 
-    def apply(self) -> None:
-        self.overrides = []
-        if self.level == "head":
-            if self.outer is not None:
-                self.override(ScoringForward(self.outer, self))
-        else:
-            if self.level == "trie":
-                self.override(ScoringForward(self.outer, self))
-            else:
-                self.override(BackboneForward(self.base, self))
-            if self.last_layer is not None:
-                self.override(LastLayer(self.last_layer, self))
-            _keep_the_heap(self.base)
+        self.overrides = self._overrides()
+
+    def _overrides(self) -> list[Override]:
+        out: list[Override] = []
+        if self.level == "backbone":
+            out.append(BackboneForward(self.base, self))
+        elif self.outer is not None:
+            out.append(ScoringForward(self.outer, self))
+        if self.last_layer is not None:
+            out.append(LastLayer(self.last_layer, self))
         if self.options.backbone_kernels:
-            for module, stand_in in liger.places(self.base).items():
-                self.override(stand_in(module, self))
+            out += [kind(module, self) for module, kind in liger.places(self.base).items()]
+        return out
+
+    def apply(self) -> None:
+        for stand_in in self.overrides:
+            stand_in.put()
+        if self.level != "head":
+            _keep_the_heap(self.base)
         self.active = True
         self.prepare()
         for module in self.marked():
@@ -126,10 +128,6 @@ class Patch(Member):
         """Where the patch is found again: also from inside or outside of a wrapper like PEFT's."""
         marked = [self.holder, self.base if self.packs else None]
         return [m for m in dict.fromkeys(marked) if m is not None]
-
-    def override(self, stand_in: Override) -> None:
-        setattr(stand_in.module, models.slot(stand_in.module), stand_in)
-        self.overrides.append(stand_in)
 
     def prepare(self) -> None:
         """Before a packed pass: somebody may have renamed the attention, or copied the model."""
@@ -174,6 +172,9 @@ class Patch(Member):
             delattr(module, _ATTRIBUTE)
 
     def report(self) -> Report:
+        if self.is_orphan():
+            why = "the classifier that was patched is gone: its backbone runs as it was"
+            return Report("head", [why], [], Counter(self.fallbacks))
         reasons = list(self.reasons)
         cuts = self.level == "trie" and self.options.max_tokens != 0
         if cuts and self.packs and not models.is_sharded(self.base):
@@ -188,6 +189,10 @@ class Patch(Member):
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
             reasons.append(f"Liger's kernels in {counts}")
         return Report(self.level, reasons, self.warnings(), Counter(self.fallbacks))
+
+    def is_orphan(self) -> bool:
+        """Whether a backbone has outlived the classifier that was patched around it."""
+        return self.level == "trie" and self.outer is None
 
     def warnings(self) -> list[str]:
         out = []
@@ -392,7 +397,7 @@ def patch(
         made = Patch(model, options)
     except ValueError:
         if found is not None:  # refused: it stays patched as it was
-            found.apply()
+            _apply_again(model, found)
         raise
     made.apply()
     return model
@@ -400,6 +405,9 @@ def patch(
 
 def repatch(model: nn.Module, **given: Any) -> Patch:
     """The patch of a model as it is, but for what is given; of one that has none, the default's.
+
+    Where somebody has wrapped the model's forward since, the wrapper has a say in the scores: it is
+    patched anew, inside of it.
 
     Args:
         given: options of :func:`patch`; None: as they are.
@@ -411,9 +419,18 @@ def repatch(model: nn.Module, **given: Any) -> Patch:
     options = Options() if found is None else found.options
     wanted = {name: value for name, value in given.items() if value is not None}
     wanted = dataclasses.replace(options, **wanted)
-    if found is None or wanted != options or found.holder not in model.modules():
+    stale = found is None or found.is_orphan() or found.holder not in model.modules()
+    if stale or wanted != options or any(one.slot() is None for one in found.overrides[:1]):
         patch(model, **dataclasses.asdict(wanted))
     return attached(model)
+
+
+def _apply_again(model: nn.Module, found: Patch) -> None:
+    """Put a patch back that was undone; a new one, where somebody has replaced a forward since."""
+    if all(stand_in.fits() for stand_in in found.overrides):
+        found.apply()
+    else:
+        patch(model, **dataclasses.asdict(found.options))
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -437,7 +454,7 @@ def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
     finally:
         unpatch(model)
         if found is not None:
-            found.apply()
+            _apply_again(model, found)
 
 
 @contextlib.contextmanager
@@ -450,7 +467,7 @@ def unpatched(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         if found is not None:
-            found.apply()
+            _apply_again(model, found)
 
 
 def report(model: nn.Module) -> Report:

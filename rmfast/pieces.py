@@ -111,8 +111,12 @@ class Budget:
         self._wait = _PATIENCE  # passes until the size before is tried
         self._doubled = False  # the last change was that
 
-    def attempt(self, work: Callable[..., Any], *args: Any) -> Any:
-        """What ``work(*args)`` gives; None where memory ran out, and the budget is halved."""
+    def attempt(self, work: Callable[..., Any], *args: Any, size: int) -> Any:
+        """What ``work(*args)`` gives; None where memory ran out, and the budget is halved.
+
+        Args:
+            size: tokens that it runs, or a few more.
+        """
         try:
             out = work(*args)
         except (RuntimeError, MemoryError) as error:
@@ -120,7 +124,8 @@ class Budget:
                 raise
             reason = str(error) or type(error).__name__
         else:
-            self.fit()
+            if 2 * size > self.tokens:  # smaller ones tell nothing
+                self.fit()
             return out
         self.halve(reason.splitlines()[0])  # here, where the failed pass's frames are gone
         return None
@@ -196,4 +201,5 @@ def run(
 
     start, before = 0, {}
     while start < len(trie):
-        start, before = budget.attempt(one, start, before) or (start, before)
+        size = min(budget.tokens, len(trie) - start)
+        start, before = budget.attempt(one, start, before, size=size) or (start, before)

@@ -170,11 +170,14 @@ class Scorer:
         self.stats = Stats()
         self._progress = progress
         self._told: bool | Callable[[int, int], None] = False  # of the window that runs
-        sharded = models.is_sharded(model)  # then all processes must run as many passes
+        sharded = self._is_sharded()  # then all processes must run as many passes
         most = max_tokens or self._patch.options.max_tokens
         if not most:
             most = pieces.most(self._device) if sharded else _most_tokens(self._device, self._probe)
         self._budget = pieces.Budget(most, fixed=sharded)
+
+    def _is_sharded(self) -> bool:
+        return models.is_sharded(self.model)
 
     @staticmethod
     def _check(model: nn.Module) -> None:
@@ -387,11 +390,19 @@ class Scorer:
         if patch.level != self._level:
             return np.zeros(len(rows), bool)
         try:
+            self._check_hooks(patch)
             patch.overrides[0].check({"input_ids": torch.from_numpy(rows[0])[None]})
         except Unservable as reason:
             patch.fallbacks[str(reason)] += 1
             return np.zeros(len(rows), bool)
         return np.array([row.size < patch.position_limit for row in rows])
+
+    def _check_hooks(self, patch: patching.Patch) -> None:
+        """Hooks around the model may change its scores, and run with its own forward alone."""
+        inside = set(patch.outer.modules()) - {patch.outer}
+        for module in self.model.modules():
+            if module not in inside and (module._forward_hooks or module._forward_pre_hooks):
+                raise Unservable("forward hooks on the model or on what wraps it")
 
     @property
     def _forward(self) -> Any:
@@ -428,14 +439,13 @@ class Scorer:
 
         while left:
             batch = self._batch(rows, left)
-            scores = self._budget.attempt(run, batch)
+            slots = len(batch) * max(rows[i].size for i in batch)
+            scores = self._budget.attempt(run, batch, size=slots)
             if scores is None:
                 continue
             for i, score in zip(batch, scores, strict=True):
                 out[equal[i]] = score
             left = left[len(batch) :]
-            sizes = [rows[i].size for i in batch]
-            slots = len(sizes) * max(sizes)
             slots = len(pack([rows[i] for i in batch])) if by_prefix else slots
             done = [rows[i].size for first in batch for i in equal[first]]
             self._ran(slots, len(done), sum(done))

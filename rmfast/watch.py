@@ -37,7 +37,7 @@ class Watch(TrainerCallback):
         self.folder, self.trainer = job.folder, job.trainer
         self.stopped, self.summary = False, None
         self.rows = None if held_out is None else [_sides(row) for row in held_out]
-        # made before accelerate wraps the model, as it patches
+        # made before accelerate wraps the model: after that only its backbone could run packed
         self.scorer = rmfast.Scorer(self.trainer.model) if self.rows else None
         done = 0 if job.checkpoint is None else int(job.checkpoint.rpartition("-")[2])
         self.lines = _kept_lines(self.folder / "metrics.jsonl", done)

@@ -20,7 +20,7 @@ from transformers import (
 
 import rmfast
 import tiny
-from rmfast import reference
+from rmfast import patching, reference
 
 UNIT = 2.0**-24
 
@@ -1029,7 +1029,7 @@ def test_the_backbone_outlives_its_model():
     want = base(**inputs)[0]
     del model
     assert_same(want, base(**inputs)[0])
-    assert rmfast.report(base).level == "trie"
+    assert rmfast.report(base).level == "head" and "is gone" in str(rmfast.report(base))
     rmfast.patch(base)
     assert rmfast.report(base).level == "backbone"
     keep = inputs["attention_mask"].bool()
@@ -1044,3 +1044,86 @@ def test_a_forward_without_its_model_says_so():
     del model
     with pytest.raises(ReferenceError, match="keep the model"):
         forward(**tiny.padded(tiny.rows()))
+
+
+def wrap(model):
+    """Somebody's wrapper around the instance's forward, which has a say in the scores."""
+    inner = model.forward
+
+    def doubled(*args, **kwargs):
+        out = inner(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+    model.forward = doubled
+
+
+def _refused(model):
+    head = model.score
+    model.score = nn.LSTM(1, 1)  # mixes tokens: no known classifier, so pooling has no say
+    try:
+        with pytest.raises(ValueError, match="pooling='mask'"):
+            rmfast.patch(model, pooling="mask")
+    finally:
+        model.score = head
+
+
+def _patched(model):
+    with rmfast.patched(model, share_prefixes=False):
+        pass
+
+
+def _unpatched(model):
+    with patching.unpatched(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    "block", [_patched, _unpatched, _refused, rmfast.doctor, rmfast.Scorer, patching.repatch]
+)
+def test_a_wrapper_put_on_a_patched_model_keeps_its_say(block):
+    model, inputs = tiny.model("llama"), tiny.padded(tiny.rows())
+    with torch.no_grad():
+        want = 2 * model(**inputs).logits
+        rmfast.patch(model)
+        wrap(model)
+        block(model)
+        assert tiny.score_error(model(**inputs).logits, want) <= 1e-4
+        scores = rmfast.Scorer(model).score(tiny.rows())
+    assert np.abs(scores - want[:, 0].numpy()).max() <= 1e-4 * want.std()
+
+
+def test_a_wrapper_put_on_while_it_was_unpatched_keeps_its_say():
+    model, inputs = tiny.model("llama"), tiny.padded(tiny.rows())
+    with torch.no_grad():
+        want = 2 * model(**inputs).logits
+        rmfast.patch(model)
+        with patching.unpatched(model):
+            wrap(model)
+        assert tiny.score_error(model(**inputs).logits, want) <= 1e-4
+    assert rmfast.report(model).level == "backbone"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_copy_that_meets_the_forward_first_is_packed_too(order):
+    model, inputs = rmfast.patch(tiny.model("llama")), tiny.padded(tiny.rows())
+    both = [model.forward, model][::order]
+    for copied in (copy.deepcopy(both)[::order][1], pickle.loads(pickle.dumps(both))[::order][1]):
+        seen = []
+        copied.get_input_embeddings().register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0].shape[0])
+        )
+        copied(**inputs)
+        assert seen == [1], "packed rows"
+        assert not rmfast.report(copied).fallbacks
+
+
+def test_a_backbone_that_outlived_its_classifier_is_patched_under_another():
+    base = rmfast.patch(tiny.model("llama")).model
+    other, inputs = tiny.model("llama"), tiny.padded(tiny.rows())
+    other.model = base
+    patching.repatch(other)
+    assert rmfast.report(other).level == "trie"
+    ours, _ = tiny.run(other, **inputs)
+    theirs, _ = tiny.run(rmfast.unpatch(other), **inputs)
+    assert tiny.score_error(ours, theirs) <= 1e-4

@@ -617,20 +617,20 @@ def test_a_size_that_does_not_fit_is_tried_ever_more_rarely():
         return True
 
     for _ in range(2000):
-        budget.attempt(work, 300)
+        budget.attempt(work, 300, size=budget.tokens)
     failed = [i for i, tokens in enumerate(tried) if tokens > 300]
     waits = np.diff(failed).tolist()
     assert waits == [1, *(2**i * 32 + 1 for i in range(len(waits) - 1))] and len(waits) == 6
     assert budget.halvings == len(failed) and budget.tokens == 250
     for _ in range(5000):  # and once there is memory again it is soon used
-        budget.attempt(work, 1000)
+        budget.attempt(work, 1000, size=budget.tokens)
     assert budget.tokens == 1000 and budget.doublings == budget.halvings
     for most, size in ((600, 500), (1000, 1000)):
         for _ in range(200):
-            budget.attempt(work, most)
+            budget.attempt(work, most, size=budget.tokens)
         assert budget.tokens == size
     for _ in range(3 * 32):
-        budget.attempt(work, 10**9)
+        budget.attempt(work, 10**9, size=budget.tokens)
     assert budget.tokens == 1000, "never more than it began with"
 
 
@@ -709,3 +709,45 @@ def test_equal_conversations_score_equal(family):
         scores = scorer.score([rows[i] for i in places])
         assert len(set(scores[places >= count])) == 1
     assert scorer.stats.conversations == sum(count + 5 for count in range(1, 40, 3))
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_around_the_model_are_heard(kind):
+    model, rows = tiny.model("llama"), groups()
+    expected = one_by_one(model, rows)
+
+    def after(module, args, out):
+        out.logits = 3 * out.logits
+        return out
+
+    def before(module, args, kwargs):
+        ids = kwargs["input_ids"]
+        other = 3 + ids % (tiny.VOCAB - 3)  # never the pad token
+        return args, {**kwargs, "input_ids": other.where(ids != tiny.PAD, ids)}
+
+    if kind == "register_forward_hook":
+        model.register_forward_hook(after)
+        expected = 3 * expected
+    else:
+        model.register_forward_pre_hook(before, with_kwargs=True)
+        expected = one_by_one(model, rows)
+    scorer = Scorer(model, max_tokens=150)
+    assert np.abs(scorer.score(rows) - expected).max() <= 1e-4 * expected.std()
+    assert "forward hooks on the model" in str(rmfast.report(model))
+
+
+def test_small_passes_say_nothing_of_the_size_that_ran_out():
+    budget = pieces.Budget(1000)
+
+    def work(size):
+        if size > 600:
+            raise torch.OutOfMemoryError("out of memory")
+        return size
+
+    for _ in range(50):
+        size = budget.tokens
+        while budget.attempt(work, size, size=size) is None:
+            size = budget.tokens
+        for _ in range(40):
+            assert budget.attempt(work, 10, size=10)
+    assert budget.halvings <= 2  # as many as there were passes of a size that matters

@@ -180,8 +180,7 @@ class RewardTrainer(trl.RewardTrainer):
         self.dropped: dict[str, Counter[str]] = {}
         self._ranked: dict[str, bool] = {}
         super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
-        if patching.attached(self.model) is None:
-            patching.patch(self.model)
+        patching.repatch(self.model)
         self.report = patching.report(self.model)
         self._packs = self._can_pack()
         self._check_head()
