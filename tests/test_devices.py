@@ -414,5 +414,5 @@ def test_memory_that_runs_out_where_the_model_is_sharded():
 
     budget = pieces.Budget(64, fixed=True)
     with pytest.raises(MemoryError, match="sharded: set max_tokens"):
-        budget.attempt(work)
+        budget.attempt(work, size=1)
     assert (budget.tokens, budget.halvings) == (64, 0)
