@@ -166,7 +166,8 @@ def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("torch sees no GPU: to try it out, TRITON_INTERPRET=1 and --dry")
     args.out.mkdir(parents=True, exist_ok=True)
     args.seconds *= PATIENCE
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what ended this ends the tasks too
+    for one in (signal.SIGTERM, signal.SIGHUP):  # what ends this ends the tasks too
+        signal.signal(one, lambda *_: sys.exit(1))
     return args
 
 
