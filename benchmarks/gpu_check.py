@@ -21,7 +21,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -66,11 +65,13 @@ def poisoned() -> Iterator[None]:
             setattr(owner, name, make)
 
 
-def off(got: Tensor, true: Tensor) -> float:
-    """Distance over size."""
-    assert bool(got.isfinite().all()), "NaN or infinity in an answer"
+def off(got: Tensor, true: Tensor) -> tuple[float, float]:
+    """Distance over size, of all and of the worst row; a small row counts as of mean size."""
+    assert bool((got.isfinite() & true.isfinite()).all()), "NaN or infinity in an answer"
     true = true.detach().double()
-    return float((got.detach().double() - true).norm() / true.norm().clamp_min(1e-300))
+    far, size = (x.norm(dim=-1) for x in (got.detach().double() - true, true))
+    worst = (far / size.clamp_min(size.mean()).clamp_min(1e-300)).max()
+    return float(far.norm() / size.norm().clamp_min(1e-300)), float(worst)
 
 
 def same_bits(run: Callable[[], Any], want: Any, times: int) -> None:
@@ -112,7 +113,8 @@ def head(m: int, h: int, b: int) -> Iterator[dict]:
     for two in (False, True):
         got = run(two)
         far = [off(a, b) for a, b in zip((*got[:2], got[2][used], got[3]), true, strict=True)]
-        assert max(far[:2]) < 1e-5 and max(far[2:]) < ROUND[BF16] / 2, far
+        assert all(x < 1e-5 for x, _ in far[:2]), far
+        assert all(x < ROUND[BF16] / 2 and row < ROUND[BF16] for x, row in far[2:]), far
         for part, none in zip(got[2].split(1 << 16), idle.split(1 << 16), strict=True):
             assert not part[none].any(), "a row of no score has a gradient"
         same_bits(functools.partial(run, two), got, 30)
@@ -123,8 +125,8 @@ def losses() -> Iterator[list[float]]:
     """Pairs in each layout, ragged groups by both losses."""
 
     def checked(got: list[Tensor], true: list[Tensor]) -> list[float]:
-        far = [off(a, b) for a, b in zip(got, true, strict=True)]
-        assert max(far) < 1e-5, far
+        far = [off(a, b)[0] for a, b in zip(got, true, strict=True)]
+        assert all(x < 1e-5 for x in far), far
         return far
 
     b = 64 if DRY else 65536
@@ -152,7 +154,7 @@ def attention(
     pooled: bool = False, window: int | None = None, softcap: float | None = None,
     sinks: bool = False, times: int = 10,
 ) -> Iterator[dict]:  # fmt: skip
-    """All launches, bit by bit again ``times`` times; one group of heads against fp64."""
+    """All launches, bit by bit again ``times`` times; two groups of heads against fp64."""
     d, h, window = (16, (2, 1), window and 9) if DRY else (d, h, window)
     torch.manual_seed(0)
     trie = rmfast.pack(rows_of(kind)).to(DEV)
@@ -173,22 +175,27 @@ def attention(
     got = run()
     same_bits(run, got, times)
     assert all(bool(x.isfinite().all()) for x in got), "NaN or infinity in some head"
-    last = slice(h[0] - h[0] // h[1], None)  # the heads that share the last key: largest offsets
 
-    def defined(in_dtype: torch.dtype) -> list[Tensor | None]:
-        a, b, c, g = (x.to(in_dtype) for x in (q[:, last], k[:, -1:], v[:, -1:], grad[:, :, last]))
-        whole = (a, b, c, *mask, extra[last].to(in_dtype) if sinks else None, *rest)
+    def defined(in_dtype: torch.dtype, those: slice, key: slice) -> list[Tensor | None]:
+        a, b, c, g = q[:, those], k[:, key], v[:, key], grad[:, :, those]
+        a, b, c, g = (x.to(in_dtype) for x in (a, b, c, g))
+        whole = (a, b, c, *mask, extra[those].to(in_dtype) if sinks else None, *rest)
         return [reference.trie_attention(*whole), *reference.trie_attention_backward(g, *whole)]
 
-    some = [got[0][:, :, last], got[1][:, last], got[2][:, -1:], got[3][:, -1:]]
-    some += [x[last] for x in got[4:]]
-    out, bad = {"nodes": len(trie), "rows": rows}, []
-    answers = zip(some, defined(FP64), defined(dtype), strict=False)
-    for name, (ours, true, torchs) in zip("out q k v sinks".split(), answers, strict=False):
-        out[name] = [off(ours, true), off(torchs, true)]  # ours, torch's
-        bad += [name] * (out[name][0] > max(ROUND[dtype], 1.5 * out[name][1]))
-    assert not bad, f"{bad} too far from fp64 (ours, torch's): {out}"
-    yield out
+    for group in sorted({0, h[1] - 1}):  # of heads that share a key; the last: largest offsets
+        those, key = (slice(n * group, n * group + n) for n in (h[0] // h[1], 1))
+        some = [got[0][:, :, those], got[1][:, those], got[2][:, key], got[3][:, key]]
+        some += [x[those] for x in got[4:]]
+        out, bad = {"nodes": len(trie), "rows": rows, "group": group}, []
+        answers = zip(some, defined(FP64, those, key), defined(dtype, those, key), strict=False)
+        for name, (ours, true, torchs) in zip("out q k v sinks".split(), answers, strict=False):
+            out[name] = far, theirs = [off(x, true) for x in (ours, torchs)]
+            bad += [name] * (not far[0] <= max(ROUND[dtype], 1.5 * theirs[0]))
+            # a row that sees little has almost no gradient, all of it the stored output's rounding
+            most = (32 if name == "q" else 4) * max(ROUND[dtype], theirs[1])
+            bad += [f"{name}'s worst row"] * (not far[1] <= most)
+        assert not bad, f"{bad} too far from fp64 (ours, torch's; all, worst row): {out}"
+        yield out
 
 
 def small() -> Iterator[str]:
@@ -228,7 +235,8 @@ def sanitized(tool: str) -> Iterator[str]:
 
 
 def model(name: str, attention: str = "triton") -> Iterator[dict]:
-    """fp32 equals Hugging Face's; bf16 is no further from fp32, in one and in pieces."""
+    """fp32 is within 1e-4 of Hugging Face's. Of bf16, in one and in pieces, the distance from fp32
+    is at most 2 times Hugging Face's own for the scores, 1.25 times for the gradients."""
     batch, out = padded(rows_of("pairs")[:8]), {}
 
     def run() -> tuple[Tensor, dict[str, Tensor]]:
@@ -264,9 +272,9 @@ def model(name: str, attention: str = "triton") -> Iterator[dict]:
         out["bf16, in pieces"] = pieces = apart(net(**batch).logits[:, 0].float())
     report = rmfast.report(net)
     assert report.level == "trie" and not report.fallbacks, str(report)
-    assert max(fp32) <= 1e-4, out
-    # of 8 scores, and of one batch's gradients: chance counts
-    assert max(ours[0], pieces) <= 2 * theirs[0] and ours[1] <= 1.25 * theirs[1], out
+    # each by itself: max() may pass over NaN. Of 8 scores and one batch's gradients: chance counts
+    most = [(x, 1e-4) for x in fp32] + [(x, 2 * theirs[0]) for x in (ours[0], pieces)]
+    assert all(x <= bound for x, bound in (*most, (ours[1], 1.25 * theirs[1]))), out
     yield out
 
 
@@ -327,13 +335,12 @@ class Tests:
                 command, cwd=ROOT, env=os.environ | env, stdout=out, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
-        self.log = log
+        self.log, self.group = log, gpu_common.Group(self.process.pid)
 
     def result(self, seconds: float) -> dict[str, Any]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.group.end()
         code, text = self.process.wait(), self.log.read_text(errors="replace")
         lines = re.findall(r"^\[gw\d+\] \[ *\d+%\] (\w+) (.*?) *$", text, re.MULTILINE)
         words = ("PASSED", "SKIPPED", "FAILED", "ERROR")
@@ -355,11 +362,15 @@ def main() -> None:
     if args.small:
         print(*small())
         return
-    begun, about = time.monotonic(), gpu_common.facts()
-    found: dict[str, dict] = {}
+    todo = [name for name in CHECKS if re.search(args.only, name)]
+    if not todo:
+        parser.error(f"no check matches {args.only!r}: {', '.join(CHECKS)}")
+    begun, about, asked = time.monotonic(), gpu_common.facts(), [*todo]
+    asked += [] if args.only else TESTS
+    found = {n: {"ok": False, "rows": [], "error": "not reached"} for n in (*CHECKS, *TESTS)}
+    gpu_common.keep(args.out, "check", about, found)
     running: dict[str, gpu_common.Task] = {}
     testing: dict[str, Tests] = {}
-    todo = [name for name in CHECKS if re.search(args.only, name)]
     last = 2 if DRY else 11  # seconds that the end takes
     left = lambda: args.seconds - last - (time.monotonic() - begun)  # noqa: E731
     print(json.dumps(about, indent=1), flush=True)
@@ -379,18 +390,17 @@ def main() -> None:
                 found[name] = running.pop(name).result()
                 gpu_common.keep(args.out, "check", about, found)
             if left() <= 0:
-                found |= {name: {"ok": False, "rows": [], "error": "no time left"} for name in todo}
                 todo = []
             time.sleep(0.02)
     found |= {name: one.result(max(1, left() + last / 2)) for name, one in testing.items()}
     gpu_common.keep(args.out, "check", about, found)
-    for name, one in found.items():
+    for name, one in [(name, found[name]) for name in asked]:
         text = json.dumps(one["rows"]) if one["ok"] else one["error"]
         verdict = "ok  " if one["ok"] else "FAIL"
         print(f"{verdict} {name:17} {one.get('seconds', ''):>5} {text[:280]}")
-    well = sum(one["ok"] for one in found.values())
-    print(f"{well} of {len(found)} ok, {time.monotonic() - begun:.0f} s")
-    raise SystemExit(well < len(found))
+    well = sum(found[name]["ok"] for name in asked)
+    print(f"{well} of {len(asked)} ok, {time.monotonic() - begun:.0f} s")
+    raise SystemExit(well < len(asked))
 
 
 if __name__ == "__main__":

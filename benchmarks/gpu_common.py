@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import datetime
 import gc
@@ -10,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -164,6 +166,8 @@ def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("torch sees no GPU: to try it out, TRITON_INTERPRET=1 and --dry")
     args.out.mkdir(parents=True, exist_ok=True)
     args.seconds *= PATIENCE
+    for one in (signal.SIGTERM, signal.SIGHUP):  # what ends this ends the tasks too
+        signal.signal(one, lambda *_: sys.exit(1))
     return args
 
 
@@ -179,6 +183,19 @@ def keep(folder: Path, part: str, about: dict[str, Any], found: dict[str, Any]) 
 # --- processes
 
 
+class Group:
+    """A process that leads a group of its own, and all that it starts."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        atexit.unregister(self.end)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
 class Task:
     """``work(*args)`` in a forked process that lasts ``seconds``; rows it yielded are kept.
 
@@ -192,6 +209,7 @@ class Task:
         fork = multiprocessing.get_context("fork")
         self.process = fork.Process(target=_live, args=(path, work, args))
         self.process.start()
+        self.group = Group(self.process.pid)
 
     def ended(self, now: bool = False) -> bool:
         """Whether it is over. Out of its time, or ``now``, it is ended."""
@@ -199,7 +217,8 @@ class Task:
             if not now and time.monotonic() < self.until:
                 return False
             self.late = True
-        self.process.kill()
+        self.group.end()
+        self.process.kill()  # should it not lead a group yet
         self.process.join()
         return True
 
@@ -216,6 +235,7 @@ class Task:
 
 
 def _live(path: Path, work: Callable[..., Iterable[Any]], args: tuple) -> None:
+    os.setsid()
     begun, out = time.perf_counter(), {"ok": False, "rows": [], "error": None}
     torch.set_num_threads(1 if DRY else 2)
     gc.freeze()  # what was there before the fork is no garbage

@@ -31,12 +31,13 @@ def table(result: dict[str, Any] | None) -> str:
     facts = max((part["facts"] for part in result.values()), key=lambda x: x["date"])
     versions = (f"{name} {facts['packages'].get(name)}" for name in ("torch", "triton"))
     lines = [f"{facts['device']}, {', '.join(versions)}, {facts['date'][:10]}."]
-    checks = result.get("check", {"found": {}})["found"]
-    if checks:
-        bad = [name for name, one in checks.items() if not one["ok"]]
-        lines[0] += f" Checks passed: {len(checks) - len(bad)} of {len(checks)}"
-        lines[0] += f"; failed: {', '.join(bad)}." if bad else "."
-    sections = result.get("report", {"found": {}})["found"]
+    parts = [result.get(part, {"found": {}})["found"] for part in ("check", "report")]
+    for what, found in zip(("Checks", "Sections of timings"), parts, strict=True):
+        bad = [name for name, one in found.items() if not one["ok"]]
+        said = f" {what} passed: {len(found) - len(bad)} of {len(found)}"
+        said += f"; failed: {', '.join(bad)}." if bad else "."
+        lines[0] += said if found else f" {what}: not run."
+    sections = parts[1]
     rows = [row for one in sections.values() for row in one["rows"]]
     roof = [f"{k} {v:.1f}" for k, v in next((r for r in rows if "copy TB/s" in r), {}).items()]
     lines[0] += f" Measured: {', '.join(roof)}." if roof else ""

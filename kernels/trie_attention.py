@@ -82,7 +82,7 @@ def _config(
     kernel: str, like: Tensor, width: int, pooled: bool, capped: bool, windowed: bool = False
 ) -> Config:
     """Tile sizes for ``forward``, ``dq`` or ``dkv`` at padded head_dim ``width``."""
-    tuned = _tuned.get((kernel, like.device, like.dtype, width, pooled, capped))
+    tuned = _tuned.get((kernel, like.device, like.dtype, width, pooled, capped, windowed))
     if tuned is not None:
         return tuned
     if like.dtype == torch.float32:
@@ -675,10 +675,10 @@ def tune(
     holds in this process for inputs of the same head_dim, dtype and options on this device.
     """
     timer = timer or triton.testing.do_bench
-    _, _, queries, _, _, _, softcap = rule
+    _, _, queries, _, _, window, softcap = rule
     inputs = (query, key, value, *rule)
     width = max(16, *(triton.next_power_of_2(x.shape[-1]) for x in (query, value)))
-    pooled, capped = queries is not None, softcap is not None
+    pooled, capped, windowed = (x is not None for x in (queries, softcap, window))
     out, lse = trie_attention(*inputs, True)
     runs = {
         "forward": lambda c: trie_attention(*inputs, True, c),
@@ -687,8 +687,8 @@ def tune(
     }
     best = {}
     for i, (kernel, run) in enumerate(runs.items()):
-        table = _FP32 if query.dtype == torch.float32 else _TABLE
-        known = [row[i] for row in table.values()]
+        tables = (_FP32,) if query.dtype == torch.float32 else (_TABLE, _WINDOWED)
+        known = [row[i] for table in tables for row in table.values()]
         times = {}
         for config in dict.fromkeys(c._replace(rows=16) if pooled else c for c in known):
             try:
@@ -696,5 +696,6 @@ def tune(
             except triton.runtime.errors.OutOfResources:
                 continue  # made for a chip with more shared memory
         best[kernel] = min(times, key=times.__getitem__)
-        _tuned[kernel, query.device, query.dtype, width, pooled, capped] = best[kernel]
+        kind = kernel, query.device, query.dtype, width, pooled, capped, windowed
+        _tuned[kind] = best[kernel]
     return best

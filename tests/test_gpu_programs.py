@@ -1,18 +1,25 @@
 """The programs for a GPU, dry: all of it runs, failures stay where they are, and are told."""
 
+import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 import interpreter
 
+import rmfast
+from rmfast import reference
 from rmfast.benchmarks import gpu_check, gpu_common, gpu_report, gpu_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +72,14 @@ def test_every_section(dry):
         "scoring 0.6B", "scoring 8B", "training 0.6B", "training 8B", "DualKV's shape",
         "head and loss", "attention forward", "attention forward + backward",
     }  # fmt: skip
+    winners = {
+        row["goal"]: (row["fastest"], row["HF's fastest"]) for row in goals if "bound" in row
+    }
+    for what, (ours, theirs) in winners.items():  # the same work on the clock
+        before = "batches made before" in what
+        assert "rmfast" in ours and "HF, sorted" in theirs
+        assert before == ours.endswith("before") == theirs.endswith("before")
+    assert sum("batches made before" in what for what in winners) == 4  # 2 models, 2 kinds
     made = gpu_table.table(found)
     assert made.count("\n| ") == len(goals) + 1 and "Checks passed: 26 of 26." in made
 
@@ -87,6 +102,45 @@ def dies():
 def hangs():
     yield 1
     time.sleep(100)
+
+
+def has_a_child():
+    yield subprocess.Popen(["sleep", "100"]).pid
+    time.sleep(100)
+
+
+ENDED = """
+import os, sys, time
+from rmfast.benchmarks import gpu_check, gpu_common
+import test_gpu_programs as tests
+gpu_common.device_name = lambda: "none"
+
+def begin(parser, begin=gpu_common.begin):
+    args = begin(parser)
+    task = gpu_common.Task(args.out / "task", 100, tests.has_a_child)
+    while not task.result()["rows"]:
+        time.sleep(0.05)
+    print(*task.result()["rows"], flush=True)
+    {}
+    os._exit(0)
+
+gpu_common.begin = begin
+gpu_check.main()
+"""
+
+
+@pytest.mark.parametrize("how", ["task.ended(now=True)", "os.kill(os.getpid(), 15)", "sys.exit()"])
+def test_a_task_takes_its_children_along(tmp_path, how):
+    command = [sys.executable, "-c", ENDED.format(how), "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT / "tests", timeout=100, stdout=subprocess.PIPE)
+    pid = int(done.stdout)
+    for _ in range(100):  # until whoever adopted it has seen its end
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or ") Z" in state.read_text():
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("a child of a task outlived it")
 
 
 def test_a_task_fails_alone(tmp_path):
@@ -127,6 +181,118 @@ def test_goal(measured, needed, most, reached):
     assert row["reached"] is reached and row["needed"] == f"{'≤' if most else '≥'} {needed:.2f}"
 
 
+# --- what the checks see
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The programs' sizes and device as in a dry run, in this process."""
+    for module in (gpu_check, gpu_common, gpu_report):
+        monkeypatch.setattr(module, "DRY", True)
+        monkeypatch.setattr(module, "DEV", "cpu")
+    monkeypatch.setattr(gpu_report, "ATTENTION", "sdpa")
+
+
+def test_a_wrong_row_is_seen_among_many():
+    true = torch.ones(65_536, 8)
+    true[:100] = 0  # no size of their own
+    got = true.clone()
+    got[:100] += 1e-3
+    got[-1] = 0
+    whole, worst = gpu_check.off(got, true)
+    assert whole < gpu_check.ROUND[torch.bfloat16] and worst == pytest.approx(1, rel=0.01)
+    assert gpu_check.off(got[:-1], true[:-1])[1] < 0.0011
+    for spoiled in (float("nan"), float("inf")):
+        got[3, 3] = spoiled
+        for pair in ((got, true), (true, got)):
+            with pytest.raises(AssertionError, match="NaN or infinity"):
+                gpu_check.off(*pair)
+
+
+def test_nan_passes_no_check_of_models(tiny, monkeypatch):
+    list(gpu_check.model("0.6B", "sdpa"))
+    patched = rmfast.patched
+
+    @contextlib.contextmanager
+    def spoiled(net, **options):
+        hook = net.model.norm.weight.register_hook(lambda g: g * float("nan"))
+        with patched(net, **options):
+            yield
+        hook.remove()
+
+    monkeypatch.setattr(rmfast, "patched", spoiled)
+    with pytest.raises(AssertionError, match="nan"):
+        list(gpu_check.model("0.6B", "sdpa"))
+
+
+@pytest.mark.parametrize("head", [0, 3, None])
+def test_the_first_and_the_last_heads_are_compared(head, tiny, monkeypatch):
+    monkeypatch.setattr(gpu_check, "DRY", False)
+
+    def forward(*args):
+        out = reference.trie_attention(*args[:-1])
+        if head is not None:
+            out[:, 5, head] = 0
+        return out, None
+
+    backward = lambda grad, *args: reference.trie_attention_backward(grad, *args[:-2])  # noqa: E731
+    fake = SimpleNamespace(trie_attention=forward, trie_attention_backward=backward)
+    monkeypatch.setattr(gpu_check, "kernels", fake)
+    run = gpu_check.attention(d=16, h=(4, 2), dtype=torch.float32, times=1)
+    if head is None:
+        assert [row["group"] for row in run] == [0, 1]
+    else:
+        with pytest.raises(AssertionError, match=r"out.*worst row"):
+            list(run)
+
+
+@pytest.mark.parametrize("section", ["against", "dualkv", "heads"])
+def test_a_goal_is_told_where_nothing_was_measured(section, tiny, monkeypatch):
+    lacks = ("rmfast", "rmfast, one op", "forward + backward")
+    only = lambda calls, rounds, clock: {n: [1.0] for n in calls if n not in lacks}  # noqa: E731
+    monkeypatch.setattr(gpu_report.bench, "measure", only)
+    goals = [row for row in getattr(gpu_report, section)(True) if "goal" in row]
+    assert len(goals) == {"against": 4, "dualkv": 1, "heads": 1}[section]
+    assert all(row["measured"] is None and row["reached"] is False for row in goals)
+
+
+@pytest.mark.parametrize("program", [gpu_check, gpu_report])
+def test_what_was_not_reached_is_told(program, tmp_path, monkeypatch, capsys):
+    def main(only):
+        monkeypatch.setattr(sys, "argv", ["x", "--only", only, "--out", str(tmp_path)])
+        with pytest.raises(SystemExit) as end:
+            program.main()
+        return end.value.code
+
+    monkeypatch.setattr(gpu_common, "device_name", lambda: "some")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu_common, "Task", lambda *_: sys.exit(9))
+    assert main("nothing so") == 2 and "'nothing so'" in capsys.readouterr().err
+    assert main("roof") == 9
+    ((part, kept),) = json.loads((tmp_path / "some.json").read_text()).items()
+    names = {"check": [*gpu_check.CHECKS, *gpu_check.TESTS], "report": list(gpu_report.SECTIONS)}
+    nothing = {"ok": False, "rows": [], "error": "not reached"}
+    assert kept["found"] == dict.fromkeys(names[part], nothing)
+    assert f"passed: 0 of {len(names[part])}" in gpu_table.table({part: kept})
+
+
+@pytest.mark.skipif(not (shutil.which("make") and shutil.which("timeout")), reason="needs make")
+@pytest.mark.parametrize("fails", ["gpu_check", "gpu_report", "nothing"])
+def test_make_gpu_ends_as_the_verdicts_say(fails, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\necho $3 >> said\ntouch build/gpu/x.json\n"
+        + f"[ $2 != rmfast.benchmarks.{fails} ]"
+    )
+    python.chmod(0o755)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    command = ["make", "-f", str(ROOT / "Makefile"), "gpu", "PYTHON=./python"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode == 0) == (fails == "nothing"), done.stdout + done.stderr
+    assert (tmp_path / "said").read_text().split() == ["--out", "--seconds", "README.md"]
+    assert (tmp_path / "benchmarks" / "results" / "x.json").exists()
+
+
 # --- the table
 
 
@@ -158,9 +324,11 @@ def test_table(tmp_path):
     lines = text.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
     assert lines[2] == (
-        "new, torch 2.11.0, triton 3.6.0, 2027-01-02. Checks passed: 1 of 2; failed: b."
+        "new, torch 2.11.0, triton 3.6.0, 2027-01-02. Checks passed: 1 of 2; failed: b. "
+        "Sections of timings passed: 1 of 1."
     )
     assert "| fast | 1.23 | ≥ 1.00 | yes | 3.2, 9.0 |" in lines
     assert "| small | – | ≤ 2.00 | no |  |" in lines
+    assert "Checks: not run." in gpu_table.table({"report": {"facts": about, "found": {}}})
     with pytest.raises(ValueError, match="once"):
         gpu_table.put("nothing", "made")

@@ -301,20 +301,26 @@ def test_opcheck_of_the_op_that_launches_them(options, device):
     )
 
 
-def test_tuning_keeps_what_was_fastest(device):
+@pytest.mark.parametrize("window", [None, 9])
+def test_tuning_keeps_what_was_fastest(device, window):
     from rmfast.kernels import trie_attention as kernels
 
     torch.manual_seed(0)
-    problem = Problem(random_trie(6), device, heads=(1, 1), dtype=torch.bfloat16)
+    problem = Problem(random_trie(6), device, heads=(1, 1), dtype=torch.bfloat16, window=window)
+    kinds = ("forward", "dq", "dkv")
+    other = lambda: [kernels._config(k, problem.q, 16, False, False, not window) for k in kinds]  # noqa: E731
+    before = other()
     used, tile = [], kernels._tile
     args = (problem.grad, problem.q, problem.k, problem.v, *problem.mask, None, *problem.options)
     order = iter(range(1000, 0, -1))  # the last one is the fastest
+    tables = (kernels._TABLE, kernels._WINDOWED)
     try:
         best = kernels.tune(*args, timer=lambda run: next(order))
         assert best == {
-            kernel: list(dict.fromkeys(row[i] for row in kernels._TABLE.values()))[-1]
-            for i, kernel in enumerate(("forward", "dq", "dkv"))
+            kernel: list(dict.fromkeys(row[i] for t in tables for row in t.values()))[-1]
+            for i, kernel in enumerate(kinds)
         }
+        assert other() == before  # with a window, or without: not what was tuned
         kernels._tile = lambda *a: used.append(tile(*a)) or used[-1]
         problem.check(None)
         assert [config for config, _ in used] == list(best.values())
