@@ -295,6 +295,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(row | {"occupancy": f"{row['occupancy']:.2f}"} for row in rows)
+    bad = [row for row in rows if row["spills"] or row["local_bytes"]]
+    if bad:
+        names = [f"{row['kernel']}, {row['case']}, {row['chip']}" for row in bad]
+        raise SystemExit("\n".join(["spilled registers or local memory:", *names]))
 
 
 def _worst(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

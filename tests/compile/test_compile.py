@@ -56,7 +56,7 @@ def _is_case(item):
 
 
 @pytest.mark.parametrize("case", compile_report.CASES)
-@pytest.mark.parametrize("chip", chips.CHIPS)
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])  # the report has them all
 def test_case(case, chip, compiled):
     kernels = compiled[chip].result()[case]
     assert not isinstance(kernels, str), kernels
