@@ -1,7 +1,7 @@
 # make setup | demo | test | test-pins | test-oldest | test-gpu-pins | bench | gpu | clean
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # a test file at a time, in three processes of one thread each: two cores are then never idle
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile
 
