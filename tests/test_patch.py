@@ -627,18 +627,11 @@ def test_a_bidirectional_decoder_is_not_packed():
 
 def test_a_forward_replaced_before_the_patch_stays_outermost():
     model = tiny.model(dtype=torch.float64)
-    plain = model.forward
-
-    def doubled(*args, **kwargs):
-        out = plain(*args, **kwargs)
-        out.logits = out.logits * 2
-        return out
-
-    model.forward = doubled
+    wrapper = tiny.double(model)
     theirs, ours, report = both(model, tiny.padded(tiny.rows()))
     assert report.level == "backbone"
     assert_same(theirs, ours)
-    assert model.forward is doubled
+    assert model.forward is wrapper
 
 
 def test_a_class_forward_replaced_by_somebody(monkeypatch):
@@ -1046,18 +1039,6 @@ def test_a_forward_without_its_model_says_so():
         forward(**tiny.padded(tiny.rows()))
 
 
-def wrap(model):
-    """Somebody's wrapper around the instance's forward, which has a say in the scores."""
-    inner = model.forward
-
-    def doubled(*args, **kwargs):
-        out = inner(*args, **kwargs)
-        out.logits = 2 * out.logits
-        return out
-
-    model.forward = doubled
-
-
 def _refused(model):
     head = model.score
     model.score = nn.LSTM(1, 1)  # mixes tokens: no known classifier, so pooling has no say
@@ -1086,7 +1067,7 @@ def test_a_wrapper_put_on_a_patched_model_keeps_its_say(block):
     with torch.no_grad():
         want = 2 * model(**inputs).logits
         rmfast.patch(model)
-        wrap(model)
+        tiny.double(model)
         block(model)
         assert tiny.score_error(model(**inputs).logits, want) <= 1e-4
         scores = rmfast.Scorer(model).score(tiny.rows())
@@ -1099,7 +1080,7 @@ def test_a_wrapper_put_on_while_it_was_unpatched_keeps_its_say():
         want = 2 * model(**inputs).logits
         rmfast.patch(model)
         with patching.unpatched(model):
-            wrap(model)
+            tiny.double(model)
         assert tiny.score_error(model(**inputs).logits, want) <= 1e-4
     assert rmfast.report(model).level == "backbone"
 

@@ -192,3 +192,16 @@ def grad_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     )
     norm = sum(g.double().square().sum() for g in theirs.values())
     return math.sqrt(gap / norm)
+
+
+def double(model):
+    """Somebody's wrapper around the instance's forward, which has a say in the scores."""
+    inner = model.forward
+
+    def doubled(*args, **kwargs):
+        out = inner(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+    model.forward = doubled
+    return doubled
