@@ -33,6 +33,10 @@ TEST = [
     "wheel",
 ]
 
+ROOMS = (
+    "commands data demo diagnosis evaluate integrations ops packed reference score train"
+).split()
+
 setup(
     name="rmfast",
     version=re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1],
@@ -43,7 +47,12 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # Listed, not found: neither folder may have an __init__.py (CONTRIBUTING.md says why).
-    packages=["rmfast", "rmfast.ops", "rmfast.integrations", "rmfast.kernels", "rmfast.benchmarks"],
+    packages=[
+        "rmfast",
+        *(f"rmfast.{name}" for name in ROOMS),
+        "rmfast.kernels",
+        "rmfast.benchmarks",
+    ],
     package_dir={"rmfast.kernels": "kernels", "rmfast.benchmarks": "benchmarks"},
     install_requires=[
         "numpy>=2.0.2",
@@ -61,5 +70,5 @@ setup(
         "test": TEST,
         "train": TRAIN,
     },
-    entry_points={"console_scripts": ["rmfast = rmfast.cli:main"]},
+    entry_points={"console_scripts": ["rmfast = rmfast.commands.main:main"]},
 )

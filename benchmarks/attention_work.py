@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 import rmfast
-from rmfast import embedded, reference
+from rmfast import reference
 from rmfast.benchmarks import launches
 from rmfast.data import read_pairs
+from rmfast.demo import embedded
 from rmfast.kernels import chips
 
 # --- tiles

@@ -25,10 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import rmfast
-from rmfast import cli, data, embedded, pieces
+from rmfast import data
 from rmfast.benchmarks import contestants as shared
-from rmfast.encoding import Encoder
-from rmfast.scorer import gathered
+from rmfast.data.encoding import Encoder
+from rmfast.demo import embedded
+from rmfast.packed import pieces
+from rmfast.score.options import ScoreOptions
+from rmfast.score.windows import gathered
 
 DEFAULT = ("hf-sorted", "rmfast-bare", "rmfast-score")
 _PROMPT, _RESPONSES = 600, 8  # tokens; a prompt's responses
@@ -58,18 +61,22 @@ class Runner(shared.Runner):
         self.output = Path(job.input).with_name("scored.jsonl")
 
     def _pass(self) -> None:
-        from rmfast import score
+        from rmfast.score import job as score_job
 
-        options = ["--model", self.job.model, "--input", self.job.input, "--overwrite"]
-        options += ["--output", str(self.output), "--batch-window", str(self.job.window)]
-        args = cli._parser().parse_args(["score", *options])
+        options = ScoreOptions(
+            model=self.job.model,
+            input=self.job.input,
+            output=str(self.output),
+            overwrite=True,
+            batch_window=self.job.window,
+            max_tokens=self.job.most,
+        )
         with contextlib.redirect_stdout(io.StringIO()):
-            score.run(args, self._scorer)
+            score_job.run(options, self._scorer)
 
-    def _scorer(self, args: argparse.Namespace, template: None, most: None, progress: Any) -> Any:
-        """In place of the command's own, which loads the model."""
-        options = {"window": self.job.window, "max_tokens": self.job.most, "progress": progress}
-        return rmfast.Scorer(self.model, self.tokenizer, **options)
+    def _scorer(self, _: ScoreOptions, settings: dict[str, Any]) -> rmfast.Scorer:
+        """The model is loaded already."""
+        return rmfast.Scorer(self.model, self.tokenizer, **settings)
 
     def result(self) -> dict[str, Any]:
         rows = [json.loads(line) for line in self.output.read_text().splitlines()]

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor, nn
 
 import rmfast
-from rmfast import data, embedded
-from rmfast.encoding import Encoder
+from rmfast import data, errors
+from rmfast.data.encoding import Encoder
+from rmfast.demo import embedded as embedded
 
 DTYPES = ("bfloat16", "float16", "float32")
 _MATMULS = 5  # timings of each shape, of which the median counts
@@ -540,7 +541,7 @@ def _rows(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
         pairs = embedded.pairs("held-out") if args.data is None else data.read_pairs(args.data)
         encode = Encoder(tokenizer).pair
         return [row for pair in pairs[: args.pairs] for row in encode(pair)]
-    except data.DataError as error:
+    except errors.DataError as error:
         raise SystemExit(str(error)) from None
 
 

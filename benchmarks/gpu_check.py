@@ -39,6 +39,7 @@ from rmfast import ops, reference
 from rmfast.benchmarks import gpu_common
 from rmfast.benchmarks.gpu_common import BF16, DEV, DRY, heads_of, noise, padded, rows_of
 from rmfast.kernels import trie_attention as kernels
+from rmfast.ops import _cpu as cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
@@ -180,7 +181,7 @@ def attention(
         a, b, c, g = q[:, those], k[:, key], v[:, key], grad[:, :, those]
         a, b, c, g = (x.to(in_dtype) for x in (a, b, c, g))
         whole = (a, b, c, *mask, extra[those].to(in_dtype) if sinks else None, *rest)
-        return [reference.trie_attention(*whole), *reference.trie_attention_backward(g, *whole)]
+        return [cpu.trie_attention(*whole), *cpu.trie_attention_backward(g, *whole)]
 
     for group in sorted({0, h[1] - 1}):  # of heads that share a key; the last: largest offsets
         those, key = (slice(n * group, n * group + n) for n in (h[0] // h[1], 1))

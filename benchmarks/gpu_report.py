@@ -33,11 +33,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rmfast
-from rmfast import backends, training
 from rmfast.benchmarks import contestants, gpu_common
 from rmfast.benchmarks import kernels as bench
 from rmfast.benchmarks.gpu_common import BF16, DEV, DRY, build, heads_of, noise, padded, rows_of
 from rmfast.kernels import trie_attention as kernels
+from rmfast.packed import backends
+from rmfast.packed import step as packed_step
+from rmfast.train import batches as train_batches
+from rmfast.train import objective
 
 KINDS = ("groups", "apart") if DRY else ("pairs", "groups", "long", "apart")
 ATTENTION = "sdpa" if DRY else "auto"
@@ -113,15 +116,15 @@ def train(
         bench.trl(model(**batch).logits).backward()
 
 
-def packed(rows: Sequence) -> training.Batch:
+def packed(rows: Sequence) -> packed_step.Batch:
     """As the trainer's loader hands it over."""
     pairs = zip(rows[::2], rows[1::2], strict=True)
-    batch = training.Collator(0)([{"chosen_ids": a, "rejected_ids": b} for a, b in pairs])
+    batch = train_batches.Collator(0)([{"chosen_ids": a, "rejected_ids": b} for a, b in pairs])
     return {k: v.to(DEV) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def train_packed(model: nn.Module, rows: Sequence, batch: training.Batch) -> None:
-    step = training.Step(batch, training.Objective(), batch["count"])
+def train_packed(model: nn.Module, rows: Sequence, batch: packed_step.Batch) -> None:
+    step = packed_step.Step(batch, objective.Objective(), batch["count"])
     model(input_ids=batch["input_ids"][None], rmfast_step=step).loss.backward()
 
 

@@ -36,7 +36,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import rmfast
-from rmfast import backends, ops
+from rmfast import ops
+from rmfast.packed import backends
 
 COLUMNS = (
     "what case shape contestant seconds seconds_min seconds_max work unit rate roof share "

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import rmfast
-from rmfast import embedded
+from rmfast.demo import embedded
 
 _SETTLED = 50_000  # rows, after which memory should be flat
 _WORDS = "a river moved its bed and nobody in the town could say where the bridge had been".split()
@@ -72,7 +72,7 @@ def _watch(folder: Path) -> Iterator[tuple[int, float]]:
     """Rows done and megabytes resident, once a second until the command ends."""
     root = str(Path(rmfast.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    command = ["-c", "from rmfast.cli import main; raise SystemExit(main())", "score"]
+    command = ["-c", "from rmfast.commands.main import main; raise SystemExit(main())", "score"]
     command += ["--model", "model"]
     command += ["--input", "in.jsonl", "--output", "out.jsonl"]
     process = subprocess.Popen(

@@ -40,7 +40,7 @@ class Runner(shared.Runner):
 
         super().__init__(job)
         if job.packs:
-            from rmfast.integrations.trl import RewardConfig, RewardTrainer
+            from rmfast.train.trainer import RewardConfig, RewardTrainer
         else:
             from trl import RewardConfig, RewardTrainer
         tokenizer = AutoTokenizer.from_pretrained(job.model)

@@ -70,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
     import rmfast
 
     if args.trainer == "rmfast":
-        from rmfast.integrations.trl import RewardConfig, RewardTrainer
+        from rmfast.train.trainer import RewardConfig, RewardTrainer
     else:
         from trl import RewardConfig, RewardTrainer
     name = _model(args.model)
@@ -148,7 +148,7 @@ def _draw(curves: dict[str, np.ndarray], width: int, path: Path) -> None:
 
 
 def _accuracy(result: dict[str, Any]) -> str:
-    from rmfast.measures import interval
+    from rmfast.evaluate.measures import interval
 
     low, high = interval(result["right"], result["held_out"])
     share = result["right"] / result["held_out"]
@@ -158,7 +158,7 @@ def _accuracy(result: dict[str, Any]) -> str:
 def _model(given: str) -> str:
     if given != "embedded":
         return given
-    from rmfast import embedded
+    from rmfast.demo import embedded
 
     return str(embedded.checkpoint())
 

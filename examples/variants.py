@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rmfast
-from rmfast import data, embedded, losses
-from rmfast.implicit import ImplicitScorer
-from rmfast.measures import interval
+from rmfast import data, losses
+from rmfast.demo import embedded
+from rmfast.evaluate.implicit import ImplicitScorer
+from rmfast.evaluate.measures import interval
 
 BETA = 0.1
 
@@ -52,7 +53,7 @@ def kwise(args: argparse.Namespace, held_out: list[tuple]) -> None:
     """Each question's answers as one group: the right one first, the others tied."""
     from datasets import Dataset
 
-    from rmfast.integrations.trl import RewardConfig, RewardTrainer
+    from rmfast.train.trainer import RewardConfig, RewardTrainer
 
     rows = []
     for group in data.by_question(embedded.pairs("train")):

@@ -11,10 +11,12 @@ if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).resolve().parent.parent))
 
 if _TYPE_CHECKING:
-    from rmfast import data, loading, losses, ops, training
-    from rmfast.diagnosis import Diagnosis, Finding, doctor
-    from rmfast.patching import Report, patch, patched, report, unpatch
-    from rmfast.scorer import Scorer
+    from rmfast import data, loading, losses, ops
+    from rmfast.diagnosis.checks import Finding
+    from rmfast.diagnosis.doctor import Diagnosis, doctor
+    from rmfast.packed.patching import patch, patched, report, unpatch
+    from rmfast.packed.state import Report
+    from rmfast.score.scorer import Scorer
     from rmfast.trie import PackedTrie, pack
 
 __version__ = "0.1.0"
@@ -34,14 +36,15 @@ __all__ = [
     "patch",
     "patched",
     "report",
-    "training",
     "unpatch",
 ]
 
 _FROM = {
-    "diagnosis": ("Diagnosis", "Finding", "doctor"),
-    "patching": ("Report", "patch", "patched", "report", "unpatch"),
-    "scorer": ("Scorer",),
+    "diagnosis.checks": ("Finding",),
+    "diagnosis.doctor": ("Diagnosis", "doctor"),
+    "packed.patching": ("patch", "patched", "report", "unpatch"),
+    "packed.state": ("Report",),
+    "score.scorer": ("Scorer",),
     "trie": ("PackedTrie", "pack"),
 }
 _MODULE_OF = {name: module for module, names in _FROM.items() for name in names}

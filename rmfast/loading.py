@@ -2,71 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from rmfast.cli import UserError
+from rmfast.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-# Tokens that no text holds, by their names: made for padding, or kept free by those who trained.
-_PADDING = re.compile(r"[<\[]\|?(finetune_right_)?pad(ding|_token)?(_id)?\|?[>\]]", re.I)
-_FREE = re.compile(r"reserved|unused|placeholder|dummy|<\|extra_\d+\|>|\[control_\d+\]", re.I)
 
 
 class Loaded(NamedTuple):
     model: PreTrainedModel  # in eval mode, on its device
     tokenizer: PreTrainedTokenizerBase
     missing: list[str]  # parameters that the checkpoint lacks, which are random now
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a reward model is when training begins.
-
-    Attributes:
-        name: the checkpoint.
-        new: parameters of the head that the checkpoint lacks; none: it was a reward model already,
-            and keeps its head.
-        std: standard deviation that the new head was drawn with, or None.
-        unused: parameters of the checkpoint that a reward model has no use for.
-        pad: the pad token and its id.
-        pad_from: where the pad token is from.
-        warnings: what to know before training.
-    """
-
-    name: str
-    new: list[str]
-    std: float | None
-    unused: list[str]
-    pad: tuple[str, int]
-    pad_from: str
-    warnings: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        head = f"new ({_some(self.new)})" if self.new else "kept: this is a reward model already"
-        if self.std is not None:
-            head += f", drawn with a standard deviation of {self.std:.3g}"
-        lines = [
-            f"{self.name}: start of training",
-            f"  head: {head}",
-            f"  not used: {_some(self.unused) or 'nothing'}",
-            f"  pad token: {self.pad[0]!r} ({self.pad[1]}), {self.pad_from}",
-        ]
-        return "\n".join([*lines, *(f"  ! {warning}" for warning in self.warnings)])
-
-
-class Started(NamedTuple):
-    model: PreTrainedModel  # in eval mode, as from_pretrained gives it
-    tokenizer: PreTrainedTokenizerBase
-    start: Start
 
 
 def quiet() -> None:
@@ -130,82 +84,6 @@ def load(
     return Loaded(model.to(device).eval(), tokens, missing)
 
 
-def begin(
-    name: str,
-    *,
-    dtype: str = "float32",
-    device: str = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    tokenizer: str | None = None,
-    seed: int = 0,
-) -> Started:
-    """A reward model to train, from a language model's checkpoint, or from a reward model's.
-
-    A language model gets a head of one score: weights from N(0, 1/(H + 1)), where H is the size of
-    the hidden states and 1/(H + 1) the variance, and no bias (Stiennon et al. 2020, arXiv
-    2009.01325, appendix B.1, and their code). With hidden states of unit variance the first scores
-    then have one, too. A head that the checkpoint has is kept. Equal seeds give equal heads, in
-    every dtype up to its rounding.
-
-    The pad token is the tokenizer's, else the config's, else one that no text holds, else the end
-    of text; tokenizer and config agree on it afterwards.
-
-    Args:
-        dtype: one of :data:`DTYPES`. Training in fp32, with bf16 autocast, is TRL's default, too.
-        device: ``cpu``, ``cuda``, ``cuda:N``; trainers move the model themselves.
-        tokenizer: folder or hub name of another tokenizer than the model's.
-        seed: of the head; the process's generators are left alone.
-
-    Raises:
-        UserError: it cannot be loaded, is a classifier of more than one label, lacks more than a
-            head, holds no safetensors, or no pad token is to be had; the message says why.
-    """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    device = usable_device(device)
-    remote = {"trust_remote_code": trust_remote_code, "revision": revision}
-    options = {
-        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-        "num_labels": 1,
-        "use_safetensors": True,
-    }
-    auto = AutoModelForSequenceClassification
-    adapter = (Path(name) / "adapter_config.json").is_file()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if adapter:
-                options["trust_remote_code"] = trust_remote_code
-                model, missing, unused = _adapter(name, auto, **options)
-            else:
-                _one_label(name, AutoConfig.from_pretrained(name, **remote))
-                model, found = auto.from_pretrained(
-                    name, output_loading_info=True, **options, **remote
-                )
-                missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-        other = {"trust_remote_code": trust_remote_code} if tokenizer else remote
-        tokens = AutoTokenizer.from_pretrained(tokenizer or name, **other)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise UserError(f"{name} cannot be loaded: {error}") from None
-    inside = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
-    if inside:
-        raise UserError(
-            f"{name} has no {_some(inside)}: more than a head would be random; name the checkpoint "
-            "of a language model, or of a reward model"
-        )
-    std = _new_head(model, missing, seed)
-    pad, whence, warnings = _pad(model, tokens)
-    others = [key for key in unused if not key.startswith(("lm_head.", "embed_out."))]
-    if missing and others:
-        warnings.append(
-            f"{_some(others)} of the checkpoint is not used: if that is a head, convert the "
-            "checkpoint, so that training does not begin without it"
-        )
-    start = Start(name, missing, std, unused, pad, whence, warnings)
-    return Started(model.to(device).eval(), tokens, start)
-
-
 def bf16_is_fast(device: str) -> bool:
     """Whether this device multiplies bf16 matrices itself, rather than by way of fp32."""
     if device.startswith("cuda"):
@@ -235,89 +113,6 @@ def usable_device(name: str | None) -> str:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _one_label(name: str, config: Any) -> None:
-    kinds = getattr(config, "architectures", None) or []
-    if any(kind.endswith("Classification") for kind in kinds) and config.num_labels != 1:
-        raise UserError(
-            f"{name} is a classifier with num_labels={config.num_labels}: a reward model has one "
-            "score; name a language model, or a reward model with num_labels=1"
-        )
-
-
-@torch.no_grad()
-def _new_head(model: PreTrainedModel, missing: list[str], seed: int) -> float | None:
-    """Draw what gives the score, where it is new; returns the standard deviation."""
-    std = None
-    generator = torch.Generator().manual_seed(seed)
-    for key in missing:
-        owner, _, kind = key.rpartition(".")
-        layer = model.get_submodule(owner)
-        if not isinstance(layer, torch.nn.Linear) or layer.out_features != 1:
-            continue  # before the last layer of a deep head: as transformers draws it
-        if kind == "weight":
-            std = (layer.in_features + 1) ** -0.5
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * std)
-        else:
-            layer.bias.zero_()
-    return std
-
-
-def _pad(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[tuple[str, int], str, list[str]]:
-    """Set the pad token. Returns it, where it is from, and what to know about it."""
-    text, rows = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
-    before, warnings = text.pad_token_id, []
-    eos = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-    eos = {i for i in (*eos, tokenizer.eos_token_id) if i is not None}
-    token, whence = tokenizer.pad_token, "the tokenizer's"
-    if token is not None and tokenizer.pad_token_id >= rows:
-        warnings.append(
-            f"the tokenizer's pad token {token!r} ({tokenizer.pad_token_id}) has no embedding in "
-            "the model: another one is used"
-        )
-        token = None
-    if token is None and before is not None and 0 <= before < rows:
-        token, whence = tokenizer.convert_ids_to_tokens(before), "the config's"
-    if token is None:
-        token, whence = _free_token(tokenizer, rows, eos), "which no text holds"
-    if token is None:
-        token, whence = tokenizer.eos_token, "the end of text, for want of another"
-    if token is None:
-        raise UserError(
-            f"{tokenizer.name_or_path} has neither a pad token, nor a reserved one, nor an end of "
-            "text: set tokenizer.pad_token, save the tokenizer, and name its folder"
-        )
-    tokenizer.pad_token = token
-    pad = tokenizer.pad_token_id
-    model.config.pad_token_id = text.pad_token_id = pad
-    if before is not None and before != pad:
-        warnings.append(
-            f"the config had pad_token_id={before}, and now has {pad}: a score is read at the last "
-            "token that is not this one"
-        )
-    if pad in eos:
-        warnings.append(
-            f"pad_token_id equals eos_token_id ({pad}): Hugging Face's rule passes over a final "
-            "eos and scores the token before it; pooling='mask' scores the last attended token"
-        )
-    return (token, pad), whence, warnings
-
-
-def _free_token(tokenizer: PreTrainedTokenizerBase, rows: int, eos: set[int]) -> str | None:
-    """A token of the vocabulary that was made for padding, or is not used for anything."""
-    names = ("bos", "eos", "unk", "sep", "cls", "mask")
-    used = eos | {getattr(tokenizer, f"{name}_token_id", None) for name in names}
-    template = str(tokenizer.chat_template or "")
-    added = sorted((i, token) for token, i in tokenizer.get_added_vocab().items())
-    free = [token for i, token in added if i < rows and i not in used and token not in template]
-    for kind in (_PADDING.fullmatch, _FREE.search):
-        found = next(filter(kind, free), None)
-        if found is not None:
-            return found
-    return None
 
 
 def _adapter(name: str, auto: Any, **kwargs: Any) -> tuple[PreTrainedModel, list[str], list[str]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rmfast import ops
 from rmfast.ops._common import check_devices, check_floating
-from rmfast.reference import wide
+from rmfast.reference.head import wide
 
 __all__ = [
     "all_pairs",

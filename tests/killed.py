@@ -21,9 +21,11 @@ import torch
 from processes import status
 from pyarrow import parquet
 
-from rmfast import loading, output, score, scorer
+from rmfast import loading
+from rmfast.score import job as score_job
+from rmfast.score import output, scorer
 
-WATCHED = {module.__file__ for module in (output, score)}
+WATCHED = {module.__file__ for module in (output, score_job)}
 forked = functools.partial(processes.forked, watched=WATCHED)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import rmfast
-from rmfast import cli
+from rmfast.commands import main
 
 
 class Killer:
@@ -60,7 +60,7 @@ def forked(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     killer = Killer(watched, at)
     sys.setprofile(killer if at or calls is not None else None)
-    code = cli.main(argv)
+    code = main.main(argv)
     sys.setprofile(None)
     if calls is not None:
         os.write(calls, str(-killer.left).encode())

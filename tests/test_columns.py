@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from rmfast import columns
-from rmfast.cli import UserError
-from rmfast.data import RowError
+from rmfast.data import columns
+from rmfast.errors import RowError, UserError
 
 USER, GOOD, BAD = (
     {"role": role, "content": text}

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING
 
 import rmfast
 import tiny
-from rmfast.families import TRIE_BACKBONES
+from rmfast.packed.families import TRIE_BACKBONES
 
 
 def pairs(count=4, seed=0):

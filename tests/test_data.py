@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from rmfast import embedded
-from rmfast.data import DataError, Group, Pair, by_question, read_pairs
+from rmfast.data import Group, Pair, by_question, read_pairs
+from rmfast.demo import embedded
+from rmfast.errors import DataError
 
 USER, GOOD, BAD = (
     {"role": role, "content": text}

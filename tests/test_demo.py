@@ -18,9 +18,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rmfast import demo
-from rmfast.cli import UserError, main
+from rmfast.commands.main import main
 from rmfast.data import Pair, by_question
+from rmfast.demo import demo
+from rmfast.errors import UserError
 
 WORDS = "<unk> </s> user assistant : good bad what is this that one two three".split()
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' }}{% endfor %}"

@@ -22,7 +22,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import rmfast
 import tiny
-from rmfast import implicit, models, pieces, scorer, training, trials
+from rmfast.diagnosis import trials
+from rmfast.evaluate import implicit
+from rmfast.packed import models, pieces, step
+from rmfast.score import memory
+from rmfast.train import batches
+from rmfast.train import objective as train_objective
 from rmfast.trie import PackedTrie
 
 CPU, THERE = torch.device("cpu"), torch.device("meta")
@@ -184,11 +189,11 @@ def test_a_packed_batch_on_two_devices(place, order):
         {"chosen_ids": chosen, "rejected_ids": rejected}
         for chosen, rejected in zip(rows[:3], rows[3:], strict=True)
     ]
-    batch, objective = training.Collator(tiny.PAD)(examples), training.Objective("bradley_terry")
+    batch, objective = batches.Collator(tiny.PAD)(examples), train_objective.Objective()
 
     def loss_of(model):
         model.zero_grad()
-        loss = model(rmfast_step=training.Step(batch, objective)).loss
+        loss = model(rmfast_step=step.Step(batch, objective)).loss
         loss.backward()
         return loss.detach(), {n: here(p.grad) for n, p in model.named_parameters()}
 
@@ -353,7 +358,7 @@ def worker(rank, port, family, folder):
         Path(folder) / family, tp_plan="auto", dtype=torch.float64
     ).eval()
     assert models.is_sharded(model.model)
-    scorer._free = lambda device: [1, 1 << 60][rank]  # bytes: each has a memory of its own
+    memory._free = lambda device: [1, 1 << 60][rank]  # bytes: each has a memory of its own
 
     def trained():
         logits, grads = tiny.run(model, **INPUTS)

@@ -14,8 +14,9 @@ from transformers.utils import logging
 
 import rmfast
 import tiny
-from rmfast import checks, trials
-from rmfast.cli import UserError, main
+from rmfast.commands.main import main
+from rmfast.diagnosis import checks, trials
+from rmfast.errors import UserError
 from rmfast.loading import load
 
 BOS, EOS, SIZE = 1, 2, 260  # as in tiny.tokenizer
@@ -152,7 +153,7 @@ def test_a_model_that_raises_comes_out_as_it_went_in(sound):
 
 
 def test_the_package_has_it_by_name():
-    from rmfast.diagnosis import doctor
+    from rmfast.diagnosis.doctor import doctor
 
     assert rmfast.doctor is doctor
     with pytest.raises(AttributeError, match="module 'rmfast' has no attribute 'nurse'"):
@@ -549,7 +550,7 @@ def test_built_in_conversations():
 
 
 def test_parity_that_is_broken(sound, monkeypatch):
-    from rmfast import patching
+    from rmfast.packed import patching
 
     def shifted(self, *args, **kwargs):
         return forward(self, *args, **kwargs).sort(0).values

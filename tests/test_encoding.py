@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import tiny
-from rmfast.data import DataError, Pair, RowError
-from rmfast.encoding import Encoder
+from rmfast.data import Pair
+from rmfast.data.encoding import Encoder
+from rmfast.errors import DataError, RowError
 
 BOS, EOS = 1, 2
 TALK = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "yes"}]

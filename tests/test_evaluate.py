@@ -15,9 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
-from rmfast import evaluate, loading, show
-from rmfast.cli import main
-from rmfast.data import RowError
+from rmfast import loading
+from rmfast.commands.main import main
+from rmfast.data import rows as data_rows
+from rmfast.errors import RowError
+from rmfast.evaluate import job as eval_job
+from rmfast.evaluate import show
 
 LOAD = functools.cache(loading.load)
 WORDS = "what is it a cat dog one two good bad ünïcode 猫 yes no".split()
@@ -405,7 +408,7 @@ def test_no_chat_template(tmp_path, capsys):
 
 def test_options_may_be_spelled_both_ways(monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate, "run", lambda args: seen.append(vars(args)) or 0)
+    monkeypatch.setattr(eval_job, "run", lambda args: seen.append(vars(args)) or 0)
     words = "--max-length 9 --on-overlong skip --trust-remote-code --rewardbench-files".split()
     assert run("--model", "m", "--input", "d", *words) == 0
     assert run("--model", "m", "--dataset", "d", *(word.replace("-", "_").replace("__", "--")
@@ -432,7 +435,7 @@ def test_files_without_rows(model, tmp_path, capsys, text, said):
 
 def test_rows_are_read_as_what_they_are():
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    read = evaluate.read_row
+    read = data_rows.read_row
     row = read({"prompt": "p", "chosen": "c", "rejected": ["r", "s"], "subset": 3})
     assert (row.chosen, row.rejected, row.subset) == ([("p", "c")], [("p", "r"), ("p", "s")], "3")
     row = read({"chosen": turns, "rejected": [turns, turns[:1]]})
@@ -469,7 +472,7 @@ def test_rows_are_read_as_what_they_are():
 )
 def test_rows_that_are_none(change, said):
     with pytest.raises(RowError) as error:
-        evaluate.read_row({"prompt": "p", "chosen": "c", "rejected": "r", **change})
+        data_rows.read_row({"prompt": "p", "chosen": "c", "rejected": "r", **change})
     assert error.value.reason.startswith(said)
 
 

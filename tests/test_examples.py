@@ -18,8 +18,8 @@ pytest.importorskip("trl", reason="TRL is not installed: rmfast[train]")
 from transformers import AutoModelForCausalLM
 
 import tiny
-from rmfast import embedded
 from rmfast.data import Pair
+from rmfast.demo import embedded
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WORDS = "what is it a cat dog one two yes no".split()

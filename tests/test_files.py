@@ -14,8 +14,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rmfast import files
-from rmfast.data import DataError, RowError
+from rmfast.data import files
+from rmfast.errors import DataError, RowError
 
 
 def write(folder: Path, name: str, data: bytes) -> Path:

@@ -19,8 +19,8 @@ pytest.importorskip("triton")
 import interpreter
 
 import rmfast
-from rmfast import reference
 from rmfast.benchmarks import gpu_check, gpu_common, gpu_report, gpu_table
+from rmfast.ops import _cpu as cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -230,12 +230,12 @@ def test_the_first_and_the_last_heads_are_compared(head, tiny, monkeypatch):
     monkeypatch.setattr(gpu_check, "DRY", False)
 
     def forward(*args):
-        out = reference.trie_attention(*args[:-1])
+        out = cpu.trie_attention(*args[:-1])
         if head is not None:
             out[:, 5, head] = 0
         return out, None
 
-    backward = lambda grad, *args: reference.trie_attention_backward(grad, *args[:-2])  # noqa: E731
+    backward = lambda grad, *args: cpu.trie_attention_backward(grad, *args[:-2])  # noqa: E731
     fake = SimpleNamespace(trie_attention=forward, trie_attention_backward=backward)
     monkeypatch.setattr(gpu_check, "kernels", fake)
     run = gpu_check.attention(d=16, h=(4, 2), dtype=torch.float32, times=1)

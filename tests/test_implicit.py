@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import rmfast
 import tiny
-from rmfast import implicit, patching
-from rmfast.data import RowError
-from rmfast.implicit import ImplicitScorer
+from rmfast.errors import RowError
+from rmfast.evaluate import implicit
+from rmfast.evaluate.implicit import ImplicitScorer
+from rmfast.packed import patching
 
 ROWS = [
     [("what is it? ", "it is a cat"), ("what is it? ", "it is a dog!!"), ("what is it? ", "it")],

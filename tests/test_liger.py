@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import rmfast
 import tiny
-from rmfast import liger
+from rmfast.packed import liger
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
@@ -165,7 +165,7 @@ def test_only_this_instance_and_only_until_it_is_unpatched(calls):
         assert not kernels_of(model), "patched anew without them"
         patch(model)
         patch(model)
-        with rmfast.patching.unpatched(model):
+        with rmfast.packed.patching.unpatched(model):
             assert not replaced(model)
         assert len(kernels_of(model)) == 13
         rmfast.unpatch(model)
@@ -366,7 +366,7 @@ def test_refused_without_a_gpu_or_the_package(calls, monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     with pytest.raises(ValueError, match=r"pip install 'rmfast\[liger\]'"):
         patch(model)
-    assert rmfast.patching.attached(model).options.pooling == "mask", "left as it was"
+    assert rmfast.packed.patching.attached(model).options.pooling == "mask", "left as it was"
     assert not kernels_of(model)
 
 

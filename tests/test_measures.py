@@ -11,8 +11,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from rmfast import measures
-from rmfast.measures import Judged
+from rmfast.evaluate import measures
+from rmfast.evaluate.measures import Judged
 
 
 def judged(*rows: tuple) -> Judged:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import rmfast
 from rmfast import ops, reference
+from rmfast.ops import _cpu as cpu
 
 
 def random_trie(seed, batch=6, length=12, values=3):
@@ -34,7 +35,7 @@ def dense_attention(query, key, value, trie, queries, sinks, scale, window, soft
     allowed = reference.trie_mask(queries, every, trie.subtree_end, trie.position_ids, window)
     bias = torch.zeros(allowed.shape, dtype=reference.wide(query.dtype))
     bias = bias.masked_fill(~allowed, float("-inf"))[None, None]
-    return reference.attend(query, key, value, bias, scale, softcap, sinks).transpose(1, 2)
+    return cpu.attend(query, key, value, bias, scale, softcap, sinks).transpose(1, 2)
 
 
 CASES = {
@@ -95,7 +96,7 @@ def test_attention_of_many_shapes(seed, batch, length):
 def test_no_tensor_has_n_by_n_elements():
     """Rows of 64 tokens: what is computed grows with their number, not with its square."""
     trie = rmfast.pack([[row] + [1] * 63 for row in range(200)])
-    bundles = reference.bundles(trie.subtree_end, trie.position_ids, None, None)
+    bundles = cpu.bundles(trie.subtree_end, trie.position_ids, None, None)
     assert sum(b.hidden.numel() for b in bundles) <= 2 * 64 * len(trie) < len(trie) ** 2 / 50
     assert max(b.hidden.numel() for b in bundles) <= 2**17
 

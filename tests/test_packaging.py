@@ -149,7 +149,7 @@ def test_wheel_metadata(wheel):
     metadata = message_from_bytes(wheel.read(f"{folder}/METADATA"))
     assert (metadata["Name"], metadata["Version"]) == ("rmfast", rmfast.__version__)
     assert f"{folder}/licenses/LICENSE" in wheel.namelist()
-    assert b"rmfast = rmfast.cli:main" in wheel.read(f"{folder}/entry_points.txt")
+    assert b"rmfast = rmfast.commands.main:main" in wheel.read(f"{folder}/entry_points.txt")
 
 
 def test_wheel_is_used_from_elsewhere(unpacked, tmp_path):
@@ -234,7 +234,7 @@ print(json.dumps(early + [name for name in heavy if name in sys.modules]))
 def test_help_waits_for_no_torch(command):
     code = f"""
 import contextlib, json, sys
-from rmfast.cli import main
+from rmfast.commands.main import main
 with contextlib.suppress(SystemExit):
     main("{command} --help".split())
 print(json.dumps([name for name in ("torch", "numpy", "transformers") if name in sys.modules]))

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 
 import rmfast
 import tiny
-from rmfast.families import TRIE_BACKBONES
+from rmfast.packed.families import TRIE_BACKBONES
 
 UNIT = 2.0**-24
 # Eager attention in transformers masks with the smallest fp64 number and takes the softmax in

@@ -20,7 +20,8 @@ from transformers import (
 
 import rmfast
 import tiny
-from rmfast import patching, reference
+from rmfast import reference
+from rmfast.packed import patching
 
 UNIT = 2.0**-24
 

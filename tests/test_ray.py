@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import tiny
-from rmfast import Scorer, cli
-from rmfast.cli import UserError
-from rmfast.data import RowError
+from rmfast import Scorer
+from rmfast.commands import main
+from rmfast.errors import RowError, UserError
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rmfast[ray]'")
 
@@ -110,8 +110,8 @@ def test_the_command(cluster, folder, tmp_path, monkeypatch, capsys):
     Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     common = ["score", "--model", folder, "--input", "in.jsonl", "--batch-window", "8"]
     common += ["--max-tokens", "64"]
-    assert cli.main([*common, "--output", "one.jsonl"]) == 1  # the first response is empty
-    assert cli.main([*common, "--output", "two.jsonl", "--ray", "2"]) == 1
+    assert main.main([*common, "--output", "one.jsonl"]) == 1  # the first response is empty
+    assert main.main([*common, "--output", "two.jsonl", "--ray", "2"]) == 1
     for name in ("{}.jsonl", "{}.jsonl.errors.jsonl"):
         one, two = (Path(name.format(x)).read_text() for x in ("one", "two"))
         assert one == two

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import rmfast
 import tiny
-from rmfast import models, pieces
+from rmfast.packed import models, pieces
 
 UNIT = 2.0**-24
 

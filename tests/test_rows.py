@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from rmfast.data import DataError, Group, Pair, Preferences, preferences
+from rmfast.data import Group, Pair, Preferences, preferences
+from rmfast.errors import DataError
 
 
 def needs(package: str):

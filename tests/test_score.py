@@ -21,7 +21,12 @@ from pyarrow import parquet
 from transformers.utils import logging
 
 import tiny
-from rmfast import cli, files, loading, output, score, scorer
+from rmfast import loading
+from rmfast.commands import main
+from rmfast.data import files
+from rmfast.score import job as score_job
+from rmfast.score import parquet as score_parquet
+from rmfast.score import progress, scorer
 
 USER, GOOD, BAD = (
     {"role": role, "content": text}
@@ -60,7 +65,7 @@ def run(tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
 
     def run(*argv: str, source: str = "in.jsonl", name: str = "o.jsonl", code: int = 0) -> Path:
-        got = cli.main(["score", "--model", model, "--input", source, "--output", name, *argv])
+        got = main.main(["score", "--model", model, "--input", source, "--output", name, *argv])
         assert got == code
         return tmp_path / name
 
@@ -247,7 +252,7 @@ def test_every_format_into_every_other(run, oracle, source, target):
         assert scored == row
     if target == "o.parquet":
         assert parquet.read_schema(path).field("reward").type == pyarrow.float32()
-        assert not output.parts_folder(path).exists()
+        assert not score_parquet.parts_folder(path).exists()
 
 
 @pytest.mark.parametrize("target", NAMES)
@@ -349,14 +354,14 @@ def test_small_windows_make_row_groups_of_a_good_size(run, monkeypatch):
     write("in.jsonl", [{"text": "t" * 100} for _ in range(40)])
     path = run("--batch-window", "4", name="o.parquet")
     assert parquet.ParquetFile(path).num_row_groups == 1
-    monkeypatch.setattr(output, "_GROUP", 1000)
+    monkeypatch.setattr(score_parquet, "_GROUP", 1000)
     path = run("--batch-window", "4", "--overwrite", name="o.parquet")
     assert parquet.ParquetFile(path).num_row_groups == 4
     assert len(read(path)) == 40
 
 
 def test_csv_has_the_columns_of_the_first_rows(run, monkeypatch):
-    monkeypatch.setattr(score, "_LOOK", 2)
+    monkeypatch.setattr(score_job, "_LOOK", 2)
     write("in.jsonl", [{"text": "a"}, {"b": None, "text": "b"}, {"text": "c", "late": 1}])
     got = read(run(name="o.csv", code=1))
     assert [list(row.values())[:2] for row in got] == [["a", ""], ["b", ""]]
@@ -425,7 +430,7 @@ BAD_ROWS: list[tuple[str | bytes, str]] = [
 @pytest.mark.parametrize("target", ["o.jsonl", "o.parquet"])
 def test_bad_rows_are_told_by_line_and_left_out(run, monkeypatch, capsys, target):
     monkeypatch.setattr(files, "LONGEST", 8000)
-    monkeypatch.setattr(score, "_LOOK", 1)
+    monkeypatch.setattr(score_job, "_LOOK", 1)
     good = [json.dumps({"messages": [USER, GOOD], "n": i}) for i in range(len(BAD_ROWS) + 1)]
     raw = [line if isinstance(line, bytes) else line.encode() for line, _ in BAD_ROWS]
     both = [line for pair in zip(good, raw, strict=False) for line in pair] + good[-1:]
@@ -526,7 +531,7 @@ def stopped(model, tmp_path_factory) -> list[dict]:
             {"do": "interrupt", "name": "o.jsonl"},
         ],
     }
-    root = Path(score.__file__).parent.parent
+    root = Path(score_job.__file__).parent.parent
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("killed.py"))],
@@ -772,7 +777,7 @@ def test_nothing_is_said_to_be_shared_where_batches_are_padded(run, monkeypatch)
 
 
 def test_progress_is_a_line_now_and_then(run, monkeypatch, capsys):
-    monkeypatch.setattr(score, "_PAUSE", 0.0)
+    monkeypatch.setattr(progress, "_PAUSE", 0.0)
     write("in.jsonl", conversations(20))
     run("--batch-window", "4")
     said = capsys.readouterr().err.splitlines()
@@ -811,7 +816,7 @@ def test_what_cannot_run(run, tmp_path, capsys, loaded, monkeypatch, argv, said)
     write("in.jsonl", conversations(2))
     Path("d.jsonl").mkdir()
     monkeypatch.setattr(loaded.model.config, "mean", None)
-    assert cli.main(["score", "--model", "m", "--input", "in.jsonl", *argv]) == 2
+    assert main.main(["score", "--model", "m", "--input", "in.jsonl", *argv]) == 2
     err = capsys.readouterr().err
     assert err.startswith("rmfast score: ") and said in err and err.count("\n") == 1
     assert {file.name for file in tmp_path.iterdir()} == {"in.jsonl", "d.jsonl"}

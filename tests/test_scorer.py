@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 import rmfast
 import tiny
-from rmfast import Scorer, patching, pieces
-from rmfast.data import DataError, Pair, RowError
-from rmfast.scorer import evaluating
+from rmfast import Scorer
+from rmfast.data import Pair
+from rmfast.errors import DataError, RowError
+from rmfast.packed import patching, pieces
+from rmfast.score.scorer import evaluating
 
 TALK = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "yes"}]
 
@@ -254,9 +256,9 @@ def test_what_the_model_was_patched_with_stays():
 
 
 def test_a_limit_of_none_is_none_of_the_scorers(monkeypatch):
-    from rmfast import scorer
+    from rmfast.score import memory
 
-    monkeypatch.setattr(scorer, "_most_tokens", lambda device, probe: 77)
+    monkeypatch.setattr(memory, "_most_tokens", lambda device, probe: 77)
     for limit, most in ((None, 77), (0, 77), (50, 50)):
         model = rmfast.patch(tiny.model("llama"), max_tokens=limit)
         assert Scorer(model).max_tokens == most
@@ -669,31 +671,31 @@ def test_nothing_fits():
 
 
 def test_the_budget_is_what_memory_holds(monkeypatch):
-    from rmfast import scorer
+    from rmfast.score import memory
 
     model = tiny.model("llama")
-    monkeypatch.setattr(scorer, "_free", lambda device: 100_000_000)
+    monkeypatch.setattr(memory, "_free", lambda device: 100_000_000)
     held = iter([(1000, 0), (0, 257_000), (1000, 0), (0, 513_000)] * 2)
-    monkeypatch.setattr(scorer, "_memory", lambda device: next(held))
+    monkeypatch.setattr(memory, "_memory", lambda device: next(held))
     monkeypatch.setattr(pieces, "_MOST", {"cpu": 4096, "cuda": 4096})
     assert Scorer(model).max_tokens == 4096  # 1000 bytes a token: far more would fit
-    monkeypatch.setattr(scorer, "_free", lambda device: 2_000_000)
+    monkeypatch.setattr(memory, "_free", lambda device: 2_000_000)
     assert 1150 < Scorer(model).max_tokens <= 1200
-    monkeypatch.setattr(scorer, "_memory", lambda device: None)
+    monkeypatch.setattr(memory, "_memory", lambda device: None)
     assert Scorer(model).max_tokens == 4096
 
 
 def test_looking_at_the_memory_of_this_machine():
     device = torch.device("cpu")
-    from rmfast import scorer
+    from rmfast.score import memory
 
-    assert scorer._free(device) > 0
-    before = scorer._memory(device)
+    assert memory._free(device) > 0
+    before = memory._memory(device)
     if before is None:
         pytest.skip("this system does not say what a process holds")
     with mmap.mmap(-1, 100_000_000) as block:  # past malloc, which may have some left
         block.write(bytes(100_000_000))
-    assert scorer._memory(device)[1] - before[0] > 90e6
+    assert memory._memory(device)[1] - before[0] > 90e6
     assert patching.attached(Scorer(tiny.model("llama")).model) is not None
 
 

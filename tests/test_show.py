@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: rmfast[eval]")
 
-from rmfast import measures, show
-from rmfast.cli import UserError
-from rmfast.measures import Judged
+from rmfast.errors import UserError
+from rmfast.evaluate import measures, show
+from rmfast.evaluate.measures import Judged
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,12 @@ from transformers.utils import logging
 
 import rmfast
 import tiny
-from rmfast import cli, data, train, watch
-from rmfast.encoding import Encoder
-from rmfast.integrations.trl import RewardConfig, RewardTrainer
+from rmfast import data
+from rmfast.commands import main
+from rmfast.data.encoding import Encoder
+from rmfast.train import job as train_job
+from rmfast.train import watch
+from rmfast.train.trainer import RewardConfig, RewardTrainer
 
 CAN_DRAW = watch._can_draw
 WORDS = "what is it a cat dog one two ünïcode 猫 yes no".split()
@@ -110,7 +113,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "_can_draw", lambda: False)  # pictures take half of the time
 
     def run(*argv: str, code: int = 0) -> Path:
-        assert cli.main(["train", *FAST, *argv]) == code
+        assert main.main(["train", *FAST, *argv]) == code
         return tmp_path / "out"
 
     return run
@@ -176,7 +179,7 @@ def test_a_run_and_its_card(run, model, language_model, tmp_path, capsys, monkey
     else:
         pair = {"prompt": question + " ", "chosen": answer, "rejected": "Six."}
     encoder = Encoder(tokenizer)
-    row = train.tokens(data.preferences([pair]), encoder, tokenizer.eos_token)[0][0]
+    row = train_job.tokens(data.preferences([pair]), encoder, tokenizer.eos_token)[0][0]
     with torch.inference_mode():
         want = loaded(torch.tensor([row["chosen_ids"].tolist()])).logits.item()
     assert scores[1] == pytest.approx(want, rel=1e-6)
@@ -186,7 +189,7 @@ def test_the_last_figures_are_those_of_rmfast_eval(run, model, tmp_path):
     held_out = lines(tmp_path / "held.jsonl", pairs(14, messages=True, seed=1))
     rows = command(model, pairs(messages=True), "--eval-data", held_out)
     out = run(*rows)
-    assert cli.main(["eval", "--model", str(out), "--input", held_out, "--json", "e.json"]) == 0
+    assert main.main(["eval", "--model", str(out), "--input", held_out, "--json", "e.json"]) == 0
     want, got = json.loads(Path("e.json").read_text()), metrics(out, "eval")[-1]
     assert got["rows"] == want["rows"] and got["length"]["n"] == want["length"]["n"]
     for part, name in (("margin", "mean"), ("calibration", "log_loss"), ("calibration", "ece")):
@@ -215,7 +218,7 @@ def test_weights_are_the_trainers_and_evaluation_leaves_no_trace(run, model, tmp
     other = load_file(with_eval.with_name("eval") / "model.safetensors")
     assert all(torch.equal(got[name], other[name]) for name in got)
 
-    started = train.loading.begin(model)
+    started = train_job.loading.begin(model)
     args = RewardConfig(
         "trl", max_steps=4, per_device_train_batch_size=4, learning_rate=1e-3,
         center_rewards_coefficient=0.01, label_smoothing=0.1, lr_scheduler_type="linear",
@@ -242,7 +245,7 @@ def test_tokens_are_trls(model, tmp_path):
             net, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
         ).train_dataset
         encoder = Encoder(tokenizer, max_length=60)
-        ours, dropped = train.tokens(data.preferences(rows), encoder, tokenizer.eos_token)
+        ours, dropped = train_job.tokens(data.preferences(rows), encoder, tokenizer.eos_token)
         names = [name for name in ours[0] if name != "ranks"]
         assert len(ours) == len(theirs) and dropped.total() == len(rows) - len(ours)
         for mine, other in zip(ours, theirs, strict=True):
@@ -254,11 +257,11 @@ def test_tokens_are_trls(model, tmp_path):
 
 def test_no_question_is_on_both_sides():
     found = data.preferences(pairs(60))
-    sides = train._split(found, 0.25, 3)
+    sides = train_job._split(found, 0.25, 3)
     assert len(sides[0]) + len(sides[1]) == 60 and 13 <= len(sides[1]) <= 15
     assert not {x.question() for x in sides[0]} & {x.question() for x in sides[1]}
-    assert train._split(found, 0, 3) == (found, None)
-    assert [x.where for x in train._split(found, 0.25, 4)[1]] != [x.where for x in sides[1]]
+    assert train_job._split(found, 0, 3) == (found, None)
+    assert [x.where for x in train_job._split(found, 0.25, 4)[1]] != [x.where for x in sides[1]]
 
 
 # --- options
@@ -307,7 +310,7 @@ def test_defaults_of_lora_and_bf16_weights(run, model):
     """The head and the adapters stay fp32 over a bf16 model; what is merged is bf16."""
     argv = [x for x in FAST if x not in ("--learning-rate", "1e-3")]
     argv += ["--dtype", "bfloat16", "--lora-rank", "2", "--max-steps", "2"]
-    assert cli.main(["train", *argv, *command(model, pairs())]) == 0
+    assert main.main(["train", *argv, *command(model, pairs())]) == 0
     kept = yaml.safe_load(Path("out/config.yaml").read_text())
     assert kept["learning-rate"] == 1e-4 and kept["lora-alpha"] == 4
     last = sorted(Path("out/checkpoints").glob("checkpoint-*"))[-1]
@@ -366,7 +369,7 @@ def test_lora_goes_on_to_the_same_weights(run, model, monkeypatch):
         return RewardTrainer.training_step(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train._Trainer, "training_step", stop)
+        patched.setattr(train_job._Trainer, "training_step", stop)
         with pytest.raises(Stop):
             run(*argv)
     out = run(*argv, "--resume")
@@ -381,7 +384,7 @@ def test_killed_after_the_last_step(run, model, monkeypatch, more):
     argv = command(model, pairs(), "--max-steps", "2", *more)
     whole = run(*argv, "--output", "whole").with_name("whole")
     with monkeypatch.context() as patched:
-        patched.setattr(train._Job, "finish", lambda self: 1 / 0)
+        patched.setattr(train_job._Job, "finish", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(*argv)
     out = run(*argv, "--resume")
@@ -518,10 +521,10 @@ def test_without_matplotlib_it_trains(run, model, capsys, monkeypatch):
 
 def test_without_trl(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    for name in ("rmfast.train", "rmfast.integrations.trl"):
+    for name in ("rmfast.train.job", "rmfast.train.trainer"):
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(rmfast, "train")
-    assert cli.main(["train", "--model", "m", "--data", "d", "--output", "o"]) == 2
+    monkeypatch.delattr(rmfast.train, "job")
+    assert main.main(["train", "--model", "m", "--data", "d", "--output", "o"]) == 2
     assert "rmfast train needs TRL: pip install 'rmfast[train]'" in capsys.readouterr().err
 
 

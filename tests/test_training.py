@@ -8,13 +8,16 @@ from hypothesis import strategies as st
 
 import rmfast
 import tiny
-from rmfast import training
+from rmfast.packed import step as packed_step
+from rmfast.train import batches as train_batches
+from rmfast.train import objective as train_objective
+from rmfast.train import sampler as train_sampler
 
 IDS = st.lists(st.integers(1, 4), min_size=1, max_size=9)
 
 
 def batch_of(examples, **options):
-    return training.Collator(tiny.PAD, **options)(examples)
+    return train_batches.Collator(tiny.PAD, **options)(examples)
 
 
 def rows_of(examples):
@@ -39,7 +42,7 @@ def test_a_packed_batch_is_its_rows(pairs, share):
     examples = [pair(chosen, rejected) for chosen, rejected in pairs]
     batch = batch_of(examples, share_prefixes=share)
     rows = rows_of(examples)
-    inputs = training.padded(batch, tiny.PAD)
+    inputs = packed_step.padded(batch, tiny.PAD)
     assert [ids[mask.bool()].tolist() for ids, mask in zip(*inputs.values(), strict=True)] == rows
     assert batch["tokens"] == sum(map(len, rows)) and batch["longest"] == max(map(len, rows))
     assert batch["count"] == len(pairs)
@@ -49,9 +52,9 @@ def test_a_packed_batch_is_its_rows(pairs, share):
 
 def test_a_sequence_ends_where_hugging_face_scores_it():
     batch = batch_of([pair([5, 6, tiny.PAD], [tiny.PAD, tiny.PAD])])
-    ids = training.padded(batch, tiny.PAD)["input_ids"]
+    ids = packed_step.padded(batch, tiny.PAD)["input_ids"]
     assert ids.tolist() == [[5, 6], [tiny.PAD, tiny.PAD]]
-    kept = training.Collator(None)([pair([5, 6, tiny.PAD], [7])])
+    kept = train_batches.Collator(None)([pair([5, 6, tiny.PAD], [7])])
     assert len(kept["input_ids"]) == 4
 
 
@@ -104,7 +107,7 @@ def test_bad_examples_are_named(examples, message):
 )
 def test_every_rank_and_epoch_has_as_many_batches(nodes, common, most, world, epochs):
     samplers = [
-        training.TokenBudgetSampler(
+        train_sampler.TokenBudgetSampler(
             nodes, most, common=common, ranks=(world, rank), epochs=epochs, seed=3
         )
         for rank in range(world)
@@ -129,19 +132,19 @@ def test_every_rank_and_epoch_has_as_many_batches(nodes, common, most, world, ep
 
 
 def test_batches_are_full():
-    sampler = training.TokenBudgetSampler([10] * 100, 45)
+    sampler = train_sampler.TokenBudgetSampler([10] * 100, 45)
     assert [len(batch) for batch in sampler] == [4] * 25
-    assert len(training.TokenBudgetSampler([10] * 100, 45, common=5)) == 13  # 8 of 5, and 5
+    assert len(train_sampler.TokenBudgetSampler([10] * 100, 45, common=5)) == 13  # 8 of 5, and 5
 
 
 def test_an_example_over_budget_is_named():
     with pytest.raises(ValueError, match="example 1 has 50 trie nodes, more than max_tokens = 45"):
-        training.TokenBudgetSampler([10, 50], 45)
+        train_sampler.TokenBudgetSampler([10, 50], 45)
 
 
 def test_common_prefix():
     rows = [np.array(row) for row in ([1, 2, 3], [1, 2, 4], [1, 2], [5])]
-    assert [training.common(rows[0], row) for row in rows] == [3, 2, 2, 0]
+    assert [train_batches.common(rows[0], row) for row in rows] == [3, 2, 2, 0]
 
 
 # --- the loss of a packed batch
@@ -151,7 +154,7 @@ def examples_of(kind, generator):
     def ids(n):
         return torch.randint(1, tiny.VOCAB, (n,), generator=generator).tolist()
 
-    if kind in training.KINDS["pairs"]:
+    if kind in train_objective.KINDS["pairs"]:
         out = []
         for i in range(4):
             prompt = ids(5 + i)
@@ -194,11 +197,11 @@ def by_hand(objective, scores, examples):
 
 
 OBJECTIVES = [
-    training.Objective(),
-    training.Objective(label_smoothing=0.1, center=0.01),
-    training.Objective("focal", gamma=1.5, center=0.01),
-    training.Objective("all_pairs"),
-    training.Objective("plackett_luce"),
+    train_objective.Objective(),
+    train_objective.Objective(label_smoothing=0.1, center=0.01),
+    train_objective.Objective("focal", gamma=1.5, center=0.01),
+    train_objective.Objective("all_pairs"),
+    train_objective.Objective("plackett_luce"),
 ]
 
 
@@ -208,11 +211,11 @@ def test_loss_and_gradients_are_those_of_padded_rows(objective, family):
     examples = examples_of(objective.kind, torch.Generator().manual_seed(1))
     batch = batch_of(examples)
     plain = tiny.model(family, torch.float64)
-    scores = plain(**training.padded(batch, tiny.PAD)).logits[:, 0]
+    scores = plain(**packed_step.padded(batch, tiny.PAD)).logits[:, 0]
     want = by_hand(objective, scores, examples)
     want.backward()
     model = rmfast.patch(tiny.model(family, torch.float64))
-    out = model(input_ids=batch["input_ids"][None], rmfast_step=training.Step(batch, objective))
+    out = model(input_ids=batch["input_ids"][None], rmfast_step=packed_step.Step(batch, objective))
     out.loss.backward()
     assert not rmfast.report(model).fallbacks
     torch.testing.assert_close(out.logits[:, 0], scores.detach(), rtol=1e-9, atol=1e-9)
@@ -231,11 +234,11 @@ def test_loss_and_gradients_are_those_of_padded_rows(objective, family):
 )  # fmt: skip
 def test_objectives_that_mean_nothing(options):
     with pytest.raises(ValueError, match=options["kind"]):
-        training.Objective(**options)
+        train_objective.Objective(**options)
 
 
 def test_metrics_of_groups_count_pairs():
-    objective = training.Objective("all_pairs")
+    objective = train_objective.Objective("all_pairs")
     batch = batch_of([group([[1], [2], [3]], [1, 2, 2]), group([[4], [5]], [2, 1])])
     scores = torch.tensor([2.0, 1.0, 3.0, 0.0, 0.5])
     _, _, metrics = objective.of_scores(scores, batch)
@@ -254,7 +257,7 @@ def test_what_cannot_be_packed_is_padded(why):
     if why == "long":
         options = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
         options["max_position_embeddings"] = 6
-    objective = training.Objective()
+    objective = train_objective.Objective()
     examples = examples_of("bradley_terry", torch.Generator().manual_seed(1))
     batch = batch_of(examples)
     plain, model = (tiny.model("llama", torch.float64, **options) for _ in range(2))
@@ -270,9 +273,9 @@ def test_what_cannot_be_packed_is_padded(why):
     if why == "level":
         model._rmfast.level = "head"
     torch.manual_seed(5)
-    scores = plain(**training.padded(batch, tiny.PAD)).logits[:, 0]
+    scores = plain(**packed_step.padded(batch, tiny.PAD)).logits[:, 0]
     torch.manual_seed(5)
-    out = model(input_ids=batch["input_ids"][None], rmfast_step=training.Step(batch, objective))
+    out = model(input_ids=batch["input_ids"][None], rmfast_step=packed_step.Step(batch, objective))
     assert len(rmfast.report(model).fallbacks) >= 1
     if why == "dropout":  # packed after all, without sharing: other noise
         assert out.loss.isfinite()
@@ -289,7 +292,7 @@ def test_prompt_learning_is_refused():
     model = rmfast.patch(tiny.model())
     batch = batch_of([pair([1, 2], [1, 3])])
     with pytest.raises(ValueError, match="cannot be run with inputs_embeds"):
-        model(inputs_embeds=torch.zeros(1, 2, 32), rmfast_step=training.Step(batch, None))
+        model(inputs_embeds=torch.zeros(1, 2, 32), rmfast_step=packed_step.Step(batch, None))
 
 
 # --- no look at the device
@@ -317,7 +320,7 @@ def test_nothing_waits_for_a_gpu(objective):
     with mode:
         rmfast.patch(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        step = training.Step(batch, objective)
+        step = packed_step.Step(batch, objective)
         out = model(input_ids=batch["input_ids"][None], rmfast_step=step)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import rmfast
 from rmfast import reference
+from rmfast.ops import _cpu as cpu
 
 # Few token values and short rows: prefixes, duplicates and nesting all come up often.
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=8)
@@ -81,7 +82,7 @@ def test_bundles_cover_the_mask_exactly_once(rows, window, pooled):
         queries, torch.arange(len(trie)), trie.subtree_end, trie.position_ids, window
     )
     got = torch.zeros(want.shape, dtype=torch.int)
-    for bundle in reference.bundles(
+    for bundle in cpu.bundles(
         trie.subtree_end, trie.position_ids, queries if pooled else None, window
     ):
         real = ~bundle.hidden
@@ -183,11 +184,11 @@ def test_position_ids_of_another_shape():
 
 def test_what_attention_keeps_is_neither_copied_nor_pickled():
     trie = rmfast.pack([[1, 2, 3], [1, 2, 4]])
-    bundles = reference.bundles(trie.subtree_end, trie.position_ids, None, None)
-    assert reference.bundles(trie.subtree_end, trie.position_ids, None, None) is bundles
-    assert reference.bundles(trie.subtree_end, trie.position_ids.clone(), None, None) is not bundles
+    bundles = cpu.bundles(trie.subtree_end, trie.position_ids, None, None)
+    assert cpu.bundles(trie.subtree_end, trie.position_ids, None, None) is bundles
+    assert cpu.bundles(trie.subtree_end, trie.position_ids.clone(), None, None) is not bundles
     for copied in (copy.deepcopy(trie), pickle.loads(pickle.dumps(trie)), trie.to("meta")):
         assert copied.subtree_end._rmfast_kept == {}
     end = trie.subtree_end.clone()  # anybody's tensor: it may be written to between the calls
-    bundles = reference.bundles(end, trie.position_ids, None, None)
-    assert reference.bundles(end, trie.position_ids, None, None) is not bundles
+    bundles = cpu.bundles(end, trie.position_ids, None, None)
+    assert cpu.bundles(end, trie.position_ids, None, None) is not bundles

@@ -12,8 +12,9 @@ from datasets import Dataset
 
 import rmfast
 import tiny
-from rmfast import training
-from rmfast.integrations.trl import RewardConfig, RewardTrainer
+from rmfast.packed import step as packed_step
+from rmfast.train import objective as train_objective
+from rmfast.train.trainer import RewardConfig, RewardTrainer
 
 TOKENIZER = tiny.tokenizer()
 LOGGED = (
@@ -199,13 +200,13 @@ def test_token_budget(tmp_path, ranked):
     assert max(len(batch["input_ids"]) for batch in batches) <= budget
     assert len({batch["count"] for batch in batches}) > 1
     assert sum(batch["count"] for batch in batches) == 2 * len(rows)
-    net, objective = model(), training.Objective(kind)
+    net, objective = model(), train_objective.Objective(kind)
     optimizer = torch.optim.SGD(net.parameters(), lr=SGD["learning_rate"])
     losses = []
     for step in got.steps:
         total, count = 0.0, sum(batch["count"] for batch in step)
         for batch in step:
-            scores = net(**training.padded(batch, tiny.PAD)).logits[:, 0]
+            scores = net(**packed_step.padded(batch, tiny.PAD)).logits[:, 0]
             total = total + objective.of_scores(scores, batch)[0] / count
         optimizer.zero_grad()
         total.backward()
@@ -416,7 +417,7 @@ def test_a_whole_training_step_reads_nothing_from_the_device(tmp_path):
     ids=["pairs, none logged", "groups"],
 )
 def test_metrics_that_wait_take_so_much_room_and_no_more(tmp_path, rows, strategy, monkeypatch):
-    from rmfast.integrations import trl as integration
+    from rmfast.train import trainer as integration
 
     class Watched(RewardTrainer):
         most = 0

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 import rmfast
 import tiny
-from rmfast.integrations.trl import RewardTrainer
+from rmfast.train.trainer import RewardTrainer
 
 EXACT = 1e-6  # logged losses are added up in fp32, and fp64 models have fp32 rotary frequencies
 

@@ -15,8 +15,9 @@ from test_trl import SGD, Recording, groups, lora, model, model_with, pairs, run
 
 import rmfast
 import tiny
-from rmfast import training
-from rmfast.integrations.trl import RewardTrainer
+from rmfast.packed import step as packed_step
+from rmfast.train import objective as train_objective
+from rmfast.train.trainer import RewardTrainer
 
 BUDGET = {"max_tokens_per_batch": 60}
 PROCESSES = {
@@ -138,7 +139,7 @@ def steps_by_hand(net, objective, steps):
         count = sum(batch["count"] for batch in batches)
         total, correct, ranked = 0.0, 0.0, 0
         for batch in batches:
-            scores = net(**training.padded(batch, tiny.PAD)).logits[:, 0]
+            scores = net(**packed_step.padded(batch, tiny.PAD)).logits[:, 0]
             total = total + objective.of_scores(scores, batch)[0] / count
             better, worse = batch["pairs"].T if "pairs" in batch else indices(batch["count"])
             correct += (scores[better] > scores[worse]).sum().item()
@@ -163,7 +164,7 @@ def test_a_step_of_two_processes_is_the_mean_over_all_their_pairs(kind, two_proc
     assert len({batch["count"] for step in steps for batch in step}) > 1
     counts = [[sum(batch["count"] for batch in step) for step in rank["steps"]] for rank in ranks]
     assert counts[0] != counts[1]
-    objective = training.Objective(PROCESSES[kind].get("loss_type", "bradley_terry"))
+    objective = train_objective.Objective(PROCESSES[kind].get("loss_type", "bradley_terry"))
     net = net_of(kind)
     want = list(steps_by_hand(net, objective, steps))
     got = logged(ranks[0]["logs"], "", ["loss", "accuracy"])

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rmfast import loading
-from rmfast.cli import UserError
-from rmfast.data import RowError
-from rmfast.encoding import Conversation
-from rmfast.scorer import Scored, Scorer, Stats, gathered
+from rmfast.data.encoding import Conversation
+from rmfast.errors import RowError, UserError
+from rmfast.score.scorer import Scorer
+from rmfast.score.windows import Scored, Stats, gathered
 
 if TYPE_CHECKING:
     import pyarrow
@@ -71,13 +71,13 @@ class TableWorker(Worker):
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
         import pyarrow as pa
 
-        from rmfast import columns
+        from rmfast.data import columns as data_columns
 
-        layout = columns.choose(table.column_names, self.named, stem=self.stem)
+        layout = data_columns.choose(table.column_names, self.named, stem=self.stem)
         if layout is None:
             raise UserError(
                 f"the data set has the columns {', '.join(table.column_names)}, and needs "
-                f"{columns.needed(self.named)}"
+                f"{data_columns.needed(self.named)}"
             )
         rows = [_conversations(layout, row) for row in table.to_pylist()]
         scored, _, _ = self.score(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rmfast import reference
+from rmfast.ops import _cpu as cpu
 from rmfast.ops._common import (
     check_devices,
     check_floating,
@@ -40,7 +40,7 @@ def _trie_attention(
 
         return kernels.trie_attention(query, key, value, *rule, keep)
     lse = query.new_empty(1, 0, dtype=torch.float32)
-    return reference.trie_attention(query, key, value, *rule), lse
+    return cpu.trie_attention(query, key, value, *rule), lse
 
 
 @torch.library.custom_op("rmfast::trie_attention_backward", mutates_args=())
@@ -66,7 +66,7 @@ def _trie_attention_backward(
 
         *grads, grad_sinks = kernels.trie_attention_backward(grad, *inputs, out, lse)
     else:
-        *grads, grad_sinks = reference.trie_attention_backward(grad, *inputs)
+        *grads, grad_sinks = cpu.trie_attention_backward(grad, *inputs)
     return *grads, query.new_empty(0) if grad_sinks is None else grad_sinks
 
 
@@ -87,7 +87,7 @@ def _(
     out, lse,
 ):  # fmt: skip
     grad_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return *(reference.tokens_first(x, x.dtype) for x in (query, key, value)), grad_sinks
+    return *(cpu.tokens_first(x, x.dtype) for x in (query, key, value)), grad_sinks
 
 
 def _trie_attention_setup(ctx, inputs, output):

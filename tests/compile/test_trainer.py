@@ -9,7 +9,7 @@ from test_trl import SGD, model, pairs, run, same
 from transformers import TrainerCallback
 
 import rmfast
-from rmfast.integrations.trl import RewardTrainer
+from rmfast.train.trainer import RewardTrainer
 
 OPTIONS = SGD | {"max_steps": 10}
 

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rmfast
-from rmfast import backends, ops, reference
+from rmfast import ops, reference
+from rmfast.ops import _cpu as cpu
+from rmfast.packed import backends
 
 NAMES = ("out", "query", "key", "value", "sinks")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -93,8 +95,8 @@ class Problem:
             *wide[:3], end, position, None if self.queries is None else self.queries.cpu(),
             wide[3] if self.sinks else None, self.width**-0.5, self.window, self.softcap,
         )  # fmt: skip
-        out = reference.trie_attention(*rest)
-        grads = reference.trie_attention_backward(self.grad.cpu().double(), *rest)
+        out = cpu.trie_attention(*rest)
+        grads = cpu.trie_attention_backward(self.grad.cpu().double(), *rest)
         return [out, *grads[: len(self.leaves)]]
 
     def check(self, answers, exact, theirs, factor=1.1):

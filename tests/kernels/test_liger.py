@@ -5,7 +5,7 @@ import torch
 
 import rmfast
 import tiny
-from rmfast import liger
+from rmfast.packed import liger
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 

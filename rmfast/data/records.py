@@ -1,0 +1,200 @@
+"""Preference data in memory: pairs, ranked groups, and what was dropped."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from rmfast.data.values import Conversation
+from rmfast.errors import RowError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers, of which the first is preferred.
+
+    Attributes:
+        chosen: text or messages, without the prompt where ``prompt`` is given.
+        rejected: the same kind.
+        prompt: what comes before both, or None where both already begin with it.
+        margin: by how much the chosen answer is to score higher (Llama 2, arXiv 2307.09288, eq. 2);
+            None: not said.
+        where: where the pair is from, for messages: ``file:line``.
+    """
+
+    chosen: str | Conversation
+    rejected: str | Conversation
+    prompt: str | Conversation | None = None
+    margin: float | None = None
+    where: str = field(default="", compare=False)
+
+    def whole(self) -> tuple[str, str] | tuple[Conversation, Conversation]:
+        """Chosen and rejected with the prompt before them."""
+        if self.prompt is None:
+            return self.chosen, self.rejected
+        return self.prompt + self.chosen, self.prompt + self.rejected
+
+    def question(self) -> str:
+        """What both sides begin with, as a key: pairs of one prompt have the same."""
+        return _question(self.prompt, [self.chosen, self.rejected])
+
+
+@dataclass(frozen=True)
+class Group:
+    """K >= 2 answers to one prompt, in an order of preference.
+
+    Attributes:
+        responses: text, or messages, without the prompt where ``prompt`` is given.
+        ranks: a number for each response; lower is better, equal is a tie.
+        prompt: what comes before each, or None where all already begin with it.
+        where: where the group is from, for messages: ``file:line``.
+    """
+
+    responses: list[str] | list[Conversation]
+    ranks: list[float]
+    prompt: str | Conversation | None = None
+    where: str = field(default="", compare=False)
+
+    def whole(self) -> list[str] | list[Conversation]:
+        """The responses with the prompt before them."""
+        if self.prompt is None:
+            return self.responses
+        return [self.prompt + response for response in self.responses]
+
+    def question(self) -> str:
+        """What all responses begin with, as a key."""
+        return _question(self.prompt, self.responses)
+
+
+def _question(prompt: str | Conversation | None, sides: Sequence[str | Conversation]) -> str:
+    if prompt is not None:
+        return json.dumps(prompt)
+    same = 0
+    for column in zip(*sides, strict=False):
+        if any(item != column[0] for item in column):
+            break
+        same += 1
+    shared = sides[0][:same]
+    if isinstance(shared, str):  # answers may begin with the same words: back to the line break
+        shared = shared[: shared.rfind("\n") + 1] or shared
+    return json.dumps(shared)
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Preference data in one shape, and what is not in it.
+
+    Attributes:
+        records: all pairs or all groups; all of text or all of messages.
+        source: what was read, for people.
+        rows: how many rows were read.
+        dropped: for each reason, how often something was left out.
+        first: for each reason, where it was first.
+    """
+
+    records: list[Pair] | list[Group]
+    source: str = ""
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Pair | Group]:
+        return iter(self.records)
+
+    @property
+    def kind(self) -> str:
+        """``"pairs"`` or ``"groups"``."""
+        return "groups" if isinstance(self.records[0], Group) else "pairs"
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the answers are messages, for which a tokenizer needs a chat template."""
+        one = self.records[0]
+        return not isinstance(one.responses[0] if isinstance(one, Group) else one.chosen, str)
+
+    def __str__(self) -> str:
+        of = "messages" if self.conversational else "text"
+        kind = self.kind if len(self) > 1 else self.kind[:-1]
+        lines = [f"{self.source}: {len(self):,} {kind} of {of}, from {self.rows:,} rows"]
+        if isinstance(self.records[0], Group):
+            sizes = [len(group.responses) for group in self.records]
+            least, most = min(sizes), max(sizes)
+            lines[0] += f", {least}{'' if least == most else f' to {most}'} responses each"
+        elif self.records[0].margin is not None:
+            lines[0] += ", with margins"
+        for reason, count in self.dropped.items():
+            lines.append(f"  dropped: {count:,} × {reason}, first at {self.first[reason]}")
+        return "\n".join(lines)
+
+    def dataset(self) -> datasets.Dataset:
+        """The records in TRL's format, for its ``RewardTrainer`` and rmfast's.
+
+        Columns are ``chosen``, ``rejected`` and, where there are any, ``margin`` (fp64); of groups
+        ``responses`` and ``ranks`` (fp64). ``prompt`` is there if each record has one; if only some
+        have, it is put before their answers.
+
+        Raises:
+            DataError: ``datasets`` is not installed.
+        """
+        from rmfast.data.files import need
+
+        need("datasets", "a data set")
+        import datasets
+
+        records = self.records
+        if self.kind == "groups":
+            columns = {"responses": [x.responses for x in records]}
+            whole = {"responses": [x.whole() for x in records]}
+        else:
+            columns = {"chosen": [x.chosen for x in records]}
+            columns["rejected"] = [x.rejected for x in records]
+            chosen, rejected = zip(*(x.whole() for x in records), strict=True)
+            whole = {"chosen": list(chosen), "rejected": list(rejected)}
+        if all(x.prompt is not None for x in records):
+            columns = {"prompt": [x.prompt for x in records], **columns}
+        else:
+            columns = whole
+        if self.kind == "groups":
+            columns["ranks"] = [[float(rank) for rank in x.ranks] for x in records]
+        elif records[0].margin is not None:
+            columns["margin"] = [float(x.margin) for x in records]
+        return datasets.Dataset.from_dict(columns)
+
+
+def _check_like(first: Pair | Group, record: Pair | Group) -> None:
+    """Trainers look at the first record to see what all are.
+
+    Raises:
+        RowError: they are of different kinds.
+    """
+    one, other = _about(first), _about(record)
+    for mine, firsts in zip(other, one, strict=True):
+        if mine != firsts:
+            raise RowError(f"{mine}, and the first one ({first.where}) {firsts}")
+
+
+def _about(record: Pair | Group) -> tuple[str, str, str]:
+    group = isinstance(record, Group)
+    side = record.responses[0] if group else record.chosen
+    return (
+        "is a group of responses" if group else "is a pair",
+        "is text" if isinstance(side, str) else "is messages",
+        "has no margin" if group or record.margin is None else "has a margin",
+    )
+
+
+def by_question(records: Iterable[Pair | Group]) -> list[list[Pair | Group]]:
+    """The records, together where they have one question, in order of first appearance."""
+    groups: dict[str, list[Pair | Group]] = {}
+    for record in records:
+        groups.setdefault(record.question(), []).append(record)
+    return list(groups.values())

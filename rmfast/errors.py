@@ -1,0 +1,27 @@
+"""The errors of rmfast that a user can do something about."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one line, without a traceback."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file and the line, and says why."""
+
+
+class RowError(DataError):
+    """One row that cannot be scored.
+
+    Attributes:
+        reason: why, for people, without the row's number.
+        kind: ``"overlong"`` for too many tokens, else ``"bad"``.
+    """
+
+    def __init__(self, reason: str, kind: str = "bad") -> None:
+        super().__init__(reason)
+        self.reason, self.kind = reason, kind
+
+    def __reduce__(self) -> tuple:  # what other processes send has its kind
+        return RowError, (self.reason, self.kind)

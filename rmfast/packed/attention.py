@@ -1,0 +1,212 @@
+"""The attention function rmfast gives to transformers, and what it knows of the packed batch.
+
+``use(config)`` names it in the model's config, as ``config._attn_implementation``. Called with a
+:class:`TrieRun` it runs on the packed trie; called without one it is the function that was there
+before, so whatever the packed path cannot serve runs as if nothing had been patched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmfast.ops import _cpu as cpu
+from rmfast.packed import backends
+from rmfast.packed.compiling import untraced
+from rmfast.trie import PackedTrie
+
+PREFIX = "rmfast_"
+
+
+class KeysAndValues(Exception):
+    """Leaves a decoder layer as soon as its attention function has the keys and values."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.key, self.value = key, value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Carried:
+    """Keys and values that go from one piece of a trie to the next, layer by layer.
+
+    Attributes:
+        count: how many of the trie's first nodes ran in earlier pieces.
+        keep: int64 ``[K]``, the nodes that the next piece will need.
+        before: what earlier pieces left of those ``count`` nodes.
+        after: what this one leaves of the nodes in ``keep``.
+    """
+
+    count: int
+    keep: Tensor
+    before: dict[nn.Module, tuple[Tensor, Tensor]]
+    after: dict[nn.Module, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+
+    @untraced()
+    def join(
+        self, layer: nn.Module, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:  # [1, Hk, N - count, D] -> [1, Hk, N, D]
+        if self.count:
+            before = self.before[layer]
+            key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
+        if self.keep.numel():
+            keep = self.keep.to(key.device)
+            self.after[layer] = tuple(x.index_select(2, keep) for x in (key, value))
+        return key, value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrieRun:
+    """What the layers of one packed forward pass are given, as the keyword ``rmfast_run``."""
+
+    trie: PackedTrie
+    shared: bool  # whether a node may belong to several sequences
+    backend: str = "auto"
+    pooled: Tensor | None = None  # int64 [P], rising nodes the last layer is wanted for; None: all
+    leave_at_attention: bool = False
+    keys_and_values: tuple[Tensor, Tensor] | None = None  # of all nodes, for pooled queries
+    carried: Carried | None = None  # the trie is a piece of a larger one
+    rows: Tensor | None = None  # int64 [M], nodes that are run, where the first ones are carried
+
+    def attend(
+        self,
+        query: Tensor,  # [1, Hq, M, D]
+        key: Tensor,  # [1, Hk, M, D]
+        value: Tensor,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        is_causal: bool | None = None,
+        layer: nn.Module | None = None,
+        **_: Any,
+    ) -> Tensor:  # [1, M, Hq, D]
+        if position_bias is not None or is_causal is False:
+            raise RuntimeError(
+                "rmfast runs causal attention without a position bias; unpatch this model and "
+                "report its class, it should not have been patched"
+            )
+        trie, queries = self.trie.on(query.device), self.rows
+        if queries is not None and queries.device != query.device:
+            queries = trie.after(self.carried.count)
+        if self.carried is not None and self.keys_and_values is None:
+            key, value = self.carried.join(layer, key, value)
+        if self.leave_at_attention:
+            raise KeysAndValues(key, value)
+        if self.keys_and_values is not None:
+            key, value = self.keys_and_values
+            queries = self.pooled.to(query.device)
+        device = query.device.type
+        if torch.is_autocast_enabled(device):  # as torch's own attention does
+            dtype = torch.get_autocast_dtype(device)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if dropout:
+            return self._with_dropout(
+                trie,
+                query,
+                key,
+                value,
+                queries,
+                sliding_window,
+                scaling,
+                softcap,
+                s_aux,
+                dropout,
+            )
+        return backends.trie_attention(
+            self.backend,
+            query,
+            key,
+            value,
+            trie.subtree_end,
+            trie.position_ids,
+            queries=queries,
+            sinks=s_aux,
+            scale=scaling,
+            window=sliding_window,
+            softcap=softcap,
+        )
+
+    def _with_dropout(
+        self, trie, query, key, value, queries, window, scaling, softcap, sinks, dropout
+    ) -> Tensor:
+        if self.shared:
+            raise RuntimeError(
+                "attention dropout is active, so sequences must not share prefixes: "
+                "patch with share_prefixes=False, and report this model's class"
+            )
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        end, positions = trie.subtree_end, trie.position_ids
+        return cpu.trie_attention(
+            query, key, value, end, positions, queries, sinks, scale, window, softcap, dropout
+        )
+
+
+def register(before: str) -> str:
+    """Enter rmfast's attention, standing in for ``before``, in transformers' registries."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    name = PREFIX + before
+    AttentionInterface.register(name, functools.partial(_forward, before))
+    if before in ALL_MASK_ATTENTION_FUNCTIONS:  # calls that are not packed get the mask they had
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    return name
+
+
+def use(config: Any) -> str:
+    """Name rmfast's attention in ``config``; returns the name it stands in for."""
+    before = config._attn_implementation.removeprefix(PREFIX)
+    if config._attn_implementation == before:
+        config._attn_implementation_internal = register(before)
+    return before
+
+
+def leave(config: Any) -> None:
+    """Put back the name that :func:`use` took; what was named since stays."""
+    name = getattr(config, "_attn_implementation", None)
+    if name is not None and name.startswith(PREFIX):
+        config._attn_implementation_internal = name.removeprefix(PREFIX)
+
+
+def unpacked_function(before: str, module: nn.Module) -> Callable | None:
+    """What ``module`` called before rmfast; None where that cannot be told."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if before != "eager":
+        return ALL_ATTENTION_FUNCTIONS.get(before)
+    # eager attention has no entry: every modelling file passes a function of its own as default
+    for cls in type(module).__mro__:
+        forward = cls.__dict__.get("forward")
+        if forward is not None:
+            found = inspect.unwrap(forward).__globals__.get("eager_attention_forward")
+            if found is not None:
+                return found
+    return None
+
+
+def _forward(
+    before: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args,
+    **kwargs,
+):
+    run = kwargs.pop("rmfast_run", None)
+    if run is None:
+        return unpacked_function(before, module)(module, query, key, value, *args, **kwargs)
+    if args:  # the padded batch's mask: the trie is the mask here
+        args = args[1:]
+    else:
+        kwargs.pop("attention_mask", None)
+    return run.attend(query, key, value, layer=module, **kwargs), None

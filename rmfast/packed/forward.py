@@ -1,0 +1,213 @@
+"""The stand-ins for ``forward`` that :func:`rmfast.patch` puts on single instances.
+
+Each reads a call as Hugging Face would, runs it on the packed trie, and gives back what Hugging
+Face would have given. A call it cannot serve goes to the forward that was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rmfast.packed import attention, models
+from rmfast.packed.compiling import untraced
+from rmfast.packed.stand_in import Override, Unservable
+from rmfast.trie import PackedTrie, pack
+
+if TYPE_CHECKING:
+    from rmfast.packed.pieces import Piece
+
+
+# Arguments the stand-ins read themselves, or may drop: they change no number.
+_KNOWN = frozenset(
+    "input_ids attention_mask position_ids labels inputs_embeds past_key_values use_cache "
+    "output_attentions output_hidden_states output_router_logits return_dict "
+    "num_items_in_batch cache_position".split()
+)
+
+
+class PackedForward(Override):
+    """What the model's and the backbone's stand-ins share: read a call, pack it, run it."""
+
+    served: frozenset[str] = frozenset()  # outputs the packed path can give
+
+    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not args:
+            return dict(kwargs)
+        signature = self.__signature__
+        named = dict(signature.bind(*args, **kwargs).arguments)
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                named.update(named.pop(parameter.name, {}))
+        return named
+
+    def check(self, call: dict[str, Any]) -> None:
+        """Raise :class:`Unservable` unless the call is ids, mask and positions alone."""
+        ids, mask = call.get("input_ids"), call.get("attention_mask")
+        config = self.patch.base.config
+        if ids is None or call.get("inputs_embeds") is not None:
+            raise Unservable("inputs_embeds instead of input_ids")
+        if ids.ndim != 2 or ids.numel() == 0:
+            raise Unservable("input_ids is not a batch [B, T] of tokens")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+            raise Unservable("attention_mask is not [B, T]")
+        if isinstance(call.get("past_key_values"), models.NoCache):
+            raise ValueError(models.NoCache.MESSAGE)
+        if call.get("use_cache") or call.get("past_key_values") is not None:
+            raise Unservable("a key/value cache was asked for")
+        if call.get("is_causal") is False:
+            raise Unservable("the argument is_causal")
+        for name in self.patch.arguments - _KNOWN:
+            if call.get(name) is not None and call[name] is not False:
+                raise Unservable(f"the argument {name}")
+        for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
+            if call.get(name, getattr(config, name, False)) and name not in self.served:
+                raise Unservable(f"the argument {name}")
+        noise = getattr(self.patch.base.get_input_embeddings(), "neftune_noise_alpha", None)
+        if noise and self.module.training:
+            raise Unservable("NEFTune noise depends on the padded length")
+        changed = models.why_not_now(self.patch.base)
+        if changed is not None:
+            raise Unservable(changed)
+
+    @untraced(whole=True)
+    def pack(
+        self,
+        ids: Tensor,  # int64 [B, T], on the CPU like the rest
+        mask: Tensor | None,  # [B, T]
+        positions: Tensor | None,  # int64 [B, T] or [1, T]
+        pooled: Tensor | None,  # int64 [B], the columns that carry the scores; None: keep all
+    ) -> tuple[PackedTrie, bool, Tensor]:
+        """The trie of the attended tokens, whether prefixes are shared, and which were kept."""
+        if ids.min() < 0:
+            raise Unservable("a token id below zero")
+        longest = ids.shape[1]
+        if positions is not None:
+            longest = max(longest, int(positions.max()) + 1)
+        if longest >= self.patch.position_limit:
+            raise Unservable(self.too_long())
+        columns = torch.arange(ids.shape[1])
+        keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask != 0
+        if pooled is not None:
+            if not keep.gather(1, pooled[:, None]).all():
+                raise Unservable("a row is scored at a token that its attention_mask hides")
+            keep = keep & (columns <= pooled[:, None])
+        elif not keep.any(1).all():
+            raise Unservable("a row has no attended token")
+        if positions is not None:
+            if positions.ndim != 2 or positions.shape[1] != ids.shape[1]:
+                raise Unservable("position_ids is not [B, T]")
+            offset = (positions - columns).expand(ids.shape)
+            first = offset.gather(1, keep.int().argmax(1, keepdim=True))
+            if (keep & (offset != first)).any():
+                raise Unservable("position_ids that do not rise by one with each token")
+            if positions.min() < 0:
+                raise Unservable("position_ids below zero")
+        elif self.patch.absolute_positions:
+            positions = columns[None]
+        share = self.patch.options.share_prefixes and not models.draws_noise(
+            self.module, active=True
+        )
+        return (
+            pack(ids, keep, position_ids=positions, share_prefixes=share),
+            share,
+            keep,
+        )
+
+    def too_long(self) -> str:
+        return (
+            f"{self.patch.position_limit} positions or more, where the rotary frequencies "
+            "depend on the padded length"
+        )
+
+    def piece(
+        self,
+        piece: Piece,
+        before: dict[nn.Module, tuple[Tensor, Tensor]],
+        prune: bool,
+        shared: bool = True,
+    ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
+        """Run a piece of a trie, on the model's device.
+
+        Args:
+            before: what the piece before it left; empty for the first.
+            prune: only the rows of its ``pool_index`` are wanted.
+            shared: a node may belong to several sequences.
+
+        Returns:
+            Hidden states ``[n, H]`` of the piece's own nodes, and what it leaves to the next one.
+        """
+        self.patch.prepare()
+        trie = piece.trie
+        rows = trie.pool_index.unique() if prune and self.may_prune() else None
+        if rows is not None and not rows.numel():
+            rows = trie.after(len(trie) - 1)  # nobody is scored here: any one will do
+        carried = attention.Carried(piece.carried, piece.keep, before)
+        out = self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)
+        return out[0][0], carried.after
+
+    def inside(self) -> Callable:
+        """The backbone, past the stand-in."""
+        raise NotImplementedError
+
+    def may_prune(self) -> bool:
+        """Whether the stand-in sits on what runs last, and nowhere else."""
+        layers, last = models.decoder_layers(self.patch.base), self.patch.last_layer
+        return layers is not None and layers[-1] is last and sum(m is last for m in layers) == 1
+
+    def no_cache(self, call: dict[str, Any]) -> models.NoCache | None:
+        """In place of the cache that Hugging Face returns by default."""
+        asked = call.get("use_cache")
+        by_default = getattr(self.patch.base.config, "use_cache", False)
+        return models.NoCache() if asked is None and by_default else None
+
+    def backbone(
+        self,
+        call: Callable,
+        trie: PackedTrie,
+        shared: bool,
+        pooled: Tensor | None,
+        carried: attention.Carried | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        first = 0 if carried is None else carried.count
+        run = attention.TrieRun(
+            trie, shared, self.patch.options.attention, pooled,
+            carried=carried, rows=trie.after(first),
+        )  # fmt: skip
+        # a 4D mask is handed to the layers as it is; this one fails loudly should any use it
+        no_mask = torch.empty(0, 0, 0, 0, device=trie.input_ids.device)
+        return call(
+            input_ids=trie.input_ids[None, first:],
+            attention_mask=no_mask,
+            position_ids=trie.position_ids[None, first:],
+            use_cache=False,
+            rmfast_run=run,
+            **kwargs,
+        )
+
+
+def _on_cpu(call: dict[str, Any]) -> list[Tensor | None]:
+    names = ("input_ids", "attention_mask", "position_ids")
+    return [None if call.get(name) is None else call[name].cpu() for name in names]
+
+
+# of this thread alone: others may run the same model
+_given: contextvars.ContextVar[tuple[PackedForward | None, Any]] = contextvars.ContextVar(
+    "rmfast_given", default=(None, None)
+)
+
+
+@contextlib.contextmanager
+def giving(stand_in: PackedForward, output: Any) -> Iterator[None]:
+    """In this thread the backbone is not run, and gives ``output``."""
+    token = _given.set((stand_in, output))
+    try:
+        yield
+    finally:
+        _given.reset(token)

@@ -1,0 +1,63 @@
+"""The stand-in for ``forward`` of the last decoder layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from rmfast.packed import attention
+from rmfast.packed.compiling import untraced
+from rmfast.packed.stand_in import Override
+
+
+class LastLayer(Override):
+    """``forward`` of the last decoder layer: keys and values of all rows, the rest of pooled ones.
+
+    The layer runs until its attention function has the keys and values and is left there by an
+    exception; then it runs on the pooled rows with those keys and values. Nothing is known of the
+    layer's inside. Rows that were not asked for come back as zeros.
+    """
+
+    @untraced(whole=True)
+    def run(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = kwargs.get("rmfast_run")
+        if run is None or run.pooled is None:
+            return self.original(hidden, *args, **kwargs)
+        first = 0 if run.carried is None else run.carried.count
+        nodes, rows = len(run.trie) - first, run.pooled - first
+        until = dataclasses.replace(run, leave_at_attention=True)
+        try:
+            self.layer(hidden, *args, **{**kwargs, "rmfast_run": until})
+        except attention.KeysAndValues as left:
+            key, value = left.key, left.value
+        else:
+            raise RuntimeError(
+                f"{type(self.module).__name__} never called its attention function; "
+                "patch with prune_last_layer=False, and report this model's class"
+            )
+
+        def pick(x: Any) -> Any:
+            along = isinstance(x, Tensor) and x.ndim > 1 and x.shape[:2] == (1, nodes)
+            return x.index_select(1, rows.to(x.device)) if along else x
+
+        kwargs["rmfast_run"] = dataclasses.replace(run, keys_and_values=(key, value))
+        out = self.layer(pick(hidden), *tree_map(pick, args), **tree_map(pick, kwargs))
+
+        def put(x: Any) -> Any:
+            along = isinstance(x, Tensor) and x.ndim > 1 and x.shape[:2] == (1, len(rows))
+            if not along:
+                return x
+            return x.new_zeros(1, nodes, *x.shape[2:]).index_copy(1, rows.to(x.device), x)
+
+        return tree_map(put, out)
+
+    def layer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        forward = type(self.module).forward
+        while forward.__code__.co_name == "forward_with_checkpointing":
+            forward = forward.__wrapped__  # an exception must not leave through checkpointing
+        return forward(self.module, *args, **kwargs)

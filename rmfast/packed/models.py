@@ -1,0 +1,303 @@
+"""What a model is, and whether it, or one call of it, can run packed.
+
+Everything here only looks. A wrong yes is a wrong score, so what is not known to be right is a no.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmfast.packed import attention
+from rmfast.packed.families import LAST_TOKEN_HEADS, TRIE_BACKBONES
+
+_SEES_PREFIXES = {"full_attention", "sliding_attention"}
+_NOISE = ("drop", "jitter", "noise")
+# A module of these gives each token an output of its own.
+_POINTWISE = tuple(
+    f"torch.nn.modules.{kind}"
+    for kind in ("linear", "activation", "dropout", "normalization", "container")
+)
+
+
+@functools.cache
+def _transformers_folder() -> str:
+    import transformers
+
+    return os.path.dirname(transformers.__file__) + os.sep
+
+
+def _owner(module: nn.Module) -> type:
+    """The class whose ``forward`` runs: a subclass that leaves it alone is as good as that."""
+    return next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
+
+
+def _runs_transformers(module: nn.Module) -> bool:
+    """Whether the class's forward, and all that wraps it, is transformers' own code."""
+    function = _owner(module).__dict__["forward"]
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(_transformers_folder()):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether accelerate's hooks, which move weights and inputs to a device, come first."""
+    function = getattr(module.__dict__.get("forward"), "func", None)
+    hooks = getattr(function, "__module__", None) == "accelerate.hooks"
+    return hooks and "_old_forward" in module.__dict__
+
+
+def slot(module: nn.Module) -> str:
+    """Where an instance has the forward that runs once accelerate's hooks have moved things."""
+    return "_old_forward" if hooked(module) else "forward"
+
+
+def replaced(module: nn.Module) -> Any:
+    """What an instance has there instead of its class's forward; None: nothing."""
+    now = module.__dict__.get(slot(module))
+    own = hooked(module) and getattr(now, "__func__", None) is type(module).forward
+    return None if own else now
+
+
+def device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs, also while its weights lie elsewhere for want of room."""
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            hook = getattr(module, "_hf_hook", None)
+            runs_on = getattr(hook, "execution_device", None) if p.is_meta else None
+            return p.device if runs_on is None else torch.device(runs_on)
+    return torch.device("cpu")
+
+
+def decoder_layers(module: nn.Module) -> nn.ModuleList | None:
+    """The stack of decoder layers a backbone holds directly; None where there is not just one."""
+    count = getattr(getattr(module, "config", None), "num_hidden_layers", None)
+    lists = [m for m in module.children() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return lists[0] if len(lists) == 1 else None
+
+
+def inner(outer: nn.Module) -> nn.Module | None:
+    """The backbone of a model with a head."""
+    return getattr(outer, outer.base_model_prefix, None)
+
+
+def find(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The sequence classifier that scores by its last token, and the decoder; None where absent."""
+    from transformers import PreTrainedModel
+
+    known = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    bases = [m for m in known if decoder_layers(m) is not None]
+    if len(bases) > 1:
+        names = ", ".join(type(m).__name__ for m in bases)
+        raise ValueError(f"{type(model).__name__} holds several backbones ({names}): patch each")
+    heads = [m for m in known if _scores_last_token(m)]
+    return next(iter(heads), None), next(iter(bases), None)
+
+
+def _scores_last_token(module: nn.Module) -> bool:
+    wrapped = replaced(module) is not None  # by somebody: that must stay outermost
+    if wrapped or not isinstance(inner(module), nn.Module) or not hasattr(module, "score"):
+        return False
+    own = _owner(module).__name__.endswith("ForSequenceClassification")
+    listed = own and module.config.model_type in LAST_TOKEN_HEADS
+    known = _runs_transformers(module) and (is_generic(module) or listed)
+    return known and is_pointwise(module.score)
+
+
+def is_generic(module: nn.Module) -> bool:
+    """Whether forward is the sequence classifier's that most families share."""
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    return _owner(module) is GenericForSequenceClassification
+
+
+def is_pointwise(head: nn.Module) -> bool:
+    """Whether a head gives each token a score of its own: it may then see the pooled ones alone."""
+    return all(
+        isinstance(m, nn.Linear) or type(m).__module__.startswith(("peft.", *_POINTWISE))
+        for m in head.modules()
+    )
+
+
+def linear(head: nn.Module) -> nn.Linear | None:
+    """The bare linear layer behind a head, through PEFT's ``modules_to_save``; None if not bare."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for module in head.modules():
+        moves = type(getattr(module, "_hf_hook", None)).__name__ in ("NoneType", "AlignDevicesHook")
+        if not moves or replaced(module) or any(getattr(module, name) for name in hooks):
+            return None
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        active = getattr(head, "active_adapters", None) or []
+        if getattr(head, "disable_adapters", False) or not active:
+            head = head.original_module
+        elif len(active) == 1 and active[0] in copies:
+            head = copies[active[0]]
+    plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter
+    return head if plain and not head.weight.is_meta else None
+
+
+def why_not_trie(base: nn.Module) -> str | None:
+    """The reason a backbone cannot run packed; None when it can."""
+    config, name = base.config, type(base).__name__
+    if not _runs_transformers(base):
+        return f"{name} has a forward of its own, which rmfast does not know"
+    kinds = set(getattr(config, "layer_types", None) or ()) - _SEES_PREFIXES
+    if kinds:
+        return f"{name} has {', '.join(sorted(kinds))} layers, which carry state across branches"
+    bidirectional = getattr(config, "use_bidirectional_attention", None)
+    if not getattr(config, "is_causal", True) or bidirectional:
+        return f"{name} is configured bidirectional: a token sees what comes after it"
+    if config.model_type not in TRIE_BACKBONES:
+        return f"{name} ({config.model_type}) is not among the backbones proved to run packed"
+    if getattr(config, "output_attentions", False):
+        return "config.output_attentions asks for attention weights in every call"
+    before = (config._attn_implementation or "").removeprefix(attention.PREFIX)
+    callers = [m for m in decoder_layers(base)[0].modules() if _runs_transformers(m)]
+    if not any(attention.unpacked_function(before, m) for m in callers):
+        return f"{name} uses attention {before!r}, which rmfast cannot call back"
+    return None
+
+
+def why_not_now(base: nn.Module) -> str | None:
+    """What somebody changed in a patched backbone so that this call cannot run packed."""
+    for module in base.modules():
+        state = module.__dict__
+        if state.get("is_causal") is False:
+            return "attention modules were made bidirectional"
+        if "sliding_window" in state and "layer_idx" in state and "config" in state:
+            used = state["sliding_window"] if state.get("is_sliding", True) else None
+            if used != _window_of_mask(state["config"], state["layer_idx"]):
+                return "mask and attention have different sliding windows"
+        for hook in module._forward_pre_hooks.values():
+            name = getattr(getattr(hook, "func", hook), "__name__", None)
+            if name == "_adapter_names_pre_forward_hook":
+                return "PEFT's adapter_names: each row has an adapter of its own"
+    return None
+
+
+def _window_of_mask(config: Any, layer: int) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def is_sharded(base: nn.Module) -> bool:
+    """Whether other processes hold parts of the parameters, and so must run as many passes."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return any(
+        # FSDP2 and tensor parallelism, DeepSpeed's ZeRO-3
+        type(p).__name__ == "DTensor" or hasattr(p, "ds_id")
+        for p in base.parameters()
+    ) or any(  # FSDP1, tensor parallelism before transformers had it by DTensor
+        getattr(m, "_is_fsdp_managed_module", False) or hasattr(m, "_hf_device_mesh")
+        for m in base.modules()
+    )
+
+
+def draws_noise(model: nn.Module, active: bool) -> bool:
+    """Whether the model draws noise for each token: ever, or now, with ``active``."""
+    for module in model.modules():
+        if active and not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return True
+        for name, chance in module.__dict__.items():
+            if isinstance(chance, (int, float)) and not isinstance(chance, bool) and chance > 0:
+                if any(noise in name for noise in _NOISE):
+                    return True
+    return False
+
+
+def _rope(config: Any) -> list[dict[str, Any]]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(v for v in rope.values() if isinstance(v, dict))]
+
+
+def position_limit(config: Any) -> float:
+    """Length from which the rotary frequencies depend on the padded batch; inf: they never do."""
+    kinds = _rope(config)
+    if not any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds):
+        return math.inf
+    lengths = [kind.get("original_max_position_embeddings") for kind in kinds]
+    lengths += [
+        getattr(config, name, None)
+        for name in ("original_max_position_embeddings", "max_position_embeddings")
+    ]
+    return min(length for length in lengths if length)
+
+
+def has_absolute_positions(base: nn.Module) -> bool:
+    """Whether a token's place itself counts, not only its distance to others."""
+    tokens = base.get_input_embeddings()
+    learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in base.modules())
+    return learned or any("llama_4_scaling_beta" in kind for kind in _rope(base.config))
+
+
+def arguments(base: nn.Module) -> frozenset[str]:
+    """Names of arguments the backbone reads; what else a caller passes is ignored, as it was."""
+    from transformers.utils import TransformersKwargs
+
+    named = inspect.signature(type(base).forward).parameters
+    return frozenset(named) | frozenset(TransformersKwargs.__annotations__)
+
+
+def can_generate(model: nn.Module) -> bool:
+    """Whether there is a causal language model around the backbone."""
+    from transformers import PreTrainedModel
+
+    return any(isinstance(m, PreTrainedModel) and m.can_generate() for m in model.modules())
+
+
+class NoCache:
+    """Stands where transformers would return a key/value cache nobody asked for by name.
+
+    The packed pass keeps none. Using this one is an error, so that decoding step by step on a
+    patched model fails loudly.
+    """
+
+    MESSAGE = (
+        "this call ran packed and kept no key/value cache: pass use_cache=True to the call whose "
+        "past_key_values you want to use"
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{name}: {self.MESSAGE}")
+
+    def __len__(self) -> int:
+        raise RuntimeError(self.MESSAGE)
+
+    def __iter__(self) -> Any:
+        raise RuntimeError(self.MESSAGE)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        raise RuntimeError(self.MESSAGE)
+
+
+@contextlib.contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Each of its modules ends in the mode, training or eval, in which it began."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            if module.training is not training:
+                module.train(training)  # which may do more than to set it, also for what is inside
+        for module, training in modes:
+            module.training = training

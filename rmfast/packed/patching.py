@@ -1,0 +1,442 @@
+"""``patch``: give a Hugging Face reward model a backbone that runs no token twice.
+
+Only instances change: ``forward`` of the model (level ``trie``) or of its backbone (level
+``backbone``), ``forward`` of the last decoder layer, and the name of the attention function in the
+config. What the packed path cannot serve goes to the forward that was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from rmfast import reference
+from rmfast.packed import attention as packed_attention
+from rmfast.packed import backends, liger, models, pieces
+from rmfast.packed.backbone import BackboneForward
+from rmfast.packed.last_layer import LastLayer
+from rmfast.packed.scoring import ScoringForward
+from rmfast.packed.stand_in import Member, Override, Weak
+from rmfast.packed.state import Options, Report
+
+_POOLING = ("hf", "mask")
+_ATTRIBUTE = "_rmfast"
+
+
+class Patch(Member):
+    """What was changed in one model, and how to undo it."""
+
+    outer = Weak()
+    base = Weak()
+    holder = Weak()
+    last_layer = Weak()
+
+    def __init__(self, root: nn.Module, options: Options) -> None:
+        self.options = options
+        self.active = False
+        self.fallbacks: Counter[str] = Counter()
+        self.rounded: Counter[str] = Counter()  # calls scored in half precision, by dtype
+        self.budgets: dict[str, pieces.Budget] = {}  # by device
+        self.last_layer = None
+        self.attention_before: str | None = None
+        self.level, self.reasons, self.outer, self.base = _choose(root, options)
+        # not a wrapper such as PEFT's: the patch is found again from inside and from outside it
+        self.holder = next(m for m in (self.outer, self.base, root) if m is not None)
+        if self.level != "head":
+            self.absolute_positions = models.has_absolute_positions(self.base)
+            self.position_limit = models.position_limit(self.base.config)
+            self.arguments = models.arguments(self.base)
+            self.reads_pads = models.can_generate(root)
+            if self.level == "trie" and options.prune_last_layer:
+                self.last_layer = models.decoder_layers(self.base)[-1]
+
+        self.overrides = self._overrides()
+
+    def _overrides(self) -> list[Override]:
+        out: list[Override] = []
+        if self.level == "backbone":
+            out.append(BackboneForward(self.base, self))
+        elif self.outer is not None:
+            out.append(ScoringForward(self.outer, self))
+        if self.last_layer is not None:
+            out.append(LastLayer(self.last_layer, self))
+        if self.options.backbone_kernels:
+            out += [kind(module, self) for module, kind in liger.places(self.base).items()]
+        return out
+
+    def apply(self) -> None:
+        for stand_in in self.overrides:
+            stand_in.put()
+        if self.level != "head":
+            _keep_the_heap(self.base)
+        self.active = True
+        self.prepare()
+        for module in self.marked():
+            setattr(module, _ATTRIBUTE, self)
+
+    @property
+    def packs(self) -> bool:
+        return self.level != "head" and self.base is not None
+
+    def marked(self) -> list[nn.Module]:
+        """Where the patch is found again: also from inside or outside of a wrapper like PEFT's."""
+        marked = [self.holder, self.base if self.packs else None]
+        return [m for m in dict.fromkeys(marked) if m is not None]
+
+    def prepare(self) -> None:
+        """Before a packed pass: somebody may have renamed the attention, or copied the model."""
+        if not self.packs:
+            return
+        for module in self.base.modules():  # copied layers have configs of their own
+            config = module.__dict__.get("config")
+            if getattr(config, "_attn_implementation", None) is not None:
+                self.attention_before = packed_attention.use(config)
+        if self.options.compile:
+            for layer in models.decoder_layers(self.base):
+                if layer is not self.last_layer and layer._compiled_call_impl is None:
+                    layer.compile(dynamic=True)
+
+    def budget(self) -> pieces.Budget:
+        """What runs together without gradients."""
+        device = models.device(self.base)
+        if device.type not in self.budgets:
+            tokens = self.options.max_tokens or pieces.most(device)
+            self.budgets[device.type] = pieces.Budget(tokens)
+        return self.budgets[device.type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for stand_in in self.overrides:
+            stand_in.patch = self
+        if self.attention_before is not None:  # another process has registries of its own
+            packed_attention.register(self.attention_before)
+
+    def undo(self) -> None:
+        self.active = False  # should somebody have wrapped a stand-in, it hands everything on
+        for stand_in in self.overrides:
+            stand_in.leave()
+        if self.packs:
+            for module in self.base.modules():
+                packed_attention.leave(module.__dict__.get("config"))
+        if self.options.compile and self.packs:
+            for layer in models.decoder_layers(self.base):
+                if layer is not self.last_layer:
+                    layer._compiled_call_impl = None
+        for module in self.marked():
+            delattr(module, _ATTRIBUTE)
+
+    def report(self) -> Report:
+        if self.is_orphan():
+            why = "the classifier that was patched is gone: its backbone runs as it was"
+            return Report("head", [why], [], Counter(self.fallbacks))
+        reasons = list(self.reasons)
+        cuts = self.level == "trie" and self.options.max_tokens != 0
+        if cuts and self.packs and not models.is_sharded(self.base):
+            budget = self.budget()
+            reasons.append(f"without gradients at most {budget.tokens} tokens run at once")
+            if budget.halvings:
+                reasons[-1] += f": memory ran out {budget.halvings} times, each time it was halved"
+            if budget.doublings:
+                reasons[-1] += f"; it was doubled again {budget.doublings} times"
+        if self.options.backbone_kernels:
+            kinds = Counter(type(o).__name__ for o in self.overrides if isinstance(o, liger.Kernel))
+            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+            reasons.append(f"Liger's kernels in {counts}")
+        return Report(self.level, reasons, self.warnings(), Counter(self.fallbacks))
+
+    def is_orphan(self) -> bool:
+        """Whether a backbone has outlived the classifier that was patched around it."""
+        return self.level == "trie" and self.outer is None
+
+    def warnings(self) -> list[str]:
+        out = []
+        if self.outer is not None:
+            text = self.outer.config.get_text_config()
+            eos = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+            if self.options.pooling == "hf":
+                if text.pad_token_id is None:
+                    out.append(
+                        "no pad token: batches of more than one sequence are refused, as in "
+                        "Hugging Face; set config.pad_token_id"
+                    )
+                elif text.pad_token_id in eos:
+                    out.append(
+                        f"pad_token_id equals eos_token_id ({text.pad_token_id}): Hugging Face's "
+                        "rule passes over a final eos and scores the token before it; "
+                        "pooling='mask' scores the last attended token"
+                    )
+            head = self.outer.score
+            dtype = next((p.dtype for p in head.parameters()), torch.float32)
+            if models.linear(head) is None and reference.wide(dtype) != dtype:
+                out.append(
+                    f"the reward head is no bare linear layer: it runs in {dtype}, not in fp32"
+                )
+        if self.packs and _drops_soft_cap(self.base.config, self.attention_before):
+            out.append(
+                "gemma2: in transformers up to 5.20, SDPA leaves out the soft cap of the attention "
+                "logits (config.attn_logit_softcapping). Packed calls have it, so their scores "
+                "differ from Hugging Face's and from those of calls that run unpacked; loaded with "
+                "attn_implementation='eager', both have it"
+            )
+        shares = self.packs and self.options.share_prefixes
+        if shares and models.draws_noise(self.marked()[0], active=False):
+            out.append(
+                "the model has dropout: in training mode prefixes are not shared, because each "
+                "sequence draws its own noise"
+            )
+        for dtype, count in self.rounded.items():
+            calls = "1 call was" if count == 1 else f"{count} calls were"
+            out.append(f"{calls} scored by the model's own forward, in {dtype} and not in fp32")
+        if self.level == "backbone":
+            out.append(
+                "hidden states of tokens that the attention mask hides are zeros: a head or a loss "
+                "that reads them gives other numbers"
+            )
+        if self.options.backbone_kernels and self.packs and not liger.runs_on(self.base):
+            out.append("Liger's kernels wait: the model is not on a GPU, and runs as it was")
+        hooked = self.packs and any(
+            m._forward_hooks or m._forward_pre_hooks for m in self.base.modules()
+        )
+        if hooked:
+            out.append("forward hooks on the backbone see packed rows [1, N, H], not [B, T, H]")
+        return out
+
+
+def _drops_soft_cap(config: Any, attention_before: str | None) -> bool:
+    """Whether the model's own attention is handed a soft cap that it does not know.
+
+    gemma2 alone hands one on, of the families that run packed. Later versions refuse it with SDPA.
+    """
+    cap = getattr(config, "attn_logit_softcapping", None)
+    return config.model_type == "gemma2" and cap is not None and attention_before == "sdpa"
+
+
+def _keep_the_heap(base: nn.Module) -> None:
+    """On a CPU, tell glibc's malloc to keep what a layer frees for the next layer.
+
+    Freeing a block just below 32 MB lets it hold on to twice that (mallopt(3), "dynamic mmap
+    threshold"). Else it returns a layer's memory to the system and faults it in again for the next.
+    Other allocators take no notice.
+    """
+    if models.device(base).type == "cpu":
+        torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
+
+
+def _choose(
+    root: nn.Module, options: Options
+) -> tuple[str, list[str], nn.Module | None, nn.Module | None]:
+    """Level, reasons, the sequence classifier and the backbone."""
+    outer, base = models.find(root)
+    name = type(root).__name__
+    why_not = (
+        models.why_not_trie(base) if base is not None else f"{name} has no decoder rmfast knows"
+    )
+    backend = options.attention
+    if backend == "auto":
+        backend = "auto (triton on a GPU where it can, else sdpa)"
+    if why_not is None and outer is not None and models.inner(outer) is base:
+        reasons = [
+            f"{type(outer).__name__}: causal decoder with an attention interface, scored by its "
+            "last token in fp32",
+            f"attention: {backend}",
+        ]
+        if not options.share_prefixes:
+            reasons.append("prefixes are not shared: share_prefixes=False")
+        if not options.prune_last_layer:
+            reasons.append("the last layer runs on every token: prune_last_layer=False")
+        return "trie", reasons, outer, base
+    if options.pooling == "mask" and outer is None:
+        raise ValueError(
+            f"pooling='mask' cannot be honoured: {name} scores by a head of its own; "
+            "leave pooling at 'hf'"
+        )
+    if why_not is None:
+        reasons = [f"{type(base).__name__} runs packed; the head of {name} is its own"]
+        return "backbone", reasons, None, base
+    if outer is not None:
+        reasons = [
+            why_not,
+            "the padded batch runs as it was; pooled first, scored in fp32",
+        ]
+        return "head", reasons, outer, base
+    return "head", [why_not, "its forward runs as it was"], None, base
+
+
+# --- the public functions
+
+
+def attached(model: nn.Module) -> Patch | None:
+    found = (module.__dict__.get(_ATTRIBUTE) for module in model.modules())
+    return next((patch for patch in found if patch is not None), None)
+
+
+def patch(
+    model: nn.Module,
+    *,
+    share_prefixes: bool = True,
+    prune_last_layer: bool = True,
+    pooling: str = "hf",
+    attention: str = "auto",
+    compile: bool = False,
+    max_tokens: int | None = None,
+    backbone_kernels: str | None = None,
+) -> nn.Module:
+    """Make a Hugging Face reward model train and score without running a token twice.
+
+    In place, on this instance alone; the numbers stay Hugging Face's. Patching a patched model
+    changes its options.
+
+    Args:
+        model: a reward model, or any module around one supported backbone (PEFT included).
+        share_prefixes: run a prefix that several sequences of a batch share once. Off by itself
+            while dropout is active.
+        prune_last_layer: run the last decoder layer's queries, MLP and norm on pooled tokens only.
+        pooling: the token that carries the score. ``"hf"``: the rightmost that is not the pad
+            token, as Hugging Face has it. ``"mask"``: the last one the attention mask lets through.
+        attention: ``"triton"``, the kernel of this library; ``"sdpa"``, torch's own operations,
+            on any device; ``"flex"``, torch's FlexAttention; ``"flash"``, flash-attn where it is
+            installed; ``"auto"``, the kernel on a GPU where it can and ``"sdpa"`` elsewhere.
+        compile: compile the decoder layers, for changing shapes.
+        max_tokens: trie nodes (distinct prefixes) that run at once in a call without gradients, at
+            level ``"trie"``: a larger batch, such as all rollouts of a step of GRPO, runs in
+            pieces, each node once, halved when memory runs out and doubled again after a while.
+            Not given: 4096 on a CPU, 65536 on a GPU. 0: never in pieces. Whole run all calls at
+            other levels, those that fall back, and those of a model that is sharded over processes.
+        backbone_kernels: ``"liger"``: RMSNorm, SwiGLU and rotary embedding of this instance by
+            liger-kernel, on a GPU, in llama, mistral, qwen2 and qwen3; never its loss. Not with
+            ``compile``.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: ``model`` is not a ``torch.nn.Module``.
+        ValueError: an unknown option or a backend that is not installed, several backbones in one
+            model, ``pooling="mask"`` on a model that does not score by its last token, or
+            ``backbone_kernels`` without a GPU or for another family.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
+    if pooling not in _POOLING:
+        raise ValueError(f"pooling must be one of {_POOLING}, got {pooling!r}")
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"max_tokens must be 0 (no limit) or more, got {max_tokens}")
+    missing = backends.why_not(attention)
+    if missing is not None:
+        raise ValueError(missing)
+    if compile and attention in ("flex", "flash"):
+        raise ValueError(f"compile=True goes with 'triton' or 'sdpa', not attention={attention!r}")
+    if backbone_kernels is not None:
+        missing = liger.why_not(backbone_kernels, model, compile)
+        if missing is not None:
+            raise ValueError(missing)
+    found = attached(model)
+    if found is not None:
+        if found.holder is not None and found.holder not in model.modules():
+            raise ValueError(
+                f"the backbone of this {type(model).__name__} is already patched as part of a "
+                f"{type(found.holder).__name__}: unpatch that one first"
+            )
+        found.undo()
+    options = Options(
+        share_prefixes=share_prefixes,
+        prune_last_layer=prune_last_layer,
+        pooling=pooling,
+        attention=attention,
+        compile=compile,
+        max_tokens=max_tokens,
+        backbone_kernels=backbone_kernels,
+    )
+    try:
+        made = Patch(model, options)
+    except ValueError:
+        if found is not None:  # refused: it stays patched as it was
+            _apply_again(model, found)
+        raise
+    made.apply()
+    return model
+
+
+def repatch(model: nn.Module, **given: Any) -> Patch:
+    """The patch of a model as it is, but for what is given; of one that has none, the default's.
+
+    Where somebody has wrapped the model's forward since, the wrapper has a say in the scores: it is
+    patched anew, inside of it.
+
+    Args:
+        given: options of :func:`patch`; None: as they are.
+
+    Raises:
+        ValueError: as :func:`patch`.
+    """
+    found = attached(model)
+    options = Options() if found is None else found.options
+    wanted = {name: value for name, value in given.items() if value is not None}
+    wanted = dataclasses.replace(options, **wanted)
+    stale = found is None or found.is_orphan() or found.holder not in model.modules()
+    if stale or wanted != options or any(one.slot() is None for one in found.overrides[:1]):
+        patch(model, **dataclasses.asdict(wanted))
+    return attached(model)
+
+
+def _apply_again(model: nn.Module, found: Patch) -> None:
+    """Put a patch back that was undone; a new one, where somebody has replaced a forward since."""
+    if all(stand_in.fits() for stand_in in found.overrides):
+        found.apply()
+    else:
+        patch(model, **dataclasses.asdict(found.options))
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Put everything back as it was before :func:`patch`. Does nothing to an unpatched model."""
+    found = attached(model)
+    if found is not None:
+        found.undo()
+    return model
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
+    """:func:`patch` for the length of a ``with`` block, then as it was.
+
+    With gradient checkpointing the backward belongs inside: it runs the layers again.
+    """
+    found = attached(model)
+    patch(model, **options)
+    try:
+        yield model
+    finally:
+        unpatch(model)
+        if found is not None:
+            _apply_again(model, found)
+
+
+@contextlib.contextmanager
+def unpatched(model: nn.Module) -> Iterator[nn.Module]:
+    """:func:`unpatch` for the length of a ``with`` block, then as it was, with what it counted."""
+    found = attached(model)
+    if found is not None:
+        found.undo()
+    try:
+        yield model
+    finally:
+        if found is not None:
+            _apply_again(model, found)
+
+
+def report(model: nn.Module) -> Report:
+    """What :func:`patch` made of ``model``.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    found = attached(model)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} is not patched: call rmfast.patch(model) first")
+    return found.report()

@@ -1,0 +1,219 @@
+"""The stand-in for ``forward`` of a sequence classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rmfast import ops, reference
+from rmfast.packed import models, pieces
+from rmfast.packed import step as packed_step
+from rmfast.packed.compiling import untraced
+from rmfast.packed.forward import PackedForward, _on_cpu
+from rmfast.packed.stand_in import Unservable
+from rmfast.trie import PackedTrie
+
+if TYPE_CHECKING:
+    from rmfast.packed.pieces import Piece
+
+
+class ScoringForward(PackedForward):
+    """``forward`` of a sequence classifier that scores by its last token."""
+
+    @untraced()
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.named(args, kwargs)
+        step = call.pop("rmfast_step", None)
+        if step is not None:
+            return self.prepacked(step, call)
+        patch = self.patch
+        if patch.level == "trie":
+            try:
+                self.check(call)
+                return self.packed(call)
+            except Unservable as reason:
+                patch.fallbacks[str(reason)] += 1
+        if patch.options.pooling == "mask" or self.pools_first(call):
+            return self.padded(call)
+        return self.unpacked(call)
+
+    def pools_first(self, call: dict[str, Any]) -> bool:
+        """Whether a padded batch is pooled here: as packed rows are, where the head would round."""
+        if self.patch.level == "head" or not self.has_loss(call):
+            return self.has_loss(call)
+        ids, linear = call.get("input_ids"), models.linear(self.module.score)
+        if linear is None or not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
+            return False
+        dtype = linear.weight.dtype
+        half = reference.wide(dtype) != dtype
+        return half or torch.is_autocast_enabled(linear.weight.device.type)
+
+    def check(self, call: dict[str, Any]) -> None:
+        if self.patch.base is None or models.inner(self.module) is not self.patch.base:
+            raise Unservable("the backbone was replaced after the patch")
+        super().check(call)
+        if not models.is_pointwise(self.module.score):
+            raise Unservable("the score head mixes tokens")
+        if not self.has_loss(call):
+            raise Unservable("labels: this family writes its loss out in its own forward")
+
+    def has_loss(self, call: dict[str, Any]) -> bool:
+        return call.get("labels") is None or models.is_generic(self.module)
+
+    def packed(self, call: dict[str, Any]) -> Any:
+        patch = self.patch
+        ids, mask, positions = _on_cpu(call)
+        trie, shared, _ = self.pack(ids, mask, positions, self.pooled(ids, mask))
+        if self.in_pieces(call["input_ids"].device):
+            return self.scored(call, self.by_piece(trie, shared))
+        rows = trie.pool_index.unique() if self.may_prune() else None
+        device = call["input_ids"].device
+        trie, rows = trie.to(device), rows.to(device) if rows is not None else None
+        patch.prepare()
+        out = self.backbone(patch.base, trie, shared, rows)
+        return self.scored(call, self.scores(out[0][0], trie.pool_index))
+
+    def in_pieces(self, device: torch.device) -> bool:
+        """Whether nothing of a call need be kept, so that its tokens may run bit by bit."""
+        if self.patch.options.max_tokens == 0 or device != models.device(self.patch.base):
+            return False
+        needed = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
+        return not needed and not models.is_sharded(self.patch.base)
+
+    @untraced()
+    def by_piece(self, trie: PackedTrie, shared: bool) -> Tensor:  # [B, num_labels]
+        rows, scores = [], []
+
+        def take(piece: Piece, hidden: Tensor) -> None:
+            if piece.rows.size:
+                scores.append(self.scores(hidden, piece.trie.pool_index - piece.carried))
+                rows.append(torch.from_numpy(piece.rows))
+
+        pieces.run(self, trie, self.patch.budget(), take, shared=shared)
+        scores = torch.cat(scores)
+        return scores[torch.cat(rows).argsort().to(scores.device)]
+
+    def prepacked(self, step: packed_step.Step, call: dict[str, Any]) -> Any:
+        """The loss of what :class:`rmfast.training.Collator` packed; nothing waits for a GPU."""
+        from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+        batch, objective = step.batch, step.objective
+        for name in ("inputs_embeds", "past_key_values"):
+            if call.get(name) is not None:
+                raise ValueError(f"a packed batch cannot be run with {name}: give padded batches")
+        patch = self.patch
+        try:
+            self.check_packed(batch)
+        except Unservable as reason:
+            patch.fallbacks[str(reason)] += 1
+            inputs = packed_step.padded(batch, self.module.config.get_text_config().pad_token_id)
+            scores = self.run(**inputs, use_cache=False, return_dict=True).logits[:, 0]
+            loss, step.scores, step.metrics = objective.of_scores(scores, batch)
+        else:
+            patch.prepare()
+            rows = batch["pooled"] if self.may_prune() else None
+            hidden = self.backbone(patch.base, packed_step.trie_of(batch), batch["shared"], rows)[0]
+            head = models.linear(self.module.score)
+            if head is not None and {head.weight.device, hidden.device} != {batch["pooled"].device}:
+                head = None  # the loss is where the batch is
+            found = objective.of_hidden(hidden[0], batch, head, self.scores)
+            loss, step.scores, step.metrics = found
+        loss = loss / step.count
+        step.loss = loss.detach()
+        return SequenceClassifierOutputWithPast(loss=loss, logits=step.scores[:, None])
+
+    def check_packed(self, batch: packed_step.Batch) -> None:
+        if self.patch.level != "trie":
+            raise Unservable(f"a packed batch at level {self.patch.level}")
+        self.check({"input_ids": batch["input_ids"][None]})
+        if batch["longest"] >= self.patch.position_limit:
+            raise Unservable(self.too_long())
+        if batch["shared"] and models.draws_noise(self.module, active=True):
+            raise Unservable("a packed batch with shared prefixes while dropout is active")
+
+    def inside(self) -> Callable:
+        return self.patch.base
+
+    def padded(self, call: dict[str, Any]) -> Any:
+        """Hugging Face's backbone on the padded batch; pooled first, so the head sees B rows."""
+        ids = call.get("input_ids")
+        if ids is None:
+            if self.patch.options.pooling == "mask":
+                raise ValueError("pooling='mask' needs input_ids: inputs_embeds alone has no rule")
+            return self.unpacked(call)
+        inputs = {k: v for k, v in call.items() if k not in ("labels", "return_dict")}
+        out = models.inner(self.module)(**inputs, return_dict=True)
+        hidden, mask = out[0], call.get("attention_mask")
+        linear = models.linear(self.module.score)
+        fused = linear is not None and linear.weight.device == hidden.device
+        if fused and ids.shape == hidden.shape[:2]:
+            pad, pooling = self.rule(ids)
+            mask = mask.to(hidden.device) if mask is not None and pooling == "mask" else None
+            scores = ops.pooled_reward_head(
+                hidden, ids.to(hidden.device), linear.weight, linear.bias,
+                attention_mask=mask, pad_token_id=pad, pooling=pooling,
+            )  # fmt: skip
+            return self.scored(call, scores, out)
+        batch, length, width = hidden.shape
+        start = torch.arange(batch, device=hidden.device) * length
+        index = start + self.pooled(ids, mask).to(hidden.device)
+        scores = self.scores(hidden.reshape(batch * length, width), index)
+        return self.scored(call, scores, out)
+
+    def unpacked(self, call: dict[str, Any]) -> Any:
+        as_dict = self.return_dict(call)
+        out = self.original(**{**call, "return_dict": True})
+        dtype = out.logits.dtype
+        out.logits = out.logits.to(reference.wide(dtype))
+        if out.logits.dtype != dtype:
+            self.patch.rounded[str(dtype).removeprefix("torch.")] += 1
+        return out if as_dict else out.to_tuple()
+
+    def rule(self, ids: Tensor) -> tuple[int | None, str]:
+        pad, pooling = (
+            self.module.config.get_text_config().pad_token_id,
+            self.patch.options.pooling,
+        )
+        if pad is None and pooling == "hf" and ids.shape[0] != 1:
+            raise ValueError("Cannot handle batch sizes > 1 if no padding token is defined.")
+        return pad, pooling
+
+    def pooled(self, ids: Tensor, mask: Tensor | None) -> Tensor:  # int64 [B]
+        return reference.last_token(ids, mask, *self.rule(ids))
+
+    def scores(self, hidden: Tensor, index: Tensor) -> Tensor:  # [M, H], [B] -> [B, num_labels]
+        linear, device = models.linear(self.module.score), index.device
+        index = index.to(hidden.device)
+        if linear is None:
+            scores = self.module.score(hidden[index][:, None])[:, 0]
+            return scores.to(device, reference.wide(scores.dtype))
+        if linear.weight.device != hidden.device:
+            hidden = hidden[index].to(linear.weight.device)
+            index = torch.arange(len(index), device=hidden.device)
+        return ops.reward_head(hidden, index, linear.weight, linear.bias).to(device)
+
+    def return_dict(self, call: dict[str, Any]) -> bool:
+        asked = call.get("return_dict")
+        return self.module.config.return_dict if asked is None else asked
+
+    def scored(self, call: dict[str, Any], scores: Tensor, backbone: Any = None) -> Any:
+        from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+        loss = None
+        if call.get("labels") is not None:
+            model = self.module
+            loss = model.loss_function(
+                logits=scores,
+                labels=call["labels"],
+                pooled_logits=scores,
+                config=model.config,
+            )
+        names = ("past_key_values", "hidden_states", "attentions")
+        rest = {name: getattr(backbone, name, None) for name in names}
+        if backbone is None:
+            rest["past_key_values"] = self.no_cache(call)
+        out = SequenceClassifierOutputWithPast(loss=loss, logits=scores, **rest)
+        return out if self.return_dict(call) else out.to_tuple()

@@ -1,0 +1,128 @@
+"""What every stand-in for ``forward`` does: take its place, leave it, call what was before."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from rmfast.packed import models
+from rmfast.packed.compiling import keep_out
+
+if TYPE_CHECKING:
+    from rmfast.packed.patching import Patch
+
+
+class Unservable(Exception):
+    """A call the packed path cannot serve; the message is the reason."""
+
+
+class Weak:
+    """An attribute that keeps nothing alive: None where what it was has gone."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        held = getattr(instance, self.name)
+        return None if held is None else held()
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        setattr(instance, self.name, None if value is None else weakref.ref(value))
+
+
+class Member:
+    """Part of a patched model, which it does not keep alive. A copy belongs to the model's copy."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = [name.removeprefix("_") for name in self.__dict__]
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class Override(Member):
+    """Stands in for ``forward`` on one instance. Pickles and copies along with its module."""
+
+    __name__ = "forward"
+    module = Weak()
+    patch = Weak()  # None in the copy of a layer alone: it then runs as it was
+    placed = False  # on its module, itself or inside somebody's wrapper
+
+    def __new__(cls, *_: Any) -> Override:
+        keep_out()  # here, because an unpickled model comes by no other way
+        return super().__new__(cls)
+
+    def __init__(self, module: nn.Module, patch: Patch) -> None:
+        self.module = module
+        self.patch = patch
+        self.before = models.replaced(module)  # an instance forward of somebody else's
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["patch"]  # the copy of the patch puts itself there
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_patch", None)
+
+    def put(self) -> None:
+        """Take the place of what the instance has; inside somebody's wrapper it stays there."""
+        if not self.placed:
+            setattr(self.module, models.slot(self.module), self)
+            self.placed = True
+
+    def leave(self) -> None:
+        """Put back what was there, unless somebody has wrapped this since."""
+        slot = self.slot()
+        if slot is None:
+            return
+        self.placed = False
+        if self.before is None and slot == "forward":
+            del self.module.forward
+        else:
+            setattr(self.module, slot, self.before or self.of_class())
+
+    def slot(self) -> str | None:
+        """The attribute of its module that it is; None inside somebody's wrapper."""
+        for slot in ("forward", "_old_forward"):
+            now = None if self.module is None else self.module.__dict__.get(slot)
+            if now is self or (now is not None and getattr(now, "__func__", None) is self):
+                return slot
+        return None
+
+    def fits(self) -> bool:
+        """Whether it can be put again: nobody has put a forward of their own there since."""
+        if self.module is None:
+            return False
+        return self.placed or models.replaced(self.module) == self.before
+
+    def of_class(self) -> Callable:
+        return type(self.module).forward.__get__(self.module)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return self.of_class()(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # trainers drop the columns it does not name
+        return inspect.signature(self.before or self.of_class())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], nn.Module):  # accelerate makes a method of what it unwraps
+            args = args[1:]
+        if self.module is None:
+            raise ReferenceError("the model of this forward is gone: keep the model")
+        if self.patch is None or not self.patch.active:
+            return self.original(*args, **kwargs)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError

@@ -1,0 +1,54 @@
+"""A packed batch and the callable that makes a loss of its scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmfast.trie import PackedTrie
+
+Batch = dict[str, Any]
+
+
+def trie_of(batch: Batch) -> PackedTrie:
+    names = ("input_ids", "position_ids", "subtree_end", "pool_index")
+    return PackedTrie(*(batch[name] for name in names))
+
+
+def padded(batch: Batch, pad_token_id: int) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` ``[B, T]`` of a packed batch, padded on the right."""
+    trie = trie_of(batch)
+    rows = [
+        trie.input_ids[torch.from_numpy(path).to(trie.input_ids.device)] for path in trie.paths()
+    ]
+    return {
+        "input_ids": nn.utils.rnn.pad_sequence(rows, True, pad_token_id),
+        "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True),
+    }
+
+
+class Step:
+    """A packed batch and what is minimised, for ``model(rmfast_step=step)`` on a patched model.
+
+    The call returns ``loss``, divided by ``count``, and ``logits``. No dict and no tuple: what
+    wraps a model may round every tensor that it finds in arguments and outputs, as FSDP2's mixed
+    precision does. The batch is on the model's device already.
+
+    Args:
+        batch: what :class:`Collator` returned.
+        objective: the loss.
+        count: what the sum over the batch is divided by: a number or a tensor ``[]``.
+
+    Attributes:
+        loss: after the call, the value of the loss, fp32 (of fp64 models fp64).
+        scores: ``[B]``, likewise.
+        metrics: ``[6]``, see :class:`rmfast.ops.PairwiseLoss`.
+    """
+
+    def __init__(self, batch: Batch, objective: Any, count: Any = 1) -> None:
+        self.batch, self.objective, self.count = batch, objective, count
+        self.loss: Tensor | None = None
+        self.scores: Tensor | None = None
+        self.metrics: Tensor | None = None

@@ -1,0 +1,190 @@
+"""The specification of the losses."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rmfast.reference.head import reward_head, wide
+
+# --- the pairwise loss
+
+
+def pair_scores(scores: Tensor, pairs: str | Tensor) -> tuple[Tensor, Tensor]:  # [P], [P]
+    """Scores of the chosen and of the rejected: ``pairs`` is "halves", "interleaved" or [P, 2]."""
+    if isinstance(pairs, Tensor):
+        return scores[pairs[:, 0]], scores[pairs[:, 1]]
+    if pairs == "interleaved":
+        return scores[0::2], scores[1::2]
+    half = scores.shape[0] // 2
+    return scores[:half], scores[half:]
+
+
+def _advantage(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None,
+    target: Tensor | None,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor | float]:
+    """The argument of the sigmoid, and the probability that chosen is preferred."""
+    z = chosen - rejected
+    if margin is not None:
+        z = z - margin.to(z.dtype)
+    return z, 1 - label_smoothing if target is None else target.to(z.dtype)
+
+
+def _focus(z: Tensor, gamma: float) -> Tensor:
+    """``(1 - 2 max(0, sigmoid(z) - 1/2))**gamma`` (arXiv 2403.17297), with no 1 - 1 in it."""
+    log = math.log(2) + torch.nn.functional.logsigmoid(-z.clamp(min=0))  # of 2 (1 - sigmoid(z))
+    return torch.where(z > 0, torch.exp(gamma * log), 1.0)
+
+
+def pairwise_loss(
+    scores: Tensor,  # [B]
+    pairs: str | Tensor,
+    margin: Tensor | None = None,  # [P]
+    target: Tensor | None = None,  # [P]
+    weight: Tensor | None = None,  # [P]
+    label_smoothing: float = 0.0,
+    center: float = 0.0,
+    gamma: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:  # [] or [P]; [6]
+    """Negative log-likelihood of the preferences under Bradley and Terry's model, and metrics.
+
+    With ``gamma`` each is multiplied by :func:`_focus`, and all targets are 1.
+    The metrics: share of pairs with chosen > rejected, share of ties, mean of chosen - rejected;
+    mean, least and greatest score.
+    """
+    scores = scores.to(wide(scores.dtype))
+    chosen, rejected = pair_scores(scores, pairs)
+    z, t = _advantage(chosen, rejected, margin, target, label_smoothing)
+    logsigmoid = torch.nn.functional.logsigmoid
+    loss = -(t * logsigmoid(z))
+    if target is not None or label_smoothing:
+        loss = loss - (1 - t) * logsigmoid(-z)
+    if gamma:
+        loss = loss * _focus(z, gamma)
+    if weight is not None:
+        loss = loss * weight.to(z.dtype)
+    loss = loss + center * (chosen + rejected) ** 2 if center else loss
+    with torch.no_grad():
+        metrics = torch.stack(
+            [
+                (chosen > rejected).to(z.dtype).mean(),
+                (chosen == rejected).to(z.dtype).mean(),
+                (chosen - rejected).mean(),
+                scores.mean(),
+                scores.min(),
+                scores.max(),
+            ]
+        )
+    if reduction == "none":
+        return loss, metrics
+    return (loss.mean() if reduction == "mean" else loss.sum()), metrics
+
+
+def pairwise_gradients(
+    scores: Tensor,
+    pairs: str | Tensor,
+    margin: Tensor | None = None,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    center: float = 0.0,
+    gamma: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:  # [2, P]
+    """:func:`pairwise_loss` by the chosen and by the rejected score of each pair."""
+    chosen, rejected = pair_scores(scores.to(wide(scores.dtype)), pairs)
+    z, t = _advantage(chosen, rejected, margin, target, label_smoothing)
+    slope = (1 - t) * torch.sigmoid(z) - t * torch.sigmoid(-z)
+    if gamma:  # a tie, where the loss has a kink, gets the derivative from the left
+        fall = gamma * torch.sigmoid(z) * torch.nn.functional.logsigmoid(z)
+        slope = _focus(z, gamma) * (slope + torch.where(z > 0, fall, 0.0))
+    if weight is not None:
+        slope = slope * weight.to(z.dtype)
+    grads = torch.stack([slope, -slope])
+    if center:
+        grads = grads + 2 * center * (chosen + rejected)
+    return grads / len(z) if reduction == "mean" else grads
+
+
+def pairwise_loss_backward(
+    grad: Tensor,  # [] or [P]
+    grads: Tensor,  # [2, P]
+    pairs: str | Tensor,
+    batch: int,
+) -> Tensor:  # [B], fp32
+    """Gradient of the scores: a score in many pairs gets the sum, one in none zero."""
+    items = torch.arange(batch, device=grads.device)
+    use = torch.stack(pair_scores(items, pairs)).flatten()
+    out = torch.zeros(batch, dtype=grads.dtype, device=grads.device)
+    return out.index_add_(0, use, (grads * grad).flatten())
+
+
+def reward_head_pairwise_loss(
+    hidden: Tensor,  # [M, H]
+    index: Tensor,  # int64 [B]
+    weight: Tensor,  # [1, H]
+    bias: Tensor | None,  # [1]
+    pairs: str | Tensor,
+    *options: Tensor | float | str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # [] or [P]; [B]; [6]
+    """:func:`reward_head`, then :func:`pairwise_loss` with its ``options``."""
+    scores = reward_head(hidden, index, weight, bias)[:, 0]
+    loss, metrics = pairwise_loss(scores, pairs, *options)
+    return loss, scores, metrics
+
+
+# --- losses of ranked groups
+
+
+def listwise_loss(
+    scores: Tensor,  # [B]
+    ranks: Tensor,  # int or float [B], lower is better
+    offsets: Tensor,  # int64 [G + 1], rising from 0 to B
+    kind: str,  # "all_pairs" | "plackett_luce"
+) -> tuple[Tensor, Tensor]:  # fp32 [G], [B]
+    """Loss of each group of items, and its gradient by each item's score.
+
+    With K items in a group: all pairs (InstructGPT, arXiv 2203.02155, eq. 1) is
+    ``-log sigmoid(better - worse)`` summed over the pairs that are not tied, over K choose 2.
+    Plackett-Luce (Plackett 1975) is ``logsumexp(scores ranked no better) - score`` summed over
+    the items: tied items see each other (Breslow 1974).
+    """
+    sizes = offsets.diff()
+    item = torch.arange(max(1, int(sizes.max())) if len(sizes) else 1, device=scores.device)
+    inside = item < sizes[:, None]  # [G, K]
+    s = scores.new_zeros(inside.shape, dtype=wide(scores.dtype))
+    s = s.masked_scatter(inside, scores.to(s.dtype))
+    r = ranks.new_zeros(inside.shape).masked_scatter(inside, ranks)
+    both = inside[:, :, None] & inside[:, None, :]
+    if kind == "all_pairs":
+        better = both & (r[:, :, None] < r[:, None, :])  # [G, K, K], row better than column
+        gap = s[:, :, None] - s[:, None, :]
+        pairs = (sizes * (sizes - 1) // 2).clamp(min=1).to(s.dtype)
+        terms = -torch.nn.functional.logsigmoid(gap).masked_fill(~better, 0.0)
+        loss = terms.sum((1, 2)) / pairs
+        wrong = torch.sigmoid(-gap).masked_fill(~better, 0.0)
+        slope = (wrong.sum(1) - wrong.sum(2)) / pairs[:, None]
+    else:
+        # of each row: the items left when it is chosen; a row past the end sees itself
+        left = (both & (r[:, None, :] >= r[:, :, None])) | (item[:, None] == item)
+        logits = s[:, None, :].masked_fill(~left, float("-inf"))
+        loss = (logits.logsumexp(2) - s).sum(1)
+        slope = logits.softmax(2).masked_fill(~both, 0.0).sum(1) - 1
+    return loss, slope[inside]
+
+
+def listwise_loss_backward(
+    grad: Tensor,  # [G]
+    slope: Tensor,  # [B], from the forward
+    offsets: Tensor,  # int64 [G + 1]
+    dtype: torch.dtype,
+) -> Tensor:  # dtype [B]
+    """Gradient of the scores: each group's gradient times the slope of its items."""
+    return (grad.repeat_interleave(offsets.diff()) * slope).to(dtype)

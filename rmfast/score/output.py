@@ -1,0 +1,176 @@
+"""Scored rows into JSON lines, CSV or Parquet, window by window, so that a killed run can go on.
+
+An output takes rows in two steps: ``prepare`` turns a record into what will be written, or says why
+it cannot be (before anybody scores it); ``write`` adds the scores to some prepared rows. When
+``write`` returns, its rows are on the disk. ``mark`` says how far that is: an output opened with an
+earlier mark forgets what was written after it.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rmfast.data import columns, files
+from rmfast.errors import RowError, UserError
+from rmfast.score.cells import _cell, as_text, to_json
+from rmfast.score.parquet import Parquet
+
+_REASON = 1000  # characters: what a tokenizer's template says may be long
+
+
+def open_output(
+    path: Path, source: files.Reader, seen: list[str], layout: columns.Columns, mark: int = 0
+) -> JsonLines | Csv | Parquet:
+    """The output of a file's format.
+
+    Args:
+        path: what it is called says the format.
+        source: where the records come from.
+        seen: the input's columns, as far as they are known.
+        layout: says which columns are added.
+        mark: how much of what is there already stays.
+
+    Raises:
+        UserError: less is there than the mark says.
+        DataError: a library is missing.
+    """
+    kind, gzipped = files.file_format(path)
+    if kind == "jsonl":
+        return JsonLines(path, gzipped, layout.added, mark)
+    if kind == "csv":
+        return Csv(path, gzipped, seen, layout.added, mark)
+    return Parquet(path, source.schema, seen, layout, mark)
+
+
+class _Appended:
+    """A file that grows by whole pieces; with gzip, a member each."""
+
+    def __init__(self, path: Path, gzipped: bool, mark: int) -> None:
+        self._gzipped = gzipped
+        self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
+        if self._file.tell() < mark:
+            self._file.close()
+            raise UserError(
+                f"{path} is shorter than when it was last written: somebody changed it; "
+                "start again with --overwrite"
+            )
+        self._file.truncate(mark)
+        self._file.seek(mark)
+
+    def append(self, data: bytes) -> None:
+        self._file.write(gzip.compress(data, mtime=0) if self._gzipped else data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def mark(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Errors:
+    """The rows that were left out: a line of JSON each, in a file that is there if one was."""
+
+    def __init__(self, path: Path, mark: int) -> None:
+        self._path, self._file = path, None
+        if mark:
+            self._file = _Appended(path, False, mark)
+        else:
+            path.unlink(missing_ok=True)
+
+    def write(self, rows: Sequence[tuple[int, RowError]]) -> None:
+        if not rows:
+            return
+        self._file = self._file or _Appended(self._path, False, 0)
+        lines = [
+            {"line": number, "reason": str(error)[:_REASON], "kind": error.kind}
+            for number, error in rows
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self._file.append(text.encode("utf-8", "backslashreplace"))
+
+    def mark(self) -> int:
+        return self._file.mark() if self._file else 0
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+class JsonLines(_Appended):
+    """A line a row: that of the input, where that is JSON lines too, with the scores put in."""
+
+    def __init__(self, path: Path, gzipped: bool, added: list[str], mark: int) -> None:
+        super().__init__(path, gzipped, mark)
+        self._keys = [f", {json.dumps(name, ensure_ascii=False)}: ".encode() for name in added]
+
+    def prepare(self, record: files.Record) -> bytes:
+        """The row's object, without its closing brace.
+
+        Raises:
+            RowError: it has text that is not Unicode.
+        """
+        if isinstance(record.raw, bytes):
+            return record.raw[:-1].rstrip()
+        return to_json(record.value)[:-1].encode()
+
+    def write(self, rows: Sequence[tuple[bytes, list[columns.Scores]]]) -> None:
+        if rows:
+            self.append(b"".join(map(self._line, *zip(*rows, strict=True))))
+
+    def _line(self, prepared: bytes, scores: list[columns.Scores]) -> bytes:
+        values = [as_text(score).encode() for score in scores]
+        return prepared + b"".join(map(bytes.__add__, self._keys, values)) + b"}\n"
+
+    def finish(self) -> None:
+        if self._gzipped and self.mark() == 0:
+            self.append(b"")
+
+
+class Csv(_Appended):
+    """A header, then a record a row. What is not text is written as JSON."""
+
+    def __init__(
+        self, path: Path, gzipped: bool, seen: list[str], added: list[str], mark: int
+    ) -> None:
+        super().__init__(path, gzipped, mark)
+        self._seen, self._added = seen, added
+
+    def prepare(self, record: files.Record) -> list[str]:
+        """The row's cells.
+
+        Raises:
+            RowError: a column that the header does not have, or text that is not Unicode.
+        """
+        new = next((name for name in record.value if name not in self._seen), None)
+        if new is not None:
+            raise RowError(
+                f"{to_json(new)} is not among the columns of the rows before, and a CSV file has "
+                "one header: write .jsonl"
+            )
+        if isinstance(record.raw, list):
+            return record.raw
+        return [_cell(record.value.get(name)) for name in self._seen]
+
+    def write(self, rows: Sequence[tuple[list[str], list[columns.Scores]]]) -> None:
+        if rows:
+            self.append(self._text([*cells, *map(as_text, scores)] for cells, scores in rows))
+
+    def _text(self, rows: Iterable[list[str]]) -> bytes:
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        if self.mark() == 0:
+            writer.writerow([*self._seen, *self._added])
+        writer.writerows(rows)
+        return text.getvalue().encode()
+
+    def finish(self) -> None:
+        if self.mark() == 0:
+            self.append(self._text([]))

@@ -1,0 +1,99 @@
+"""The loss of a batch of preferences, and what is logged of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmfast import ops
+from rmfast.packed.step import Batch
+
+LARGEST_GROUP = 64  # responses: what the kernel of the ranked losses holds
+KINDS = {  # by what they are for
+    "pairs": ("bradley_terry", "focal"),
+    "ranked responses": ("all_pairs", "plackett_luce"),
+}
+
+
+# --- what is minimised
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a batch of preferences, and what is logged of it.
+
+    Attributes:
+        kind: one of :data:`KINDS`, functions of :mod:`rmfast.losses`.
+        label_smoothing: of ``"bradley_terry"``.
+        center: weight of the squared sum of a pair's scores, of pairs.
+        gamma: of ``"focal"``.
+
+    Raises:
+        ValueError: an unknown kind, or options that do not go with it.
+    """
+
+    kind: str = "bradley_terry"
+    label_smoothing: float = 0.0
+    center: float = 0.0
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in {kind for kinds in KINDS.values() for kind in kinds}:
+            raise ValueError(f"no loss {self.kind!r}")
+        if self.kind != "bradley_terry" and self.label_smoothing:
+            raise ValueError(f"label_smoothing has no meaning with {self.kind}")
+        if not self.of_pairs and self.center:
+            raise ValueError(f"centering is of pairs, not of {self.kind}")
+
+    @property
+    def of_pairs(self) -> bool:
+        return self.kind in KINDS["pairs"]
+
+    def _options(self, batch: Batch) -> dict[str, Any]:
+        return {
+            "margin": batch.get("margin"),
+            "label_smoothing": self.label_smoothing,
+            "center": self.center,
+            "gamma": self.gamma if self.kind == "focal" else 0.0,
+            "reduction": "sum",
+        }
+
+    def of_hidden(
+        self,
+        hidden: Tensor,  # [N, H]
+        batch: Batch,
+        head: nn.Linear | None,
+        score: Callable[[Tensor, Tensor], Tensor],  # hidden, index -> [B, num_labels]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [], fp32 [B], fp32 [6]
+        """Sum of the losses, the scores, and :class:`rmfast.ops.PairwiseLoss`'s metrics.
+
+        Head and loss are one op where the loss allows it.
+        """
+        if not self.of_pairs or head is None:
+            return self.of_scores(score(hidden, batch["pool_index"])[:, 0], batch)
+        loss, scores, *metrics = ops.reward_head_pairwise_loss(
+            hidden,
+            batch["pool_index"],
+            head.weight,
+            head.bias,
+            **self._options(batch),
+        )
+        return loss, scores, torch.stack(metrics)
+
+    def of_scores(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of scores ``[B]``."""
+        if self.of_pairs:
+            loss, *metrics = ops.pairwise_loss(scores, **self._options(batch))
+        else:
+            loss = ops.listwise_loss(
+                scores, batch["ranks"], batch["offsets"],
+                kind=self.kind, reduction="sum", max_size=batch["largest"],
+            )  # fmt: skip
+            if not len(batch["pairs"]):  # all tied
+                return loss, scores.detach(), scores.new_full((6,), float("nan"))
+            _, *metrics = ops.pairwise_loss(scores.detach(), batch["pairs"])
+        return loss, scores.detach(), torch.stack(metrics)
