@@ -40,7 +40,7 @@ def sft(tmp_path_factory) -> str:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_a_language_model_gets_a_head_and_keeps_the_rest(tmp_path, family):
     before = language_model(family)
-    model, tokenizer, start = begin.begin(save(tmp_path, before))
+    model, tokenizer, start = begin.load_to_train(save(tmp_path, before))
     assert start.new == ["score.weight"] and model.config.num_labels == 1
     assert start.std == pytest.approx(1 / math.sqrt(32 + 1))
     assert start.unused in ([], ["lm_head.weight"], ["embed_out.weight"]) and not start.warnings
@@ -56,7 +56,7 @@ def test_the_head_is_normal_with_variance_1_over_h_plus_1(tmp_path):
     hidden = 1024
     options = {"num_hidden_layers": 1, "hidden_size": hidden, "intermediate_size": 8}
     folder = save(tmp_path, language_model(**options))
-    heads = [begin.begin(folder, seed=seed).model.score.weight[0] for seed in range(20)]
+    heads = [begin.load_to_train(folder, seed=seed).model.score.weight[0] for seed in range(20)]
     scaled = torch.stack(heads).detach().double() * math.sqrt(hidden + 1)
     n = scaled.numel()
     # each within five standard deviations of its estimate for n standard normal numbers
@@ -69,12 +69,12 @@ def test_the_head_is_normal_with_variance_1_over_h_plus_1(tmp_path):
 def test_the_seed_decides_the_head_and_nothing_else_is_touched(sft):
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = begin.begin(sft, seed=3).model.score.weight
+    first = begin.load_to_train(sft, seed=3).model.score.weight
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
-    assert torch.equal(begin.begin(sft, seed=3).model.score.weight, first)
-    assert not torch.equal(begin.begin(sft, seed=4).model.score.weight, first)
-    half = begin.begin(sft, seed=3, dtype="bfloat16").model
+    assert torch.equal(begin.load_to_train(sft, seed=3).model.score.weight, first)
+    assert not torch.equal(begin.load_to_train(sft, seed=4).model.score.weight, first)
+    half = begin.load_to_train(sft, seed=3, dtype="bfloat16").model
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert torch.equal(half.score.weight, first.bfloat16())
 
@@ -91,15 +91,15 @@ def test_a_bias_begins_at_zero_and_a_deep_head_scores_by_the_rule():
 
 def test_a_reward_model_keeps_its_head(tmp_path):
     before = tiny.model(vocab_size=ROWS)
-    model, _, start = begin.begin(save(tmp_path, before))
+    model, _, start = begin.load_to_train(save(tmp_path, before))
     assert torch.equal(model.score.weight, before.score.weight)
     assert (start.new, start.std, start.unused) == ([], None, [])
     assert "head: kept: this is a reward model already" in str(start)
 
 
 def test_what_begins_can_be_saved_and_goes_on_as_it_is(sft, tmp_path):
-    model, tokenizer, _ = begin.begin(sft)
-    again = begin.begin(save(tmp_path, model, tokenizer), seed=9)
+    model, tokenizer, _ = begin.load_to_train(sft)
+    again = begin.load_to_train(save(tmp_path, model, tokenizer), seed=9)
     assert torch.equal(again.model.score.weight, model.score.weight) and not again.start.new
     loaded = loading.load(str(tmp_path), device="cpu")
     assert torch.equal(loaded.model.score.weight, model.score.weight)
@@ -116,7 +116,7 @@ def test_an_adapter_of_a_language_model_is_merged(sft, tmp_path):
         warnings.simplefilter("ignore")
         tuned.save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    model, _, start = begin.begin(str(tmp_path))
+    model, _, start = begin.load_to_train(str(tmp_path))
     assert start.new == ["score.weight"] and start.unused == ["lm_head.weight"]
     theirs = tuned.merge_and_unload().base_model.state_dict()
     assert all(torch.equal(x, theirs[name]) for name, x in model.base_model.state_dict().items())
@@ -132,7 +132,7 @@ def test_an_adapter_of_a_language_model_is_merged(sft, tmp_path):
 def test_more_than_one_label_is_refused(tmp_path):
     folder = save(tmp_path, tiny.model(num_labels=2, vocab_size=ROWS))
     with pytest.raises(UserError, match="is a classifier with num_labels=2: a reward model"):
-        begin.begin(folder)
+        begin.load_to_train(folder)
 
 
 def test_a_checkpoint_without_a_layer_is_refused(tmp_path):
@@ -141,7 +141,7 @@ def test_a_checkpoint_without_a_layer_is_refused(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     tiny.tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"has no model\.layers\.1\.mlp.* more than a head would"):
-        begin.begin(str(tmp_path))
+        begin.load_to_train(str(tmp_path))
 
 
 def test_only_safetensors_are_read(sft, tmp_path):
@@ -150,9 +150,9 @@ def test_only_safetensors_are_read(sft, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"cannot be loaded: .*safetensors"):
-        begin.begin(str(tmp_path))
+        begin.load_to_train(str(tmp_path))
     with pytest.raises(UserError, match="nowhere cannot be loaded"):
-        begin.begin(str(tmp_path / "nowhere"))
+        begin.load_to_train(str(tmp_path / "nowhere"))
 
 
 def test_a_head_of_another_name_is_told(tmp_path):
@@ -160,7 +160,7 @@ def test_a_head_of_another_name_is_told(tmp_path):
     state = {**model.state_dict(), "value_head.weight": torch.ones(1, 32)}
     model.save_pretrained(tmp_path, state_dict=state)
     tiny.tokenizer().save_pretrained(tmp_path)
-    start = begin.begin(str(tmp_path)).start
+    start = begin.load_to_train(str(tmp_path)).start
     assert "value_head.weight" in start.unused
     assert "! value_head.weight of the checkpoint is not used: if that is a head" in str(start)
 
@@ -193,7 +193,7 @@ def tokenizer(*added: str, pad: str | None = None, eos: str | None = "</s>"):
 )
 def test_a_token_that_no_text_holds_pads(tmp_path, added, pad):
     folder = save(tmp_path, language_model(pad_token_id=None), tokenizer(*added))
-    model, tokens, start = begin.begin(folder)
+    model, tokens, start = begin.load_to_train(folder)
     assert start.pad == (tokens.pad_token, pad) and start.pad_from == "which no text holds"
     assert model.config.pad_token_id == tokens.pad_token_id == pad
     assert tokens.convert_tokens_to_ids(tokens.pad_token) == pad and not start.warnings
@@ -204,36 +204,36 @@ def test_the_end_of_text_pads_at_last_with_a_warning(tmp_path):
     made = tokenizer("<|im_start|>", "<|reserved_0|>", "<|far|>", "<|unused_far|>")
     made.chat_template = "{{ '<|reserved_0|>' }}"  # so it is not free
     folder = save(tmp_path, language_model(pad_token_id=None), made)
-    start = begin.begin(folder).start
+    start = begin.load_to_train(folder).start
     assert start.pad[0] == "<|unused_far|>"
     small = tiny.model("llama", cls=AutoModelForCausalLM, vocab_size=262, pad_token_id=None)
-    model, _, start = begin.begin(save(tmp_path / "small", small, made))
+    model, _, start = begin.load_to_train(save(tmp_path / "small", small, made))
     assert start.pad == ("</s>", 2) and model.config.pad_token_id == 2  # the free one is beyond
     assert len(start.warnings) == 1
     assert start.warnings[0].startswith("pad_token_id equals eos_token_id (2): Hugging Face's rule")
     with pytest.raises(UserError, match="has neither a pad token, nor a reserved one, nor an end"):
         none = tokenizer(eos=None)
-        begin.begin(save(tmp_path / "none", small, none))
+        begin.load_to_train(save(tmp_path / "none", small, none))
 
 
 def test_the_pad_token_that_is_there_stays(tmp_path):
     made = tokenizer("<|reserved_0|>", pad="<|pad|>")
     of_config = save(tmp_path / "a", language_model(pad_token_id=7), tokenizer("<|reserved_0|>"))
-    start = begin.begin(of_config).start
+    start = begin.load_to_train(of_config).start
     assert start.pad[1] == 7 and start.pad_from == "the config's" and not start.warnings
-    both = begin.begin(save(tmp_path / "b", language_model(pad_token_id=7), made))
+    both = begin.load_to_train(save(tmp_path / "b", language_model(pad_token_id=7), made))
     assert both.start.pad == ("<|pad|>", made.pad_token_id)
     assert both.model.config.pad_token_id == made.pad_token_id
     assert both.start.warnings[0].startswith("the config had pad_token_id=7, and now has 2")
     beyond = tiny.model("llama", cls=AutoModelForCausalLM, vocab_size=259, pad_token_id=None)
     only = tokenizer(pad="[PAD]")
-    start = begin.begin(save(tmp_path / "c", beyond, only)).start
+    start = begin.load_to_train(save(tmp_path / "c", beyond, only)).start
     assert start.pad == ("</s>", 2)
     assert start.warnings[0].startswith("the tokenizer's pad token '[PAD]' (259) has no embedding")
 
 
 def test_the_report_for_people(sft):
-    assert str(begin.begin(sft).start).splitlines() == [
+    assert str(begin.load_to_train(sft).start).splitlines() == [
         f"{sft}: start of training",
         "  head: new (score.weight), drawn with a standard deviation of 0.174",
         "  not used: lm_head.weight",

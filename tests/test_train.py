@@ -28,8 +28,8 @@ import tiny
 from rmfast import data
 from rmfast.commands import main
 from rmfast.data.encoding import Encoder
+from rmfast.train import begin, fit, watch
 from rmfast.train import job as train_job
-from rmfast.train import watch
 from rmfast.train.trainer import RewardConfig, RewardTrainer
 
 CAN_DRAW = watch._can_draw
@@ -218,7 +218,7 @@ def test_weights_are_the_trainers_and_evaluation_leaves_no_trace(run, model, tmp
     other = load_file(with_eval.with_name("eval") / "model.safetensors")
     assert all(torch.equal(got[name], other[name]) for name in got)
 
-    started = train_job.loading.begin(model)
+    started = begin.load_to_train(model)
     args = RewardConfig(
         "trl", max_steps=4, per_device_train_batch_size=4, learning_rate=1e-3,
         center_rewards_coefficient=0.01, label_smoothing=0.1, lr_scheduler_type="linear",
@@ -369,7 +369,7 @@ def test_lora_goes_on_to_the_same_weights(run, model, monkeypatch):
         return RewardTrainer.training_step(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_job._Trainer, "training_step", stop)
+        patched.setattr(fit.Trainer, "training_step", stop)
         with pytest.raises(Stop):
             run(*argv)
     out = run(*argv, "--resume")
@@ -384,7 +384,7 @@ def test_killed_after_the_last_step(run, model, monkeypatch, more):
     argv = command(model, pairs(), "--max-steps", "2", *more)
     whole = run(*argv, "--output", "whole").with_name("whole")
     with monkeypatch.context() as patched:
-        patched.setattr(train_job._Job, "finish", lambda self: 1 / 0)
+        patched.setattr(fit, "save", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(*argv)
     out = run(*argv, "--resume")
@@ -438,7 +438,7 @@ def test_resume_and_overwrite(run, model, capsys):
             "loss_type='plackett_luce' does not go with ",
         ),
         (pairs(6), ["--max-tokens-per-batch", "9"], "--max-tokens-per-batch 9: example"),
-        (pairs(6), ["--label-smoothing", "0.5"], "--label-smoothing must be below 0.5"),
+        (pairs(6), ["--label-smoothing", "0.5"], "--label-smoothing must be a number at least 0 and below 0.5"),
         (pairs(6), ["--lora-alpha", "8"], "--lora-alpha goes with --lora-rank"),
         (pairs(6), ["--eval-split", "0", "--eval-every", "2"], "--eval-every goes with held-out"),
         (pairs(6), ["--eval-split", "0.1", "--eval-data", "x"], "--eval-split: give one of them"),
@@ -506,7 +506,7 @@ def test_divergence_is_told(run, model, capsys):
     run(*command(model, pairs(), "--learning-rate", "0.99", "--schedule", "constant",
                  "--weight-decay", "9e30", "--warm-up", "0"), code=2)  # fmt: skip
     said = capsys.readouterr().err
-    assert re.search(r"step \d+: (the loss is|a row cannot be scored)", said), said
+    assert re.search(r"step \d+: (the loss is|held-out data cannot be scored)", said), said
 
 
 def test_without_matplotlib_it_trains(run, model, capsys, monkeypatch):
@@ -521,11 +521,12 @@ def test_without_matplotlib_it_trains(run, model, capsys, monkeypatch):
 
 def test_without_trl(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    for name in ("rmfast.train.job", "rmfast.train.trainer"):
+    for name in ("rmfast.train.job", "rmfast.train.fit", "rmfast.train.trainer"):
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(rmfast.train, "job")
+    for name in ("job", "fit"):
+        monkeypatch.delattr(rmfast.train, name)
     assert main.main(["train", "--model", "m", "--data", "d", "--output", "o"]) == 2
-    assert "rmfast train needs TRL: pip install 'rmfast[train]'" in capsys.readouterr().err
+    assert "training needs TRL: pip install 'rmfast[train]'" in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(run, model, capsys, monkeypatch):

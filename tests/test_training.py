@@ -144,7 +144,7 @@ def test_an_example_over_budget_is_named():
 
 def test_common_prefix():
     rows = [np.array(row) for row in ([1, 2, 3], [1, 2, 4], [1, 2], [5])]
-    assert [train_batches.common(rows[0], row) for row in rows] == [3, 2, 2, 0]
+    assert [train_batches.shared_length(rows[0], row) for row in rows] == [3, 2, 2, 0]
 
 
 # --- the loss of a packed batch

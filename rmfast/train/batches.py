@@ -149,7 +149,7 @@ def first_of(batch: Batch, scores: Tensor, count: int) -> tuple[Batch, Tensor]:
     return {**kept, "largest": batch["largest"], "count": count}, scores[:end]
 
 
-def common(left: np.ndarray, right: np.ndarray) -> int:
+def shared_length(left: np.ndarray, right: np.ndarray) -> int:
     """How many tokens two sequences both begin with."""
     size = min(left.size, right.size)
     differ = left[:size] != right[:size]

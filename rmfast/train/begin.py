@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import safetensors
 import torch
 
 from rmfast.errors import UserError
@@ -63,7 +65,7 @@ class Started(NamedTuple):
     start: Start
 
 
-def begin(
+def load_to_train(
     name: str,
     *,
     dtype: str = "float32",
@@ -92,35 +94,14 @@ def begin(
 
     Raises:
         UserError: it cannot be loaded, is a classifier of more than one label, lacks more than a
-            head, holds no safetensors, or no pad token is to be had; the message says why.
+            head, holds no safetensors, is an adapter without the head that it was trained with, or
+            no pad token is to be had; the message says why.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
     device = usable_device(device)
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
-    options = {
-        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-        "num_labels": 1,
-        "use_safetensors": True,
-    }
-    auto = AutoModelForSequenceClassification
-    adapter = (Path(name) / "adapter_config.json").is_file()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if adapter:
-                options["trust_remote_code"] = trust_remote_code
-                model, missing, unused = _adapter(name, auto, **options)
-            else:
-                _one_label(name, AutoConfig.from_pretrained(name, **remote))
-                model, found = auto.from_pretrained(
-                    name, output_loading_info=True, **options, **remote
-                )
-                missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-        other = {"trust_remote_code": trust_remote_code} if tokenizer else remote
-        tokens = AutoTokenizer.from_pretrained(tokenizer or name, **other)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise UserError(f"{name} cannot be loaded: {error}") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, tokens, missing, unused = _load(name, dtype, tokenizer, remote)
     inside = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
     if inside:
         raise UserError(
@@ -128,15 +109,58 @@ def begin(
             "of a language model, or of a reward model"
         )
     std = _new_head(model, missing, seed)
-    pad, whence, warnings = _pad(model, tokens)
+    pad, source, warnings = _pad(model, tokens)
     others = [key for key in unused if not key.startswith(("lm_head.", "embed_out."))]
     if missing and others:
         warnings.append(
             f"{_some(others)} of the checkpoint is not used: if that is a head, convert the "
             "checkpoint, so that training does not begin without it"
         )
-    start = Start(name, missing, std, unused, pad, whence, warnings)
+    start = Start(name, missing, std, unused, pad, source, warnings)
     return Started(model.to(device).eval(), tokens, start)
+
+
+def _load(
+    name: str, dtype: str, tokenizer: str | None, remote: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str], list[str]]:
+    """Model and tokenizer, the parameters that are missing, and those that are not used."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    auto, code = AutoModelForSequenceClassification, remote["trust_remote_code"]
+    options = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "num_labels": 1,
+        "use_safetensors": True,
+    }
+    try:
+        if (Path(name) / "adapter_config.json").is_file():
+            _refuse_lost_head(name)
+            model, missing, unused = _adapter(name, auto, trust_remote_code=code, **options)
+        else:
+            _one_label(name, AutoConfig.from_pretrained(name, **remote))
+            model, found = auto.from_pretrained(name, output_loading_info=True, **options, **remote)
+            missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+        other = {"trust_remote_code": code} if tokenizer else remote
+        tokens = AutoTokenizer.from_pretrained(tokenizer or name, **other)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise UserError(f"{name} cannot be loaded: {error}") from None
+    return model, tokens, missing, unused
+
+
+def _refuse_lost_head(name: str) -> None:
+    """Refuse an adapter of a reward model without the head that it was trained with."""
+    weights = Path(name) / "adapter_model.safetensors"
+    if not weights.is_file():
+        return
+    settings = json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))
+    with safetensors.safe_open(weights, "pt") as file:
+        parts = {part for key in file.keys() for part in key.split(".")}  # noqa: SIM118 (no dict)
+    head = settings.get("modules_to_save") or ["score", "classifier"]
+    if settings.get("task_type") == "SEQ_CLS" and not parts.intersection(head):
+        raise UserError(
+            f"{name} is the adapter of a reward model, and the head that it was trained with is not"
+            f" in it: it was not saved; begin with {settings['base_model_name_or_path']}"
+        )
 
 
 def _one_label(name: str, config: Any) -> None:
@@ -174,24 +198,12 @@ def _pad(
     before, warnings = text.pad_token_id, []
     eos = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
     eos = {i for i in (*eos, tokenizer.eos_token_id) if i is not None}
-    token, whence = tokenizer.pad_token, "the tokenizer's"
-    if token is not None and tokenizer.pad_token_id >= rows:
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id >= rows:
         warnings.append(
-            f"the tokenizer's pad token {token!r} ({tokenizer.pad_token_id}) has no embedding in "
-            "the model: another one is used"
+            f"the tokenizer's pad token {tokenizer.pad_token!r} ({tokenizer.pad_token_id}) has no "
+            "embedding in the model: another one is used"
         )
-        token = None
-    if token is None and before is not None and 0 <= before < rows:
-        token, whence = tokenizer.convert_ids_to_tokens(before), "the config's"
-    if token is None:
-        token, whence = _free_token(tokenizer, rows, eos), "which no text holds"
-    if token is None:
-        token, whence = tokenizer.eos_token, "the end of text, for want of another"
-    if token is None:
-        raise UserError(
-            f"{tokenizer.name_or_path} has neither a pad token, nor a reserved one, nor an end of "
-            "text: set tokenizer.pad_token, save the tokenizer, and name its folder"
-        )
+    token, source = _choose_pad(tokenizer, before, rows, eos)
     tokenizer.pad_token = token
     pad = tokenizer.pad_token_id
     model.config.pad_token_id = text.pad_token_id = pad
@@ -205,7 +217,28 @@ def _pad(
             f"pad_token_id equals eos_token_id ({pad}): Hugging Face's rule passes over a final "
             "eos and scores the token before it; pooling='mask' scores the last attended token"
         )
-    return (token, pad), whence, warnings
+    return (token, pad), source, warnings
+
+
+def _choose_pad(
+    tokenizer: PreTrainedTokenizerBase, of_config: int | None, rows: int, eos: set[int]
+) -> tuple[str, str]:
+    """A pad token below ``rows``, and where it is from."""
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id < rows:
+        return tokenizer.pad_token, "the tokenizer's"
+    if of_config is not None and 0 <= of_config < rows:
+        token = tokenizer.convert_ids_to_tokens(of_config)
+        if token is not None:
+            return token, "the config's"
+    token = _free_token(tokenizer, rows, eos)
+    if token is not None:
+        return token, "which no text holds"
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"{tokenizer.name_or_path} has neither a pad token, nor a reserved one, nor an end of "
+            "text: set tokenizer.pad_token, save the tokenizer, and name its folder"
+        )
+    return tokenizer.eos_token, "the end of text, for want of another"
 
 
 def _free_token(tokenizer: PreTrainedTokenizerBase, rows: int, eos: set[int]) -> str | None:

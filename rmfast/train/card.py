@@ -4,56 +4,163 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rmfast.evaluate import show
+from rmfast.train.begin import Start
+from rmfast.train.options import TrainOptions
 
-if TYPE_CHECKING:
-    from rmfast.train.job import _Job
-
-
-_PATHS = ("model", "data", "eval-data", "output", "tokenizer", "chat-template")
+_PATHS = ("model", "data", "eval_data", "output", "tokenizer", "chat_template")
 _LOSSES = {
     "bradley_terry": "Bradley-Terry",
     "focal": "Bradley-Terry, focal",
     "all_pairs": "InstructGPT's loss of all pairs",
     "plackett_luce": "Plackett-Luce",
 }
+_CARD = """\
+---
+{metadata}
+---
 
+# {name}
 
-_SCORER = """\
+A reward model: it gives a prompt with an answer one score, and higher is better. Compare only the
+scores of answers to one prompt: σ(score - score') is the probability that the first is preferred.
+
+Trained from `{model}` (its head: {head}) on {count:,} {records} of {of} of
+`{data}`{method}; loss: {loss}.
+
+## Score with it
+
+With rmfast, in bulk:
+
+```python
 import rmfast
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-name = "{name}"  # this folder, or where it is on the hub
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForSequenceClassification.from_pretrained(name)
+{load}
 scorer = rmfast.Scorer(model, tokenizer)
-conversation = {conversation}
-print(scorer.score([conversation])[0])"""
+print(scorer.score([conversation])[0])
+```
 
+With transformers alone:
 
-_PLAIN = """\
+```python
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-name = "{name}"  # this folder, or where it is on the hub
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForSequenceClassification.from_pretrained(name)
-conversation = {conversation}
+{load}
 {ids}
 with torch.inference_mode():
-    print(model(torch.tensor([ids])).logits[0, 0].item())"""
+    print(model(torch.tensor([ids])).logits[0, 0].item())
+```
 
+{ends}
+{figures}
+## Training
 
+`rmfast train --config config.yaml`, {steps:,} steps, with {versions}. In config.yaml:
+
+```yaml
+{config}```
+"""
+_FIGURES = """
+## Held-out figures
+
+Of {count:,} {records} of {source}:
+
+```
+{table}
+```
+"""
+_LOAD = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+name = "{name}"  # this folder, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForSequenceClassification.from_pretrained(name)
+conversation = {conversation}"""
 _MESSAGES = """\
 [
     {"role": "user", "content": "How many legs has a spider?"},
     {"role": "assistant", "content": "Eight."},
 ]"""
-
-
 _TEXT = '"How many legs has a spider? Eight."'
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What the card tells of a finished run.
+
+    Attributes:
+        options: all of them, as the run resolved them.
+        start: how the model was when training began.
+        kind: ``"pairs"`` or ``"groups"``.
+        conversational: trained on messages, not text.
+        counts: pairs or groups trained on, and held out.
+        loss: one of :data:`rmfast.train.objective.KINDS`.
+        steps: optimiser steps.
+        tokenizer: as it is saved.
+        adds_bos: a BOS is put before messages whose template has none.
+        example: a conversation that was trained on.
+        summary: the last held-out figures; None: nothing was held out.
+        versions: of the libraries.
+    """
+
+    options: TrainOptions
+    start: Start
+    kind: str
+    conversational: bool
+    counts: list[int]
+    loss: str
+    steps: int
+    tokenizer: Any
+    adds_bos: bool
+    example: Any
+    summary: dict[str, Any] | None
+    versions: dict[str, str]
+
+    @property
+    def adds_eos(self) -> bool:
+        """The end of text is put after each text."""
+        return self.tokenizer.eos_token is not None and not self.conversational
+
+    @property
+    def records(self) -> str:
+        """What the data is, in words."""
+        return "pairs" if self.kind == "pairs" else "ranked groups of answers"
+
+
+def write(run: Finished, folder: Path) -> None:
+    """Write the card, ``README.md``. It has no path of this machine in it."""
+    options = run.options
+    given = {name: getattr(options, name) for name in _PATHS}
+    names = {name: base_name(path) for name, path in given.items() if path is not None}
+    public = dataclasses.replace(options, **names)
+    conversation = _MESSAGES if run.conversational else _TEXT
+    if run.adds_eos:
+        conversation += " + tokenizer.eos_token"
+    rank = options.lora_rank
+    text = _CARD.format(
+        metadata=_metadata(run, public).to_yaml(),
+        name=public.output,
+        model=public.model,
+        head="new" if run.start.new else "kept",
+        count=run.counts[0],
+        records=run.records,
+        of="messages" if run.conversational else "text",
+        data=public.data,
+        method="" if rank is None else f", by LoRA of rank {rank}, merged into the weights",
+        loss=_LOSSES[run.loss],
+        load=_LOAD.format(name=public.output, conversation=conversation),
+        ids=_ids(run),
+        ends=_ends(run),
+        figures=_figures(run, public),
+        steps=run.steps,
+        versions=", ".join(f"{name} {version}" for name, version in run.versions.items()),
+        config=public.as_yaml(),
+    )
+    if (folder / "training.png").exists():
+        text += "\n![loss and held-out accuracy](training.png)\n"
+    ModelCard(text).save(folder / "README.md")
 
 
 def base_name(value: str) -> str:
@@ -61,79 +168,58 @@ def base_name(value: str) -> str:
     return Path(value).resolve().name if Path(value).exists() else value
 
 
-def write(job: _Job) -> str:
-    """The card of a finished run. It has no path of this machine in it."""
-    import yaml
-
-    options, start = job.options, job.start
-    paths = {name: getattr(options, name) for name in _PATHS}
-    named = {name: base_name(path) for name, path in paths.items() if path is not None}
-    public = dataclasses.replace(options, **named)
-    head = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-classification",
-        "tags": ["reward-model", "rmfast"],
-    }
-    if not Path(options.model).exists():
-        head["base_model"] = options.model
-    if not Path(options.data).exists():
-        head["datasets"] = [options.data]
-    name, tokenizer = public.output, job.tokenizer
-    ends = tokenizer.eos_token is not None and not job.conversational
-    conversation = _TEXT if not job.conversational else _MESSAGES
-    if ends:
-        conversation += " + tokenizer.eos_token"
-    codes = [
-        _SCORER.format(name=name, conversation=conversation),
-        _PLAIN.format(name=name, conversation=conversation, ids=_ids(job)),
-    ]
-    kind = "messages" if job.conversational else "text"
-    what = "pairs" if job.kind == "pairs" else "ranked groups of answers"
-    loss = _LOSSES[job.trainer.objective.kind]
-    rank = options.lora_rank
-    how = "" if rank is None else f", by LoRA of rank {rank}, which is merged into the weights"
-    parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {name}",
-        f"A reward model: it gives a prompt with an answer one score, and higher is better. Only "
-        f"differences between answers to one prompt mean something: σ(score - score') is the "
-        f"chance that the first one is preferred.\n\nTrained from `{public.model}` (its head: "
-        f"{'new' if start.new else 'kept'}) on {job.counts[0]:,} {what} of {kind} of "
-        f"`{public.data}`{how}; loss: {loss}.",
-        "## Score with it",
-        "With rmfast, in bulk:",
-        f"```python\n{codes[0]}\n```",
-        "With transformers alone:",
-        f"```python\n{codes[1]}\n```",
-        f"Trained on {kind}"
-        + (", each with the end of text after it." if ends else "; the chat template is in here."),
-    ]
-    if job.watch.summary is not None:
-        of = f"`{public.eval_data}`" if public.eval_data else "the same data"
-        parts += [
-            "## Held-out figures",
-            f"Of {job.counts[1]:,} {what} of {of}, "
-            + ("no question of which was trained on:" if not public.eval_data else "as it is:"),
-            f"```\n{show.table(job.watch.summary)}\n```",
-        ]
-    versions = ", ".join(f"{name} {version}" for name, version in job.state.versions.items())
-    parts += [
-        "## Training",
-        f"`rmfast train --config config.yaml`, {job.trainer.state.global_step:,} steps, with "
-        f"{versions}. In config.yaml:",
-        f"```yaml\n{public.as_yaml()}```",
-    ]
-    if (job.folder / "training.png").exists():
-        parts.append("![loss and held-out accuracy](training.png)")
-    return "\n\n".join(parts) + "\n"
+def _metadata(run: Finished, public: TrainOptions) -> ModelCardData:
+    """What the hub reads: where the model is from, and its held-out accuracy."""
+    options, results = run.options, None
+    if run.summary is not None:
+        source = public.eval_data or public.data
+        result = EvalResult(
+            task_type="text-classification",
+            task_name="Reward modelling",
+            dataset_type=source,
+            dataset_name=source if public.eval_data else f"{source}, held-out prompts",
+            dataset_split=public.eval_data_split if public.eval_data else public.split,
+            metric_type="accuracy",
+            metric_name="Held-out accuracy",
+            metric_value=run.summary["rows"]["accuracy"],
+        )
+        results = [result]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["reward-model", "rmfast"],
+        base_model=None if Path(options.model).exists() else options.model,
+        datasets=None if Path(options.data).exists() else [options.data],
+        model_name=public.output,
+        eval_results=results,
+    )
 
 
-def _ids(job: _Job) -> str:
-    """The line that makes the tokens that were trained on."""
-    if not job.conversational:
+def _figures(run: Finished, public: TrainOptions) -> str:
+    if run.summary is None:
+        return ""
+    source = "the same data, no prompt of which was trained on"
+    if public.eval_data:
+        source = f"`{public.eval_data}`"
+    return _FIGURES.format(
+        count=run.counts[1], records=run.records, source=source, table=show.table(run.summary)
+    )
+
+
+def _ends(run: Finished) -> str:
+    if run.conversational:
+        return "Trained on messages; the tokenizer has the chat template."
+    return "Trained on text, " + (
+        "each with the end of text after it." if run.adds_eos else "as is."
+    )
+
+
+def _ids(run: Finished) -> str:
+    """The lines that make the tokens that were trained on."""
+    if not run.conversational:
         return 'ids = tokenizer(conversation)["input_ids"]'
-    line = 'ids = tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]'
-    first = job.tokenizer.apply_chat_template(job.example, return_dict=True)["input_ids"][:1]
-    if job.begins_with_bos and first != [job.tokenizer.bos_token_id]:
-        line += "\nids = [tokenizer.bos_token_id, *ids]"
-    return line
+    lines = 'ids = tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]'
+    first = run.tokenizer.apply_chat_template(run.example, return_dict=True)["input_ids"][:1]
+    if run.adds_bos and first != [run.tokenizer.bos_token_id]:
+        lines += "\nids = [tokenizer.bos_token_id, *ids]"
+    return lines

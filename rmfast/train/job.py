@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
-from transformers import PrinterCallback, TrainerState
 
 from rmfast import data, loading
 from rmfast.arguments import flag
@@ -29,22 +27,19 @@ from rmfast.data.encoding import Encoder
 from rmfast.data.records import Group, Pair, Preferences
 from rmfast.errors import DataError, RowError, UserError
 from rmfast.evaluate import show
-from rmfast.packed import patching
 from rmfast.resume import digest, model_identity, saving, short, versions, write_whole
 from rmfast.train import begin, card, objective
 from rmfast.train.options import TrainOptions
-from rmfast.train.watch import COMPLETE, Watch, last_checkpoint
+from rmfast.train.watch import COMPLETE, Watch, last_checkpoint, step_of
 
 try:
-    from rmfast.train.trainer import RewardConfig, RewardTrainer
+    from rmfast.train import fit
 except ImportError as _error:
-    raise UserError(f"rmfast train needs TRL: pip install 'rmfast[train]' ({_error})") from None
+    raise UserError(f"training needs TRL: pip install 'rmfast[train]' ({_error})") from None
 
 
 _MOST_HELD_OUT = 1000  # pairs, where nobody says how many: an interval of 3 points each way
 _CHUNK = 1024  # records tokenised together
-_POINTS = 0.01  # of the run, from one line of metrics.jsonl to the next
-_PART = 0.1  # of the run, from one evaluation or checkpoint to the next
 # Options that may differ when a run goes on: its data is told by digest, its model by its files.
 _MAY_DIFFER = {"output", "model", "data", "eval_data", "resume", "overwrite"}
 _NO_WORDS = ("the preferences of", "a file of", "the text of")
@@ -67,6 +62,11 @@ class State:
     resolved: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     done: bool = False
+
+    def save(self, folder: Path) -> None:
+        with saving(folder):
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            write_whole(folder / "checkpoints" / "run.json", dataclasses.asdict(self))
 
 
 def run(options: TrainOptions) -> int:
@@ -92,11 +92,31 @@ def _run(options: TrainOptions) -> int:
     if state.done:
         print(f"already complete: {folder}")
         return 0
-    options = dataclasses.replace(options, **state.resolved)
-    job = _Job(options, folder, state, template, options.resume)
-    job.load()
-    job.prepare(train, held_out)
-    return job.run()
+    options = _resolved(dataclasses.replace(options, **state.resolved))
+    state.resolved = {name: getattr(options, name) for name in ("device", "dtype")}
+    started = _start(options, template)
+    rows = _tokenised(options, started, train, held_out)
+    checkpoint = last_checkpoint(folder / "checkpoints") if options.resume else None
+    trainer = fit.make_trainer(options, folder, started, rows, is_new=checkpoint is None)
+    if not options.resume:
+        _clear(folder)  # not before it is known that there is something to replace it
+    watch = Watch(folder, trainer, rows.held_out, step_of(checkpoint))
+    state.versions = _versions(None if checkpoint is None else state.versions)
+    state.save(folder)
+    with saving(folder):
+        (folder / "config.yaml").write_text(options.as_yaml(), encoding="utf-8")
+    if not _train(trainer, watch, folder, checkpoint):
+        return 130
+    with saving(folder):
+        fit.save(trainer, started, folder)
+        watch.draw()
+        card.write(_finished(options, started, rows, watch, state), folder)
+    if watch.summary is not None:
+        print(f"\n{show.table(watch.summary)}\n")
+    print(f"written: {folder}")
+    state.done = True
+    state.save(folder)
+    return 0
 
 
 def _check(options: TrainOptions) -> str | None:
@@ -106,8 +126,6 @@ def _check(options: TrainOptions) -> str | None:
             "it runs in one process; for several, give accelerate a script with "
             "rmfast.integrations.trl.RewardTrainer"
         )
-    if options.label_smoothing >= 0.5:
-        raise UserError("--label-smoothing must be below 0.5: from there on labels mean nothing")
     if options.lora_rank is None and options.lora_alpha is not None:
         raise UserError("--lora-alpha goes with --lora-rank")
     if options.eval_data is not None and options.eval_split:
@@ -125,6 +143,19 @@ def _check(options: TrainOptions) -> str | None:
         return Path(options.chat_template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--chat-template {options.chat_template}: {error}") from None
+
+
+def _resolved(options: TrainOptions) -> TrainOptions:
+    """The options with a value for each default that depends on others, or on the machine."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    lora = options.lora_rank is not None
+    return dataclasses.replace(
+        options,
+        device=device,
+        dtype=options.dtype or ("mixed" if loading.bf16_is_fast(device) else "float32"),
+        lora_alpha=options.lora_alpha or (2.0 * options.lora_rank if lora else None),
+        learning_rate=options.learning_rate or (1e-4 if lora else 1e-5),
+    )
 
 
 # --- where it begins
@@ -323,274 +354,103 @@ def _row(record: Pair | Group, ids: list[np.ndarray | RowError]) -> dict[str, An
     return row if record.margin is None else {**row, "margin": float(record.margin)}
 
 
+def _tokenised(
+    options: TrainOptions,
+    started: begin.Started,
+    train: Preferences,
+    held_out: Preferences | None,
+) -> fit.Rows:
+    tokenizer, model = started.tokenizer, started.model
+    if train.conversational and not tokenizer.chat_template:
+        raise UserError(
+            f"{options.data} has messages, and the tokenizer has no chat template to "
+            "make text of them: --chat-template FILE names one"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    encoder = Encoder(
+        tokenizer,
+        max_length=min(positions or options.max_length, options.max_length),
+        vocabulary=model.get_input_embeddings().num_embeddings,
+    )
+    found = []
+    for records, prefix, purpose in ((train, "", "train on"), (held_out, "held out: ", "hold out")):
+        if records is None:
+            found.append(None)
+            continue
+        rows, dropped = tokens(records, encoder, tokenizer.eos_token)
+        for reason, count in dropped.items():
+            print(f"{prefix}dropped: {count:,} × {reason}")
+        if not rows:
+            raise DataError(f"{records.source}: no {records.kind} left to {purpose}")
+        found.append(rows)
+    example = _ended(train.records[0].whole()[0], tokenizer.eos_token)
+    return fit.Rows(*found, train, encoder.adds_bos, example)
+
+
 # --- training
 
 
-class _Trainer(RewardTrainer):
-    """Evaluates as ``rmfast eval`` does."""
-
-    watch: Watch
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        return self.watch.evaluate()
-
-    def _save_checkpoint(self, *args: Any) -> None:
-        # transformers asks for the last step of an epoch twice: what is complete is not touched
-        if not (self.watch.checkpoint() / COMPLETE).exists():
-            super()._save_checkpoint(*args)
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """There is one when training is over."""
-
-    def get_train_dataloader(self) -> Any:
-        try:
-            return super().get_train_dataloader()
-        except ValueError as error:  # a pair that is larger than the budget
-            raise UserError(
-                f"--max-tokens-per-batch {self.args.max_tokens_per_batch}: {error}"
-            ) from None
+def _start(options: TrainOptions, template: str | None) -> begin.Started:
+    started = begin.load_to_train(
+        options.model,
+        dtype="bfloat16" if options.dtype == "bfloat16" else "float32",
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        tokenizer=options.tokenizer,
+        seed=options.seed,
+    )
+    if template is not None:
+        started.tokenizer.chat_template = template
+    print(started.start)
+    return started
 
 
-class _Job:
-    """One run, from options to the folder."""
+def _versions(before: dict[str, str] | None) -> dict[str, str]:
+    """Those of the libraries; warns where they changed since ``before``."""
+    now = versions("trl", "accelerate")
+    for name, then in (before or {}).items():
+        if now.get(name) != then:
+            print(f"! {name} was {then}, now it is {now.get(name)}: weights may differ")
+    return now
 
-    def __init__(
-        self,
-        options: TrainOptions,
-        folder: Path,
-        state: State,
-        template: str | None,
-        resume: bool,
-    ) -> None:
-        self.options, self.folder, self.state, self.template = options, folder, state, template
-        self.resume = resume
-        self.checkpoint = last_checkpoint(folder / "checkpoints") if resume else None
-        self._resolve()
 
-    def _resolve(self) -> None:
-        options = self.options
-        if options.device is None:
-            options.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if options.dtype is None:
-            options.dtype = "mixed" if loading.bf16_is_fast(options.device) else "float32"
-        self.state.resolved = {name: getattr(options, name) for name in ("device", "dtype")}
-        if options.lora_rank is not None and options.lora_alpha is None:
-            options.lora_alpha = 2.0 * options.lora_rank
-        if options.learning_rate is None:
-            options.learning_rate = 1e-5 if options.lora_rank is None else 1e-4
-
-    def load(self) -> None:
-        options = self.options
-        _refuse_lost_head(options.model)
-        started = begin.begin(
-            options.model,
-            dtype="bfloat16" if options.dtype == "bfloat16" else "float32",
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-            tokenizer=options.tokenizer,
-            seed=options.seed,
-        )
-        self.model, self.tokenizer, self.start = started
-        self.use_cache = self.model.config.use_cache
-        if self.template is not None:
-            self.tokenizer.chat_template = self.template
-        print(self.start)
-
-    def prepare(self, train: Preferences, held_out: Preferences | None) -> None:
-        """Tokens, trainer and scorer."""
-        import datasets
-
-        self.kind, self.conversational = train.kind, train.conversational
-        if self.conversational and not self.tokenizer.chat_template:
-            raise UserError(
-                f"{self.options.data} has messages, and the tokenizer has no chat template to "
-                "make text of them: --chat-template FILE names one"
-            )
-        text = self.model.config.get_text_config()
-        limit = getattr(text, "max_position_embeddings", None) or self.options.max_length
-        encoder = Encoder(
-            self.tokenizer,
-            max_length=min(limit, self.options.max_length),
-            vocabulary=self.model.get_input_embeddings().num_embeddings,
-        )
-        rows = {}
-        for name, records in (("data", train), ("eval-data", held_out)):
-            if records is None:
-                continue
-            rows[name], dropped = tokens(records, encoder, self.tokenizer.eos_token)
-            what = "" if name == "data" else "held out: "
-            for reason, count in dropped.items():
-                print(f"{what}dropped: {count:,} × {reason}")
-            if not rows[name]:
-                raise DataError(
-                    f"{records.source}: no {records.kind} left to "
-                    f"{'train on' if name == 'data' else 'hold out'}"
-                )
-        self.example = _example(train, self.tokenizer.eos_token)
-        self.begins_with_bos = encoder.adds_bos
-        sets = [datasets.Dataset.from_list(rows[name]) for name in rows]
-        self.counts = [len(one) for one in sets]
-        self.trainer = self._trainer(sets)
-        if not self.resume:
-            _clear(self.folder)  # not before it is known that there is something to replace it
-        self.watch = Watch(self, rows.get("eval-data"))
-        self.trainer.watch = self.watch
-        self.trainer.add_callback(self.watch)
-
-    def _trainer(self, sets: list[Any]) -> _Trainer:
-        options, held_out = self.options, len(sets) > 1
-        schedule = {"cosine": "cosine_with_min_lr"}.get(options.schedule, options.schedule)
-        more = {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}} if "min" in schedule else {}
-        args = RewardConfig(
-            output_dir=str(self.folder / "checkpoints"),
-            num_train_epochs=options.epochs,
-            max_steps=options.max_steps or -1,
-            per_device_train_batch_size=options.batch_pairs,
-            gradient_accumulation_steps=options.grad_accum,
-            max_tokens_per_batch=options.max_tokens_per_batch,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type=schedule,
-            warmup_steps=options.warm_up,
-            weight_decay=options.weight_decay,
-            loss_type=options.loss,
-            focal_gamma=options.focal_gamma,
-            label_smoothing=options.label_smoothing,
-            center_rewards_coefficient=options.center or None,
-            gradient_checkpointing=options.gradient_checkpointing,
-            max_length=None,  # tokens are cut to size already
-            bf16=options.dtype != "float32",
-            use_cpu=options.device == "cpu",
-            dataloader_pin_memory=options.device != "cpu",
-            seed=options.seed,
-            logging_steps=_POINTS,
-            eval_strategy="steps" if held_out else "no",
-            eval_on_start=held_out and self.checkpoint is None,
-            eval_steps=(options.eval_every or _PART) if held_out else None,
-            save_strategy="steps",
-            save_steps=options.save_every or _PART,
-            save_total_limit=2,
-            disable_tqdm=True,
-            report_to="none",
-            **more,
-        )
-        args._n_gpu = min(1, args.n_gpu)  # one process trains on one GPU
-        try:
-            out = _Trainer(
-                self.model,
-                args,
-                train_dataset=sets[0],
-                eval_dataset=sets[1] if held_out else None,
-                processing_class=self.tokenizer,
-                peft_config=self._adapter(),
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        out.remove_callback(PrinterCallback)
-        if options.lora_rank is not None:  # small updates would be rounded away
-            for parameter in out.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-        return out
-
-    def _adapter(self) -> Any:
-        """LoRA on all linear layers; what is outside of the backbone is trained and saved whole."""
-        if self.options.lora_rank is None:
-            return None
-        import peft
-
-        heads = [
-            name
-            for name, child in self.model.named_children()
-            if name != self.model.base_model_prefix and next(child.parameters(), None) is not None
-        ]
-        return peft.LoraConfig(
-            r=self.options.lora_rank,
-            lora_alpha=self.options.lora_alpha,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            modules_to_save=heads,
-            task_type="SEQ_CLS",
-        )
-
-    def run(self) -> int:
-        state, folder = self.state, self.folder
-        now = versions("trl", "accelerate")
-        for name, then in state.versions.items():
-            if self.checkpoint is not None and now.get(name) != then:
-                print(f"! {name} was {then}, now it is {now.get(name)}: weights may differ")
-        state.versions = now
-        with saving(folder):
-            (folder / "checkpoints").mkdir(exist_ok=True)
-            write_whole(folder / "checkpoints" / "run.json", dataclasses.asdict(state))
-            (folder / "config.yaml").write_text(self.options.as_yaml(), encoding="utf-8")
-        try:
-            with self.watch, saving(folder):
-                self._train()
-        except KeyboardInterrupt:
-            self._tell_how_to_go_on()
-            return 130
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise UserError(
-                f"out of memory: {str(error).splitlines()[0] if str(error) else ''} Lower "
-                "--batch-pairs (and raise --grad-accum as much), or --max-length, and --overwrite"
-            ) from None
-        if self.watch.stopped and self.trainer.state.global_step < self.trainer.state.max_steps:
-            self._tell_how_to_go_on()
-            return 130
-        with saving(folder):
-            self.finish()
-            state.done = True
-            write_whole(folder / "checkpoints" / "run.json", dataclasses.asdict(state))
-        return 0
-
-    def _train(self) -> None:
-        if self.checkpoint is not None:
-            state = TrainerState.load_from_json(f"{self.checkpoint}/trainer_state.json")
-            if state.global_step >= state.max_steps:  # transformers would take one more
-                self.trainer._load_from_checkpoint(self.checkpoint)
-                self.trainer.state = state
-                return
-        self.trainer.train(resume_from_checkpoint=self.checkpoint)
-
-    def _tell_how_to_go_on(self) -> None:
-        found = last_checkpoint(self.folder / "checkpoints")
-        step = 0 if found is None else int(found.rpartition("-")[2])
+def _train(trainer: fit.Trainer, watch: Watch, folder: Path, checkpoint: str | None) -> bool:
+    """Whether the training came to its end, and was not interrupted."""
+    try:
+        with watch, saving(folder):
+            fit.train(trainer, checkpoint)
+        done = not watch.stopped or trainer.state.global_step >= trainer.state.max_steps
+    except KeyboardInterrupt:
+        done = False
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else ''} Lower "
+            "--batch-pairs (and raise --grad-accum as much), or --max-length, and --overwrite"
+        ) from None
+    if not done:
+        step = step_of(last_checkpoint(folder / "checkpoints"))
         print(
             f"\nrmfast train: interrupted, saved up to step {step:,}; the same command with "
             "--resume goes on",
             file=sys.stderr,
         )
-
-    def finish(self) -> None:
-        """Model, tokenizer and card into the folder."""
-        self.model.config.use_cache = self.use_cache  # which transformers turns off
-        model = patching.unpatch(self.trainer.accelerator.unwrap_model(self.trainer.model, False))
-        if self.options.lora_rank is not None:
-            model = model.merge_and_unload()
-        model.save_pretrained(self.folder)
-        self.tokenizer.save_pretrained(self.folder)
-        self.watch.draw()
-        (self.folder / "README.md").write_text(card.write(self), encoding="utf-8")
-        if self.watch.summary is not None:
-            print(f"\n{show.table(self.watch.summary)}\n")
-        print(f"written: {self.folder}")
+    return done
 
 
-def _refuse_lost_head(name: str) -> None:
-    """An adapter of a reward model without the head that it was trained with."""
-    about, weights = (Path(name) / f"adapter_{x}" for x in ("config.json", "model.safetensors"))
-    if not (about.is_file() and weights.is_file()):
-        return
-    settings = json.loads(about.read_text(encoding="utf-8"))
-    with safetensors.safe_open(weights, "pt") as file:
-        parts = {part for key in file.keys() for part in key.split(".")}  # noqa: SIM118 (no dict)
-    head = settings.get("modules_to_save") or ["score", "classifier"]
-    if settings.get("task_type") == "SEQ_CLS" and not parts.intersection(head):
-        raise UserError(
-            f"{name} is the adapter of a reward model, and the head that it was trained with is not"
-            f" in it: it was not saved; begin with {settings['base_model_name_or_path']}"
-        )
-
-
-def _example(records: Preferences, eos: str | None) -> Any:
-    return _ended(records.records[0].whole()[0], eos)
+def _finished(
+    options: TrainOptions, started: begin.Started, rows: fit.Rows, watch: Watch, state: State
+) -> card.Finished:
+    return card.Finished(
+        options=options,
+        start=started.start,
+        kind=rows.source.kind,
+        conversational=rows.source.conversational,
+        counts=[len(rows.train), len(rows.held_out or ())],
+        loss=watch.trainer.objective.kind,
+        steps=watch.trainer.state.global_step,
+        tokenizer=started.tokenizer,
+        adds_bos=rows.adds_bos,
+        example=rows.example,
+        summary=watch.summary,
+        versions=state.versions,
+    )

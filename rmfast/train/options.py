@@ -184,7 +184,7 @@ class TrainOptions(Options):
         0.0,
         metavar="P",
         least=0,
-        below=1,
+        below=0.5,
         **TRAINING,
     )
     center: float = option(

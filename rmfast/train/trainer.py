@@ -6,6 +6,7 @@ are TRL's; :class:`RewardConfig` adds what rmfast can do besides.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from rmfast.packed import models, patching
 from rmfast.packed import step as packed_step
-from rmfast.train.batches import Collator, common, first_of
+from rmfast.train.batches import Collator, first_of, shared_length
+from rmfast.train.metrics import BatchMetrics
 from rmfast.train.objective import KINDS, LARGEST_GROUP, Objective
 from rmfast.train.sampler import TokenBudgetSampler
 
@@ -34,7 +36,6 @@ except ImportError as error:
 
 
 _log = logging.getLogger(__name__)
-_WAITING = 1024  # batches whose metrics stay on the device, where none are logged before
 
 
 @dataclasses.dataclass
@@ -47,100 +48,88 @@ class RewardConfig(trl.RewardConfig):
         loss_type: ``"bradley_terry"`` or ``"focal"`` for pairs, ``"all_pairs"`` or
             ``"plackett_luce"`` for ranked groups; None: the first that fits the data.
         label_smoothing: probability that a label is wrong, of ``"bradley_terry"``.
-        focal_gamma: of ``"focal"``.
+        focal_gamma: exponent of ``"focal"``.
         share_prefixes: False packs without sharing.
     """
 
-    max_tokens_per_batch: int | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Distinct-prefix tokens a micro-batch, in place of per_device_train_batch_size."
-        },
-    )
-    loss_type: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "bradley_terry or focal for pairs, all_pairs or plackett_luce for ranked "
-            "responses."
-        },
-    )
-    label_smoothing: float = dataclasses.field(
-        default=0.0, metadata={"help": "Probability that a label is wrong."}
-    )
-    focal_gamma: float = dataclasses.field(default=2.0, metadata={"help": "Of loss_type focal."})
-    share_prefixes: bool = dataclasses.field(
-        default=True, metadata={"help": "Run what sequences begin with once."}
-    )
+    max_tokens_per_batch: int | None = None
+    loss_type: str | None = None
+    label_smoothing: float = 0.0
+    focal_gamma: float = 2.0
+    share_prefixes: bool = True
+
+
+def _option(args: trl.RewardConfig, name: str) -> Any:
+    """An option of :class:`RewardConfig`; of TRL's own config its default."""
+    return getattr(args, name, getattr(RewardConfig, name))
+
+
+# Options of TRL and transformers that would train on something else: when they are on, and why not.
+_REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "use_liger_kernel": (
+        lambda args: args.use_liger_kernel,
+        "Liger puts the causal-LM forward on a reward model; give the trainer "
+        "rmfast.patch(model, backbone_kernels='liger') instead",
+    ),
+    "label_smoothing_factor": (
+        lambda args: args.label_smoothing_factor,
+        "a reward model has no class labels; label_smoothing of rmfast's RewardConfig smooths "
+        "preferences",
+    ),
+    "include_for_metrics": (
+        lambda args: "inputs" in args.include_for_metrics,
+        "packed batches have no rows of tokens that compute_metrics could be given",
+    ),
+    "accelerator_config.dispatch_batches": (
+        lambda args: args.accelerator_config.dispatch_batches,
+        "packed batches cannot be cut up and sent to other processes",
+    ),
+    "accelerator_config.split_batches": (
+        lambda args: args.accelerator_config.split_batches,
+        "packed batches cannot be cut up; set per_device_train_batch_size to the pairs of one "
+        "process",
+    ),
+    "parallelism_config": (
+        lambda args: any(
+            getattr(getattr(args, "parallelism_config", None), f"{kind}_size", 1) > 1
+            for kind in ("cp", "sp", "tp")
+        ),
+        "context, sequence and tensor parallelism are not supported; data parallelism is",
+    ),
+}
+_REFUSED_WITH_BUDGET: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "train_sampling_strategy": (
+        lambda args: getattr(args, "train_sampling_strategy", "random") != "random",
+        "max_tokens_per_batch draws the order of batches itself",
+    ),
+    "dataloader_drop_last": (
+        lambda args: args.dataloader_drop_last,
+        "batches of max_tokens_per_batch have no size to fall short of",
+    ),
+    "auto_find_batch_size": (
+        lambda args: args.auto_find_batch_size,
+        "it changes per_device_train_batch_size; lower max_tokens_per_batch",
+    ),
+    "max_tokens_per_batch": (
+        lambda args: args.max_tokens_per_batch < 1,
+        "it must be a positive integer",
+    ),
+}
 
 
 def _refuse(args: trl.RewardConfig, dataset: Any) -> None:
-    """Options that would do nothing here, or would break packed batches."""
-    strategy = getattr(args, "train_sampling_strategy", "random")
-    accelerator = args.accelerator_config
-    budget = getattr(args, "max_tokens_per_batch", None)
-    parallel = getattr(args, "parallelism_config", None)
-    shards = any(getattr(parallel, f"{kind}_size", 1) > 1 for kind in ("cp", "sp", "tp"))
-    loss, kinds = getattr(args, "loss_type", None), sum(KINDS.values(), ())
-    no_list = not isinstance(dataset, datasets.Dataset)
-    reasons = {
-        "pad_to_multiple_of": (args.pad_to_multiple_of, "packed batches are not padded"),
-        "use_liger_kernel": (
-            args.use_liger_kernel,
-            "Liger puts the causal-LM forward on a reward model; give the trainer "
-            "rmfast.patch(model, backbone_kernels='liger') instead",
-        ),
-        "label_smoothing_factor": (
-            args.label_smoothing_factor,
-            "a reward model has no labels to smooth; label_smoothing of rmfast's RewardConfig "
-            "smooths preferences",
-        ),
-        "train_sampling_strategy": (
-            strategy in ("group_by_length", "batch_rebalance")
-            or (budget is not None and strategy != "random"),
-            "packed batches have no padding to save; max_tokens_per_batch evens out batches, and "
-            "draws their order",
-        ),
-        "dataloader_drop_last": (
-            budget is not None and args.dataloader_drop_last,
-            "batches of max_tokens_per_batch have no size to fall short of",
-        ),
-        "auto_find_batch_size": (
-            budget is not None and args.auto_find_batch_size,
-            "it changes per_device_train_batch_size; lower max_tokens_per_batch",
-        ),
-        "activation_offloading": (
-            args.activation_offloading and not torch.accelerator.is_available(),
-            "there is no accelerator to take activations from",
-        ),
-        "include_for_metrics": (
-            "inputs" in args.include_for_metrics,
-            "packed batches have no rows of tokens that compute_metrics could be given",
-        ),
-        "accelerator_config.dispatch_batches": (
-            accelerator.dispatch_batches,
-            "packed batches cannot be cut up and sent to other processes",
-        ),
-        "accelerator_config.split_batches": (
-            accelerator.split_batches,
-            "packed batches cannot be cut up; set per_device_train_batch_size to what one "
-            "process shall take",
-        ),
-        "parallelism_config": (
-            shards,
-            "context, sequence and tensor parallelism are not supported; data parallelism is",
-        ),
-        "max_tokens_per_batch": (
-            budget is not None and (budget < 1 or no_list),
-            "it must be positive, and needs a data set of known length",
-        ),
-        "loss_type": (
-            loss not in (None, *kinds),
-            f"it must be one of {', '.join(kinds)}",
-        ),
-    }
-    for name, (is_set, why) in reasons.items():
-        if is_set:
-            raise ValueError(f"{name} cannot be used with rmfast's RewardTrainer: {why}")
+    """Raise ValueError for an option that would silently train on something else."""
+    refused = dict(_REFUSED)
+    if _option(args, "max_tokens_per_batch") is not None:
+        refused |= _REFUSED_WITH_BUDGET
+        if not isinstance(dataset, datasets.Dataset):
+            raise ValueError(
+                "max_tokens_per_batch cannot be used with streamed data: it needs a data set of "
+                "known length"
+            )
+    for name, (is_set, reason) in refused.items():
+        if is_set(args):
+            raise ValueError(f"{name} cannot be used with rmfast's RewardTrainer: {reason}")
 
 
 class RewardTrainer(trl.RewardTrainer):
@@ -178,128 +167,55 @@ class RewardTrainer(trl.RewardTrainer):
         if args is None:
             args = RewardConfig(f"{_name_of(model)}-Reward")
         _refuse(args, train_dataset)
+        if data_collator is not None and _option(args, "max_tokens_per_batch") is not None:
+            raise ValueError("max_tokens_per_batch packs batches itself: give no data_collator")
         if args.dataloader_pin_memory and not args.use_cpu:
             # else each batch's copy to the device would wait for it
             args.accelerator_config.non_blocking = True
         self.dropped: dict[str, Counter[str]] = {}
-        self._ranked: dict[str, bool] = {}
+        self._data: dict[str, str] = {}  # a key of KINDS for each data set
+        self._filters = False
         super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
         patching.repatch(self.model)
         self.report = patching.report(self.model)
         self._packs = self._can_pack()
         self._check_head()
-        ranked = any(self._ranked.values())
-        if ranked and not all(self._ranked.values()):
-            kinds = {True: "ranked responses", False: "pairs"}
-            found = ", ".join(f"{name}: {kinds[x]}" for name, x in self._ranked.items())
-            raise ValueError(f"all data sets must be pairs, or all ranked responses ({found})")
-        data = "ranked responses" if ranked else "pairs"
-        kind = getattr(args, "loss_type", None) or KINDS[data][0]
-        if kind not in KINDS[data]:
-            raise ValueError(f"loss_type={kind!r} does not go with {data}")
-        self.objective = Objective(
-            kind=kind,
-            label_smoothing=getattr(args, "label_smoothing", 0.0),
-            center=args.center_rewards_coefficient or 0.0,
-            gamma=getattr(args, "focal_gamma", 2.0),
-        )
-        if data_collator is None:
-            self.data_collator = self._collator()
-        elif getattr(args, "max_tokens_per_batch", None) is not None:
-            raise ValueError("max_tokens_per_batch packs batches itself: give no data_collator")
-        self._logged: dict[str, list[tuple[Tensor, tuple[int, ...]]]] = {"train": [], "eval": []}
-        self._sums: dict[str, Counter[str]] = {"train": Counter(), "eval": Counter()}
-        self._filters = False
+        self.objective = self._objective()
+        self.batch_metrics = {mode: BatchMetrics(self.accelerator) for mode in ("train", "eval")}
         # the loss is divided by the pairs of the whole step already
         self.loss_is_scaled_for_ga = data_collator is None
         if data_collator is None:
+            self.data_collator = self._collator()
             self.model_accepts_loss_kwargs = True  # how older versions of transformers are told
 
-    # --- data
-
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: trl.RewardConfig, dataset_name: str
-    ) -> Any:
-        if dataset_name == "train" and self.dropped:  # TRL prepares the one to train on first
-            dataset_name = "eval train"
-        columns = get_dataset_column_names(dataset)
-        ranked = "ranks" in columns and ("responses" in columns or "responses_ids" in columns)
-        pairs = all(x in columns or f"{x}_ids" in columns for x in ("chosen", "rejected"))
-        if not ranked and not pairs:
-            raise ValueError(
-                f"the {dataset_name} data set has the columns {', '.join(columns)}; needed are "
-                "chosen and rejected (with prompt or without), or responses and ranks"
-            )
-        self._ranked[dataset_name] = ranked
-        objective = getattr(self, "objective", None)
-        if objective is not None and ranked == objective.of_pairs:
-            data = "ranked responses" if ranked else "preference pairs"
-            raise ValueError(f"the {dataset_name} data set has {data}, the training data has not")
-        dropped = self.dropped[dataset_name] = Counter()
-        with_progress = isinstance(dataset, datasets.Dataset)
-        options = {"num_proc": args.dataset_num_proc} if with_progress else {}
-
-        def sift(dataset: Any, why: Callable[[dict, int], str]) -> Any:
-            """Without the rows for which there is a reason."""
-            if not with_progress:
-                return dataset.filter(lambda row, i: not why(row, i), with_indices=True)
-            found = dataset.map(
-                lambda row, i: {"why": why(row, i)}, with_indices=True,
-                remove_columns=dataset.column_names, desc=f"Checking {dataset_name}", **options,
-            )["why"]  # fmt: skip
-            dropped.update(reason for reason in found if reason)
-            kept = dataset.select([i for i, reason in enumerate(found) if not reason])
-            if not len(kept):
-                raise ValueError(f"the {dataset_name} data set has no row left: {dict(dropped)}")
-            return kept
-
-        dataset = sift(dataset, _why_not_group if ranked else _why_not_pair)
-        if ranked:
-            if "responses_ids" not in columns:
-                about = {"desc": f"Tokenizing {dataset_name} dataset"} if with_progress else {}
-                dataset = dataset.map(
-                    _tokenize_group, fn_kwargs={"processing_class": processing_class},
-                    **about, **options,
-                )  # fmt: skip
-            if args.max_length is not None:
-                dataset = sift(
-                    dataset,
-                    lambda row, _: (
-                        "longer than max_length"
-                        if max(map(len, row["responses_ids"])) > args.max_length
-                        else ""
-                    ),
-                )
-        else:
-            before = len(dataset) if with_progress else 0
-            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-            if with_progress and len(dataset) < before:
-                dropped["longer than max_length"] += before - len(dataset)
-            dataset = sift(
-                dataset,
-                lambda row, _: (
-                    "identical tokens" if row["chosen_ids"] == row["rejected_ids"] else ""
-                ),
-            )
-        if dropped:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-            _log.warning("%s data set: %d rows dropped: %s", dataset_name, dropped.total(), reasons)
-        return dataset
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        more = [x for x in ("responses_ids", "ranks") if x not in self._signature_columns]
-        self._signature_columns += more
+    def _objective(self) -> Objective:
+        kinds = set(self._data.values())
+        if len(kinds) > 1:
+            found = ", ".join(f"{name}: {kind}" for name, kind in self._data.items())
+            raise ValueError(f"all data sets must be pairs, or all ranked responses ({found})")
+        data = kinds.pop()
+        loss = _option(self.args, "loss_type") or KINDS[data][0]
+        if loss not in KINDS[data]:
+            fitting = " and ".join(KINDS[data])
+            raise ValueError(f"loss_type={loss!r} does not go with {data}: {fitting} do")
+        return Objective(
+            kind=loss,
+            label_smoothing=_option(self.args, "label_smoothing"),
+            center=self.args.center_rewards_coefficient or 0.0,
+            gamma=_option(self.args, "focal_gamma"),
+        )
 
     def _collator(self) -> Collator:
         patch = patching.attached(self.model)
-        share = getattr(self.args, "share_prefixes", True)
+        share, pad = _option(self.args, "share_prefixes"), self._pad
         if patch is not None:
             share = share and patch.options.share_prefixes
-        noise = models.draws_noise(self.model, active=False)
-        by_mask = patch is not None and patch.options.pooling == "mask"
-        pad = self.model.config.get_text_config().pad_token_id
-        return Collator(None if by_mask else pad, share and not noise)
+            pad = None if patch.options.pooling == "mask" else pad
+        return Collator(pad, share and not models.draws_noise(self.model, active=False))
+
+    @property
+    def _pad(self) -> int | None:
+        return self.model.config.get_text_config().pad_token_id
 
     def _can_pack(self) -> bool:
         patch = patching.attached(self.model)
@@ -318,33 +234,66 @@ class RewardTrainer(trl.RewardTrainer):
                 "task_type='SEQ_CLS', so that it is trained and saved"
             )
 
+    # --- data
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: trl.RewardConfig, dataset_name: str
+    ) -> Any:
+        """Token ids of a data set, without the rows that say nothing or are too long."""
+        if dataset_name == "train" and self.dropped:  # TRL prepares the one to train on first
+            dataset_name = "eval train"
+        columns = get_dataset_column_names(dataset)
+        ranked = self._is_ranked(columns, dataset_name)
+        dropped = self.dropped[dataset_name] = Counter()
+        dataset = _sift(
+            dataset, _why_not_group if ranked else _why_not_pair, dataset_name, args, dropped
+        )
+        if not ranked:
+            unlimited = copy.copy(args)
+            unlimited.max_length = None  # longer rows are counted below
+            dataset = super()._prepare_dataset(dataset, processing_class, unlimited, dataset_name)
+        elif "responses_ids" not in columns:
+            dataset = dataset.map(
+                _tokenize_group,
+                fn_kwargs={"processing_class": processing_class},
+                **_map_options(dataset, args, f"Tokenizing {dataset_name} dataset"),
+            )
+        dataset = _sift(dataset, _WhyNotTokens(args.max_length), dataset_name, args, dropped)
+        if dropped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+            _log.warning("%s data set: %d rows dropped: %s", dataset_name, dropped.total(), reasons)
+        return dataset
+
+    def _is_ranked(self, columns: list[str], dataset_name: str) -> bool:
+        """Whether a data set has ranked responses, and not pairs."""
+        ranked = "ranks" in columns and ("responses" in columns or "responses_ids" in columns)
+        pairs = all(x in columns or f"{x}_ids" in columns for x in ("chosen", "rejected"))
+        if not ranked and not pairs:
+            raise ValueError(
+                f"the {dataset_name} data set has the columns {', '.join(columns)}; needed are "
+                "chosen and rejected (with prompt or without), or responses and ranks"
+            )
+        data = self._data[dataset_name] = "ranked responses" if ranked else "pairs"
+        objective = getattr(self, "objective", None)  # there is none before the training starts
+        if objective is not None and ranked == objective.of_pairs:
+            raise ValueError(f"the {dataset_name} data set has {data}, the training data has not")
+        return ranked
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        for name in ("responses_ids", "ranks"):
+            if name not in self._signature_columns:
+                self._signature_columns.append(name)
+
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """TRL's; with ``max_tokens_per_batch``, batches filled by trie nodes."""
-        args, budget = self.args, getattr(self.args, "max_tokens_per_batch", None)
-        if budget is None:
+        if _option(self.args, "max_tokens_per_batch") is None:
             return super().get_train_dataloader()
-        collator, dataset = self.data_collator, self.train_dataset
-        first = collator.rows(dataset[0])[0]
-        counted = dataset.map(
-            _count, fn_kwargs={"collator": collator, "first": first},
-            remove_columns=dataset.column_names,
-            num_proc=args.dataset_num_proc,
-            desc="Counting trie nodes",
-        )  # fmt: skip
-        options = {
-            "common": min(counted["common"]) if collator.share_prefixes else 0,
-            "ranks": (self.accelerator.num_processes, self.accelerator.process_index),
-            "seed": args.seed if args.data_seed is None else args.data_seed,
-        }
-        sampler = TokenBudgetSampler(counted["nodes"], budget, **options)
-        epochs = math.ceil(args.num_train_epochs)
-        if args.max_steps > 0:
-            epochs = 1 + args.max_steps * args.gradient_accumulation_steps // len(sampler)
-        sampler = TokenBudgetSampler(counted["nodes"], budget, epochs=epochs, **options)
+        args = self.args
         loader = torch.utils.data.DataLoader(
-            self._remove_unused_columns(dataset, "training"),
-            batch_sampler=sampler,
-            collate_fn=collator,
+            self._remove_unused_columns(self.train_dataset, "training"),
+            batch_sampler=self._budget_sampler(),
+            collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -356,6 +305,27 @@ class RewardTrainer(trl.RewardTrainer):
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True,
             even_batches=False, non_blocking=bool(args.accelerator_config.non_blocking),
         )  # fmt: skip
+
+    def _budget_sampler(self) -> TokenBudgetSampler:
+        args, collator, dataset = self.args, self.data_collator, self.train_dataset
+        counted = dataset.map(
+            _count,
+            fn_kwargs={"collator": collator, "first": collator.rows(dataset[0])[0]},
+            remove_columns=dataset.column_names,
+            **_map_options(dataset, args, "Counting trie nodes"),
+        )
+        options = {
+            "nodes": counted["nodes"],
+            "max_tokens": args.max_tokens_per_batch,
+            "common": min(counted["common"]) if collator.share_prefixes else 0,
+            "ranks": (self.accelerator.num_processes, self.accelerator.process_index),
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+        }
+        epochs = math.ceil(args.num_train_epochs)
+        if args.max_steps > 0:
+            batches = len(TokenBudgetSampler(**options))
+            epochs = 1 + args.max_steps * args.gradient_accumulation_steps // batches
+        return TokenBudgetSampler(epochs=epochs, **options)
 
     # --- the step
 
@@ -369,8 +339,8 @@ class RewardTrainer(trl.RewardTrainer):
             self.args.logging_nan_inf_filter = self._filters
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._logged["train"] = []  # of an attempt that auto_find_batch_size gave up
-        self._sums["train"] = Counter()
+        # forget an attempt that auto_find_batch_size gave up
+        self.batch_metrics["train"] = BatchMetrics(self.accelerator)
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -405,31 +375,36 @@ class RewardTrainer(trl.RewardTrainer):
         if "pool_index" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         count = inputs["count"] if num_items_in_batch is None else num_items_in_batch
-        if self._packs:
-            step = packed_step.Step(inputs, self.objective, count)
-            loss = model(input_ids=inputs["input_ids"][None], rmfast_step=step).loss
-            logits, metrics = step.scores[:, None], step.metrics
-            if loss.dtype != step.loss.dtype:  # rounded on its way through FSDP2: not in the logs
-                loss = loss + (step.loss - loss.detach())
-        else:
-            pad = self.model.config.get_text_config().pad_token_id
-            logits = model(**packed_step.padded(inputs, pad), use_cache=False).logits
-            loss, _, metrics = self.objective.of_scores(logits[:, 0], inputs)
-            loss = loss / count
+        run = self._run_packed if self._packs else self._run_padded
+        loss, scores, metrics = run(model, inputs, count)
         mode = "train" if self.model.training else "eval"
         new = inputs["count"] if mode == "train" else self._not_seen(inputs["count"])
-        seen, scores = inputs, logits[:, 0]
+        batch, logits = inputs, scores[:, None]
         if new < inputs["count"]:
-            seen, scores = first_of(inputs, scores, new)
+            batch, scores = first_of(inputs, scores, new)
             metrics = metrics.new_tensor([0, 0, 0, 0, math.inf, -math.inf])  # of no pair
             if new:
-                loss, _, metrics = self.objective.of_scores(scores, seen)
+                loss, _, metrics = self.objective.of_scores(scores, batch)
                 loss = loss / new
-        pairs = len(seen["pairs"]) if "pairs" in seen else new
-        self._logged[mode].append((metrics.detach(), (pairs, len(scores), inputs["tokens"])))
-        if len(self._logged[mode]) == _WAITING:
-            self._fetch(mode)
+        pairs = len(batch["pairs"]) if "pairs" in batch else new
+        self.batch_metrics[mode].add(metrics, pairs, len(scores), inputs["tokens"])
         return (loss, {"loss": loss, "logits": logits.detach()}) if return_outputs else loss
+
+    def _run_packed(
+        self, model: torch.nn.Module, batch: dict[str, Any], count: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [], [B], [6]
+        step = packed_step.Step(batch, self.objective, count)
+        loss = model(input_ids=batch["input_ids"][None], rmfast_step=step).loss
+        if loss.dtype != step.loss.dtype:  # rounded on its way through FSDP2: not in the logs
+            loss = loss + (step.loss - loss.detach())
+        return loss, step.scores, step.metrics
+
+    def _run_padded(
+        self, model: torch.nn.Module, batch: dict[str, Any], count: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [], [B], [6]
+        scores = model(**packed_step.padded(batch, self._pad), use_cache=False).logits[:, 0]
+        loss, _, metrics = self.objective.of_scores(scores, batch)
+        return loss / count, scores, metrics
 
     def _not_seen(self, count: int) -> int:
         """How many of an evaluated batch count: accelerate fills the last ones up to equal size."""
@@ -456,54 +431,62 @@ class RewardTrainer(trl.RewardTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's metrics of all batches since the last log."""
         mode = "train" if self.model.training else "eval"
-        if self._logged[mode]:
-            self._fetch(mode)
-        if self._sums[mode]:
-            self._metrics[mode].update(self._averages(self._sums[mode], mode))
-            self._sums[mode] = Counter()
+        found = self.batch_metrics[mode].take()
+        if found:
+            if mode == "train":
+                self._total_train_tokens += int(found["tokens"])
+            found["num_tokens"] = self._total_train_tokens
+            del found["tokens"]
+            self._metrics[mode].update({name: [float(x)] for name, x in found.items()})
         super().log(logs, start_time)
 
-    def _fetch(self, mode: str) -> None:
-        """Add what waits on the device to the sums; all processes do so after as many batches."""
-        metrics, numbers = zip(*self._logged[mode], strict=True)
-        self._logged[mode] = []
-        metrics = torch.stack(metrics)
-        rows = torch.cat([metrics, metrics.new_tensor(numbers)], 1)  # [batches, 9]
-        rows = self.accelerator.gather(rows[None]).cpu().double().numpy()  # [W, batches, 9]
-        accuracy, _, margin, mean, least, greatest, pairs, scores, tokens = np.moveaxis(rows, -1, 0)
-        ranked = pairs > 0
-        weights = pairs[ranked]
-        found = {
-            "batches": rows.shape[1],
-            "tokens": tokens.sum(),
-            "scores": scores.sum(),
-            "pairs": weights.sum(),
-            "min_reward": least.min(0).sum(),
-            "mean_reward": (mean * scores).sum(),
-            "max_reward": greatest.max(0).sum(),
-            "accuracy": (accuracy[ranked] * weights).sum(),
-            "margin": (margin[ranked] * weights).sum(),
-        }
-        self._sums[mode].update(found)
 
-    def _averages(self, sums: Counter[str], mode: str) -> dict[str, list[float]]:
-        if mode == "train":
-            self._total_train_tokens += int(sums["tokens"])
-        out = {
-            "num_tokens": self._total_train_tokens,
-            "min_reward": sums["min_reward"] / sums["batches"],
-            "mean_reward": sums["mean_reward"] / sums["scores"],
-            "max_reward": sums["max_reward"] / sums["batches"],
-        }
-        if sums["pairs"]:
-            out["accuracy"] = sums["accuracy"] / sums["pairs"]
-            out["margin"] = sums["margin"] / sums["pairs"]
-        return {name: [float(value)] for name, value in out.items()}
+def _map_options(dataset: Any, args: trl.RewardConfig, title: str) -> dict[str, Any]:
+    """What ``map`` takes besides; of streamed data nothing."""
+    if not isinstance(dataset, datasets.Dataset):
+        return {}
+    return {"num_proc": args.dataset_num_proc, "desc": title}
+
+
+def _sift(
+    dataset: Any,
+    why_not: Callable[[dict[str, Any], int], str],
+    name: str,
+    args: trl.RewardConfig,
+    dropped: Counter[str],
+) -> Any:
+    """The rows for which ``why_not`` has no reason; of others the reasons are counted."""
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset.filter(lambda row, i: not why_not(row, i), with_indices=True)
+    reasons = dataset.map(
+        lambda row, i: {"reason": why_not(row, i)},
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        **_map_options(dataset, args, f"Checking {name}"),
+    )["reason"]
+    dropped.update(reason for reason in reasons if reason)
+    kept = dataset.select([i for i, reason in enumerate(reasons) if not reason])
+    if not len(kept):
+        raise ValueError(f"the {name} data set has no row left: {dict(dropped)}")
+    return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class _WhyNotTokens:
+    """Why a tokenised row is dropped; nothing where it is not."""
+
+    max_length: int | None
+
+    def __call__(self, row: dict[str, Any], place: int) -> str:
+        sides = row.get("responses_ids") or [row["chosen_ids"], row["rejected_ids"]]
+        if self.max_length is not None and max(map(len, sides)) > self.max_length:
+            return "longer than max_length"
+        return "identical tokens" if all(side == sides[0] for side in sides[1:]) else ""
 
 
 def _count(row: dict[str, Any], collator: Collator, first: np.ndarray) -> dict[str, int]:
     """Trie nodes of an example, and how many tokens all its sequences share with ``first``."""
-    shared = min(common(first, x) for x in collator.rows(row))
+    shared = min(shared_length(first, x) for x in collator.rows(row))
     return {"nodes": collator.nodes(row), "common": shared}
 
 
@@ -557,14 +540,14 @@ def _tokenize_group(row: dict[str, Any], processing_class: Any) -> dict[str, Any
     if row.get("tools"):
         tools = row["tools"]
         options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-    out = []
+    ids = []
     for response in row["responses"]:
         if isinstance(prompt, list) and isinstance(response, str):
             response = [{"role": "assistant", "content": response}]
         whole = response if prompt is None else prompt + response
         if isinstance(whole, str):
             whole = whole if whole.endswith(eos) else whole + eos
-            out.append(_tokenize(processing_class, whole)["input_ids"])
+            ids.append(_tokenize(processing_class, whole)["input_ids"])
         else:
-            out.append(_tokenize(processing_class, whole, **options)["input_ids"])
-    return {"responses_ids": out}
+            ids.append(_tokenize(processing_class, whole, **options)["input_ids"])
+    return {"responses_ids": ids}

@@ -12,43 +12,53 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from rmfast import resume
-from rmfast.errors import UserError
+from rmfast.errors import DataError, UserError
 from rmfast.evaluate import measures, show
 from rmfast.resume import saving
 from rmfast.score.scorer import Scorer
-
-if TYPE_CHECKING:
-    from rmfast.train.job import _Job
-
 
 _PAUSE = 10.0  # seconds between lines of progress
 COMPLETE = "complete.json"  # in a checkpoint of which nothing is missing
 
 
 class Watch(TrainerCallback):
-    """Metrics, checkpoints, progress and signals of a run, which lasts as long as a ``with``."""
+    """Metrics, checkpoints, progress and signals of a run, which lasts as long as a ``with``.
 
-    def __init__(self, job: _Job, held_out: list[dict[str, Any]] | None) -> None:
-        self.folder, self.trainer = job.folder, job.trainer
+    Args:
+        folder: the run's output.
+        trainer: of which this becomes a callback.
+        held_out: rows of token ids to measure on, or None.
+        step: where the run goes on; metrics of later steps are forgotten.
+
+    Attributes:
+        stopped: a signal asked for the end.
+        summary: the last held-out figures, or None.
+    """
+
+    def __init__(
+        self, folder: Path, trainer: Any, held_out: list[dict[str, Any]] | None, step: int
+    ) -> None:
+        self.folder, self.trainer = folder, trainer
         self.stopped, self.summary = False, None
-        self.rows = None if held_out is None else [_sides(row) for row in held_out]
+        self.rows = [_sides(row) for row in held_out or ()]
         # made before accelerate wraps the model: after that only its backbone could run packed
-        self.scorer = Scorer(self.trainer.model) if self.rows else None
-        done = 0 if job.checkpoint is None else int(job.checkpoint.rpartition("-")[2])
-        self.lines = _kept_lines(self.folder / "metrics.jsonl", done)
+        self.scorer = Scorer(trainer.model) if self.rows else None
+        self.lines = _kept_lines(folder / "metrics.jsonl", step)
         for line in self.lines:
             if line["kind"] == "eval":
                 self.summary = line
             else:
-                self.trainer._total_train_tokens = line["tokens"]
+                trainer._total_train_tokens = line["tokens"]
         self._draws = _can_draw()
+        trainer.watch = self
+        trainer.add_callback(self)
 
     # --- signals
 
@@ -56,32 +66,25 @@ class Watch(TrainerCallback):
         self._before = {}
         with contextlib.suppress(ValueError):  # not the main thread, which alone hears of signals
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._told)
+                self._before[number] = signal.signal(number, self._stop)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _told(self, *_: object) -> None:
+    def _stop(self, *_: object) -> None:
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
-        print(
-            "\nrmfast train: stops after this step; once more: at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        self._say("stopping after this step; a second signal stops at once")
 
     # --- what the trainer calls
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._start = self._said = time.perf_counter()
-        self._begun = state.global_step
-        say = f"{state.max_steps:,} steps"
-        if self._begun:
-            say += f", going on after step {self._begun:,}"
-        self._say(say)
+        self._start, self._begun = time.perf_counter(), state.global_step
+        going_on = f", going on after step {self._begun:,}" if self._begun else ""
+        self._say(f"{state.max_steps:,} steps{going_on}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if self.stopped:
@@ -99,7 +102,7 @@ class Watch(TrainerCallback):
                 f"{logs.get('grad_norm')}: lower --learning-rate, and --overwrite"
             )
         line = {name: value for name, value in logs.items() if name not in ("epoch", "num_tokens")}
-        self._write("train", state, tokens=int(logs["num_tokens"]), **line)
+        self._write("train", tokens=int(logs["num_tokens"]), **line)
         if time.perf_counter() - self._said >= _PAUSE:
             accuracy = f", accuracy {logs['accuracy']:.0%}" if "accuracy" in logs else ""
             self._say(
@@ -108,7 +111,7 @@ class Watch(TrainerCallback):
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Only a checkpoint with the mark is complete, and on the disk."""
+        """Mark the checkpoint as complete, and on the disk."""
         folder = self.checkpoint()
         if (folder / COMPLETE).exists():
             return
@@ -123,39 +126,44 @@ class Watch(TrainerCallback):
 
     def evaluate(self) -> dict[str, float]:
         """``rmfast eval``'s figures of the model as it is; training does not notice."""
-        args, state = self.trainer.args, self.trainer.state
-        if self.summary is None or self.summary["step"] != state.global_step:
-            self._measure(args, state)
-        return {
-            "eval_accuracy": self.summary["rows"]["accuracy"],
-            "eval_loss": self.summary["calibration"]["log_loss"],
-        }
+        step = self.trainer.state.global_step
+        if self.summary is None or self.summary["step"] != step:
+            self.summary = self._write("eval", **measures.summarise(self._judged()))
+            self.draw()
+            accuracy, log_loss = self._figures()
+            low, high = self.summary["rows"]["interval"]
+            self._say(
+                f"step {step:,}: held-out accuracy {accuracy:.1%} [{low:.1%}, {high:.1%}], "
+                f"log loss {log_loss:.4f}"
+            )
+        accuracy, log_loss = self._figures()
+        return {"eval_accuracy": accuracy, "eval_loss": log_loss}
 
-    def _measure(self, args: Any, state: Any) -> None:
-        judged = measures.Judged()
+    def _figures(self) -> tuple[float, float]:
+        return self.summary["rows"]["accuracy"], self.summary["calibration"]["log_loss"]
+
+    def _judged(self) -> measures.Judged:
+        """The held-out rows with their scores."""
+        args = self.trainer.args
         gpu = [args.device] if args.device.type == "cuda" else []
         autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16)
-        counts = iter([count for count, _ in self.rows])
-        with torch.random.fork_rng(gpu), autocast:
-            for window in self.scorer.windows(row for _, row in self.rows):
-                for scored in window:
-                    if scored.error is not None:
-                        raise UserError(f"step {state.global_step:,}: a row cannot be scored: "
-                                        f"{scored.error.reason}")  # fmt: skip
-                    judged.add(scored.scores, scored.lengths, next(counts))
-        self.summary = self._write("eval", state, **measures.summarise(judged))
-        rows = self.summary["rows"]
-        low, high = rows["interval"]
-        log_loss = self.summary["calibration"]["log_loss"]
-        self._say(
-            f"step {state.global_step:,}: held-out accuracy {rows['accuracy']:.1%} "
-            f"[{low:.1%}, {high:.1%}], log loss {log_loss:.4f}"
-        )
-        self.draw()
+        try:
+            with torch.random.fork_rng(gpu), autocast:
+                scores = self.scorer.score([ids for _, sides in self.rows for ids in sides])
+        except DataError as error:
+            step = self.trainer.state.global_step
+            raise UserError(f"step {step:,}: held-out data cannot be scored: {error}") from None
+        judged, first = measures.Judged(), 0
+        for chosen, sides in self.rows:
+            of_row = scores[first : first + len(sides)]
+            judged.add(of_row, [len(ids) for ids in sides], chosen)
+            first += len(sides)
+        return judged
 
     # --- what is shown
 
-    def _write(self, kind: str, state: Any, **figures: Any) -> dict[str, Any]:
+    def _write(self, kind: str, **figures: Any) -> dict[str, Any]:
+        state = self.trainer.state
         line = {"kind": kind, "step": state.global_step, "epoch": state.epoch or 0.0, **figures}
         self.lines.append(line)
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -188,9 +196,9 @@ def _can_draw() -> bool:
 
 
 def _sides(row: dict[str, Any]) -> tuple[int, list[np.ndarray]]:
-    """How many answers are the chosen ones, and all of them, these first.
+    """How many answers are chosen, and the token ids of all answers, chosen ones first.
 
-    Of a group they are the best ones: it is asked whether the best-scored answer is one of them.
+    Of a group the best-ranked ones are chosen.
     """
     if "ranks" not in row:
         return 1, [row["chosen_ids"], row["rejected_ids"]]
@@ -216,8 +224,13 @@ def _kept_lines(path: Path, step: int) -> list[dict[str, Any]]:
     return lines
 
 
+def step_of(checkpoint: str | None) -> int:
+    """The step of a checkpoint's folder; of none, 0."""
+    return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+
+
 def last_checkpoint(folder: Path) -> str | None:
-    """The last complete checkpoint. All others go: none can be told from half a one."""
+    """The last complete checkpoint. All others are deleted: they may be half saved."""
     found = {}
     for path in folder.glob("checkpoint-*"):
         if path.name[11:].isdecimal():

@@ -1,0 +1,173 @@
+"""The trainer of ``rmfast train``: made of the options, run from a checkpoint, and saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerState
+
+from rmfast.data.records import Preferences
+from rmfast.errors import UserError
+from rmfast.packed import patching
+from rmfast.train.begin import Started
+from rmfast.train.options import TrainOptions
+from rmfast.train.trainer import RewardConfig, RewardTrainer
+from rmfast.train.watch import COMPLETE, Watch
+
+_POINTS = 0.01  # of the run, from one line of metrics.jsonl to the next
+_PART = 0.1  # of the run, from one evaluation or checkpoint to the next
+
+
+class Rows(NamedTuple):
+    """What to train on and what is held out, as token ids.
+
+    Attributes:
+        train: rows of ``chosen_ids`` and ``rejected_ids``, or ``responses_ids`` and ``ranks``.
+        held_out: the same; None: nothing is held out.
+        source: what ``train`` was made of.
+        adds_bos: a BOS is put before messages whose template has none.
+        example: a conversation that was trained on.
+    """
+
+    train: list[dict[str, Any]]
+    held_out: list[dict[str, Any]] | None
+    source: Preferences
+    adds_bos: bool
+    example: Any
+
+
+class Trainer(RewardTrainer):
+    """Evaluates as ``rmfast eval`` does."""
+
+    watch: Watch
+    use_cache: bool  # of the model, before transformers turned it off
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        return self.watch.evaluate()
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        # transformers asks for the last step of an epoch twice: what is complete is not touched
+        if not (self.watch.checkpoint() / COMPLETE).exists():
+            super()._save_checkpoint(*args)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """There is one when training is over."""
+
+    def get_train_dataloader(self) -> Any:
+        try:
+            return super().get_train_dataloader()
+        except ValueError as error:  # a pair that is larger than the budget
+            raise UserError(
+                f"--max-tokens-per-batch {self.args.max_tokens_per_batch}: {error}"
+            ) from None
+
+
+def make_trainer(
+    options: TrainOptions, folder: Path, started: Started, rows: Rows, is_new: bool
+) -> Trainer:
+    """The trainer of a run that begins, or goes on from a checkpoint.
+
+    Raises:
+        UserError: options that do not go with the data.
+    """
+    use_cache = started.model.config.use_cache
+    held_out = None if rows.held_out is None else Dataset.from_list(rows.held_out)
+    args = _config(options, folder, held_out is not None, is_new)
+    try:
+        trainer = Trainer(
+            started.model,
+            args,
+            train_dataset=Dataset.from_list(rows.train),
+            eval_dataset=held_out,
+            processing_class=started.tokenizer,
+            peft_config=None if options.lora_rank is None else _adapter(options, started.model),
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    trainer.use_cache = use_cache
+    trainer.remove_callback(PrinterCallback)
+    if options.lora_rank is not None:  # small updates would be rounded away
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trainer
+
+
+def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -> RewardConfig:
+    cosine = options.schedule == "cosine"
+    args = RewardConfig(
+        output_dir=str(folder / "checkpoints"),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        per_device_train_batch_size=options.batch_pairs,
+        gradient_accumulation_steps=options.grad_accum,
+        max_tokens_per_batch=options.max_tokens_per_batch,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr" if cosine else options.schedule,
+        lr_scheduler_kwargs={"min_lr_rate": 0.1} if cosine else None,
+        warmup_steps=options.warm_up,
+        weight_decay=options.weight_decay,
+        loss_type=options.loss,
+        focal_gamma=options.focal_gamma,
+        label_smoothing=options.label_smoothing,
+        center_rewards_coefficient=options.center or None,
+        gradient_checkpointing=options.gradient_checkpointing,
+        max_length=None,  # longer pairs were dropped already
+        bf16=options.dtype != "float32",
+        use_cpu=options.device == "cpu",
+        dataloader_pin_memory=options.device != "cpu",
+        seed=options.seed,
+        logging_steps=_POINTS,
+        eval_strategy="steps" if measures else "no",
+        eval_on_start=measures and is_new,
+        eval_steps=(options.eval_every or _PART) if measures else None,
+        save_strategy="steps",
+        save_steps=options.save_every or _PART,
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    args._n_gpu = min(1, args.n_gpu)  # one process trains on one GPU
+    return args
+
+
+def _adapter(options: TrainOptions, model: Any) -> Any:
+    """LoRA on all linear layers; what is outside of the backbone is trained and saved whole."""
+    import peft
+
+    heads = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and next(child.parameters(), None) is not None
+    ]
+    return peft.LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        modules_to_save=heads,
+        task_type="SEQ_CLS",
+    )
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train from a checkpoint to the end; from None, from the start."""
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        if state.global_step >= state.max_steps:  # transformers would take one more
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def save(trainer: Trainer, started: Started, folder: Path) -> None:
+    """Write the model, with its adapter merged, and its tokenizer."""
+    started.model.config.use_cache = trainer.use_cache
+    model = patching.unpatch(trainer.accelerator.unwrap_model(trainer.model, False))
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    started.tokenizer.save_pretrained(folder)
