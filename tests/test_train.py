@@ -218,7 +218,7 @@ def test_weights_are_the_trainers_and_evaluation_leaves_no_trace(run, model, tmp
     other = load_file(with_eval.with_name("eval") / "model.safetensors")
     assert all(torch.equal(got[name], other[name]) for name in got)
 
-    started = train_job.loading.begin(model)
+    started = train_job.begin.begin(model)
     args = RewardConfig(
         "trl", max_steps=4, per_device_train_batch_size=4, learning_rate=1e-3,
         center_rewards_coefficient=0.01, label_smoothing=0.1, lr_scheduler_type="linear",
