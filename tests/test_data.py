@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -174,24 +171,3 @@ def test_embedded_pairs_are_split_by_module_and_share_no_text():
     assert len(modules[0]) >= 20 and len(modules[1]) >= 8
     both = modules[0] & modules[1]  # packages, of which whole modules are on one side
     assert both <= {"email", "http", "urllib", "xml"}
-
-
-def test_embedded_pairs_are_the_same_in_every_process(tmp_path):
-    here = [[answers(pair) for pair in embedded.pairs(split)] for split in ("train", "held-out")]
-    code = (
-        "import json; from rmfast.demo import embedded; "
-        "print(json.dumps([[(p.chosen[1]['content'], p.rejected[1]['content']) "
-        "for p in embedded.pairs(s)] for s in ('train', 'held-out')]))"
-    )
-    root = str(Path(embedded.__file__).parent.parent)
-    env = {**os.environ, "PYTHONPATH": root, "PYTHONHASHSEED": "77"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, check=True
-    )
-    assert json.loads(out.stdout) == json.loads(json.dumps(here))
-
-
-def test_without_docstrings_there_are_no_embedded_pairs(monkeypatch):
-    monkeypatch.setattr(embedded, "_groups", lambda: {"train": []})
-    with pytest.raises(FileNotFoundError, match="-OO"):
-        embedded.pairs("train")

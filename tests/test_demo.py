@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import re
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,8 +23,8 @@ from transformers import (
 from transformers.utils import logging
 
 from rmfast.commands.main import main
-from rmfast.data import Pair, by_question
-from rmfast.demo import demo
+from rmfast.demo import demo, timing
+from rmfast.demo.options import DemoOptions
 from rmfast.errors import UserError
 
 WORDS = "<unk> </s> user assistant : good bad what is this that one two three".split()
@@ -37,7 +41,9 @@ def transformers_speaks_as_before():
     logging.enable_progress_bar()
 
 
-def save_model(folder: Path, template: str | None = TEMPLATE, vocabulary: int = len(WORDS)) -> str:
+def save_model(
+    folder: Path, template: str | None = TEMPLATE, vocabulary: int = len(WORDS), **options
+) -> str:
     """A random Llama and a tokenizer of one token a word, without a pad token."""
     ids = {word: i for i, word in enumerate(WORDS)}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -46,7 +52,7 @@ def save_model(folder: Path, template: str | None = TEMPLATE, vocabulary: int = 
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=vocabulary, num_labels=1, **TINY, **HEADS)
+    config = LlamaConfig(vocab_size=vocabulary, num_labels=1, **{**TINY, **HEADS, **options})
     LlamaForSequenceClassification(config).save_pretrained(folder)
     return str(folder)
 
@@ -77,10 +83,8 @@ def test_from_end_to_end(tmp_path, model, capsys):
     code = main(["demo", "--model", model, "--data", data, "--output", str(output), *options])
     out = capsys.readouterr().out
     assert code == 0
-    assert "the tokenizer has no pad token: taking its eos token, '</s>'" in out
-    assert (
-        "dropped, because a side is longer than 64 tokens: 1\n" in out
-    )  # the positions that the model has
+    assert "pad token: '</s>' (1), the end of text, for want of another" in out
+    assert "dropped: 1 × longer than --max-length\n" in out  # the positions that the model has
     assert "rmfast: level trie" in out and "ran unpacked" not in out
     assert float(re.search(r"largest difference: (\S+) of", out)[1]) < 1e-4
     left, right = re.search(r"same order: (\d+) of (\d+)", out).groups()
@@ -102,14 +106,15 @@ def test_from_end_to_end(tmp_path, model, capsys):
     assert good > bad
 
 
-def test_runs_on_the_embedded_pairs(model, capsys, monkeypatch):
-    figures = {"scoring": {"seconds": 2.0, "memory": 1.0}}
-    figures["training"] = figures["scoring"]
-    monkeypatch.setattr(demo, "_measure", lambda job: [figures, figures])
-    assert main(["demo", "--model", model, "--steps", "1", "--dtype", "mixed"]) == 0
+def test_runs_on_the_embedded_pairs(tmp_path, capsys, monkeypatch):
+    folder = save_model(tmp_path, max_position_embeddings=256)
+    figures = {work: [(2.0, 1.0), (1.0, 1.0)] for work in ("scoring", "training")}
+    monkeypatch.setattr(timing, "compare", lambda job, batches: figures)
+    assert main(["demo", "--model", folder, "--steps", "1", "--dtype", "mixed"]) == 0
     out = capsys.readouterr().out
-    assert "documentation of Python" in out and "2e-5" not in out
-    assert re.search(r"scoring, s +2\.00 +2\.00 +1\.00x", out)
+    assert "a function of Python's standard library" in out and "step 1 of 1: loss" in out
+    assert re.search(r"data: \d+ pairs to train on, \d+ held out; 8 pairs a batch", out)
+    assert re.search(r"scoring, s +2\.00 +1\.00 +2\.00x", out)
 
 
 # --- errors
@@ -132,29 +137,27 @@ def test_says_what_is_wrong_with_the_data(tmp_path, model, capsys):
     assert 'bad.jsonl:2: "rejected" is missing' in said
     path.write_text('{"prompt": "this", "chosen": "one", "rejected": "two"}\n')
     said = fails(capsys, "--model", model, "--data", str(path))
-    assert "bad.jsonl: pairs of two different prompts are the least" in said
+    assert "bad.jsonl: needs pairs of two different prompts" in said
     data = conversations(tmp_path)
     said = fails(capsys, "--model", model, "--data", data, "--max-length", "3")
-    assert "too few pairs of 3 tokens or fewer a side" in said
+    assert "pairs.jsonl: no pairs left to train on" in said
 
 
 def test_says_what_is_wrong_with_the_model(tmp_path, capsys):
     data = conversations(tmp_path)
-    assert "no such folder" in fails(capsys, "--model", str(tmp_path / "none"), "--data", data)
-    (tmp_path / "empty").mkdir()
-    said = fails(capsys, "--model", str(tmp_path / "empty"), "--data", data)
-    assert "the tokenizer of" in said and "cannot be loaded" in said
+    none = str(tmp_path / "none")
+    assert f"{none} cannot be loaded" in fails(capsys, "--model", none, "--data", data)
     small = save_model(tmp_path / "small", vocabulary=5)
     said = fails(capsys, "--model", small, "--data", data)
-    assert "the model embeddings for 5 only" in said
+    assert "pairs.jsonl:" in said and "and the model has embeddings for 5" in said
     (tmp_path / "small" / "model.safetensors").write_bytes(b"cut")
-    assert "the model" in fails(capsys, "--model", small, "--data", data)
+    assert "small cannot be loaded" in fails(capsys, "--model", small, "--data", data)
 
 
 def test_says_what_to_pass_without_a_chat_template(tmp_path, capsys):
     bare, data = save_model(tmp_path / "bare", template=None), conversations(tmp_path)
     said = fails(capsys, "--model", bare, "--data", data)
-    assert "pairs.jsonl:" in said and "--chat-template FILE" in said
+    assert "pairs.jsonl has messages" in said and "--chat-template FILE" in said
     file = tmp_path / "template.jinja"
     said = fails(capsys, "--model", bare, "--data", data, "--chat-template", str(file))
     assert "--chat-template" in said and "No such file" in said
@@ -170,37 +173,41 @@ def test_says_what_is_wrong_with_the_rest(tmp_path, model, capsys):
     assert "--device nowhere" in fails(capsys, "--model", model, "--device", "nowhere")
 
 
-def test_a_measuring_process_that_ends_is_reported(tmp_path):
-    job = demo.Job(str(tmp_path / "none"), False, "float32", "cpu", 0, 0, batches=[])
-    with pytest.raises(UserError, match=r"ended with 1: .*none"), demo._Process(job) as process:
-        process.ask("scoring")
+def test_a_measuring_process_that_ends_is_reported(tmp_path, monkeypatch):
+    job = timing.Job(str(tmp_path / "none"), False, "float32", "cpu", 0)
+    with pytest.raises(UserError, match="none cannot be loaded"):
+        timing.compare(job, [])
+    with pytest.raises(UserError, match="a measuring process was killed"):
+        timing.compare(Killed(str(tmp_path / "none"), False, "float32", "cpu", 0), [])
 
-    with pytest.raises(UserError, match="ended with -9"), demo._Process(job) as process:
-        process.process.kill()
-        process.process.wait()
-        process.ask("scoring")
+
+class Killed(timing.Job):
+    def load(self):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 # --- parts
 
 
-def test_split_keeps_questions_whole_and_apart():
-    pairs = [Pair(str(i), "b", prompt=f"question {i // 3}\n") for i in range(60)]
-    train, held_out = demo._split(by_question(pairs), 30, seed=1)
-    assert sum(map(len, train)) == 30 and sum(map(len, held_out)) == 12
-    questions = [
-        {pair.question() for group in groups for pair in group} for groups in (train, held_out)
+def test_pairs_of_one_question_stay_together(tmp_path):
+    rows = [
+        {"prompt": f"question {i // 3}\n", "chosen": f"{i}", "rejected": "b"} for i in range(60)
     ]
-    assert not questions[0] & questions[1]
-    assert demo._split(by_question(pairs), 30, seed=1) == [train, held_out]
-    assert demo._split(by_question(pairs), 30, seed=2) != [train, held_out]
+    random.Random(0).shuffle(rows)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    def orders(seed: int) -> list[list[str]]:
+        options = DemoOptions(data=str(path), steps=10, batch_pairs=3, seed=seed)
+        return [[pair.prompt for pair in side] for side in demo._preferences(options)]
+
+    train, held_out = orders(1)
+    assert len(train) == 30 and len(held_out) == 12
+    assert not set(train) & set(held_out)
+    assert all(len(set(train[i : i + 3])) == 1 for i in range(0, 30, 3))
+    assert orders(1) == [train, held_out] and orders(2) != [train, held_out]
 
 
-def test_batches_go_round_and_keep_questions_together():
-    groups = [[([i], [10 * j]) for j in range(2)] for i in range(5)]
-    batches = demo._batches(groups, 4, seed=0)
-    ten = [next(batches) for _ in range(10)]
-    assert all(len(batch) == 4 for batch in ten)
-    assert all(batch[k][0] == batch[k + 1][0] for batch in ten for k in (0, 2))
-    counts = {i: sum(pair[0] == [i] for batch in ten for pair in batch) for i in range(5)}
-    assert counts == dict.fromkeys(range(5), 8)
+def test_batches_have_the_chosen_first():
+    rows = [{"chosen_ids": np.array([i]), "rejected_ids": np.array([10 * i])} for i in (1, 2, 3)]
+    assert demo._batches(rows, 2) == [[[1], [2], [10], [20]], [[3], [30]]]

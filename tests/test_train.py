@@ -257,11 +257,11 @@ def test_tokens_are_trls(model, tmp_path):
 
 def test_no_question_is_on_both_sides():
     found = data.preferences(pairs(60))
-    sides = train_job._split(found, 0.25, 3)
+    sides = train_job.hold_out(found, 0.25, 3)
     assert len(sides[0]) + len(sides[1]) == 60 and 13 <= len(sides[1]) <= 15
     assert not {x.question() for x in sides[0]} & {x.question() for x in sides[1]}
-    assert train_job._split(found, 0, 3) == (found, None)
-    assert [x.where for x in train_job._split(found, 0.25, 4)[1]] != [x.where for x in sides[1]]
+    assert train_job.hold_out(found, 0, 3) == (found, None)
+    assert [x.where for x in train_job.hold_out(found, 0.25, 4)[1]] != [x.where for x in sides[1]]
 
 
 # --- options
@@ -441,7 +441,11 @@ def test_resume_and_overwrite(run, model, capsys):
             "loss_type='plackett_luce' does not go with ",
         ),
         (pairs(6), ["--max-tokens-per-batch", "9"], "--max-tokens-per-batch 9: example"),
-        (pairs(6), ["--label-smoothing", "0.5"], "--label-smoothing must be a number at least 0 and below 0.5"),
+        (
+            pairs(6),
+            ["--label-smoothing", "0.5"],
+            "--label-smoothing must be a number at least 0 and below 0.5",
+        ),
         (pairs(6), ["--lora-alpha", "8"], "--lora-alpha goes with --lora-rank"),
         (pairs(6), ["--eval-split", "0", "--eval-every", "2"], "--eval-every goes with held-out"),
         (pairs(6), ["--eval-split", "0.1", "--eval-data", "x"], "--eval-split: give one of them"),

@@ -334,10 +334,8 @@ def test_bad_rows_are_named(tmp_path, rows, options, message):
 @pytest.mark.parametrize(
     "options",
     [
-        {"pad_to_multiple_of": 8},
         {"use_liger_kernel": True},
         {"label_smoothing_factor": 0.1},
-        {"train_sampling_strategy": "group_by_length"},
         {"accelerator_config": {"dispatch_batches": True}},
         {"accelerator_config": {"split_batches": True}},
         {"max_tokens_per_batch": 0},
@@ -345,11 +343,10 @@ def test_bad_rows_are_named(tmp_path, rows, options, message):
         {"dataloader_drop_last": True, "max_tokens_per_batch": 60},
         {"auto_find_batch_size": True, "max_tokens_per_batch": 60},
         {"include_for_metrics": ["inputs"]},
-        {"loss_type": "hinge"},
     ],
     ids=str,
 )
-def test_options_that_would_do_nothing_are_refused(tmp_path, options, monkeypatch):
+def test_options_that_would_train_on_something_else_are_refused(tmp_path, options, monkeypatch):
     name = next(iter(options))
     with pytest.raises(ValueError, match=f"{name}.* cannot be used with rmfast's RewardTrainer"):
         trainer(RewardTrainer, tmp_path, pairs(4), **options)
@@ -359,6 +356,7 @@ def test_options_that_would_do_nothing_are_refused(tmp_path, options, monkeypatc
     ("rows", "options", "message"),
     [
         (pairs(4), {"loss_type": "all_pairs"}, "does not go with pairs"),
+        (pairs(4), {"loss_type": "hinge"}, "'hinge' does not go with pairs: bradley_terry and"),
         (groups(4), {"loss_type": "bradley_terry"}, "does not go with ranked responses"),
         (groups(4), {"eval_dataset": Dataset.from_list(pairs(3))}, "train: ranked responses, eval"),
         (pairs(4), {"data_collator": list, "max_tokens_per_batch": 99}, "give no data_collator"),
@@ -407,7 +405,7 @@ def test_a_whole_training_step_reads_nothing_from_the_device(tmp_path):
         out.optimizer.step()
         with pytest.raises(Exception, match="local_scalar_dense"):
             out._tr_loss.item()
-    assert len(out._logged["train"]) == 2
+    assert len(out.batch_metrics["train"].waiting) == 2
     assert all(p.grad is not None for p in net.parameters())
 
 
@@ -417,14 +415,14 @@ def test_a_whole_training_step_reads_nothing_from_the_device(tmp_path):
     ids=["pairs, none logged", "groups"],
 )
 def test_metrics_that_wait_take_so_much_room_and_no_more(tmp_path, rows, strategy, monkeypatch):
-    from rmfast.train import trainer as integration
+    from rmfast.train import metrics
 
     class Watched(RewardTrainer):
         most = 0
 
         def compute_loss(self, *args, **kwargs):
             out = super().compute_loss(*args, **kwargs)
-            self.most = max(self.most, *map(len, self._logged.values()))
+            self.most = max(self.most, *(len(one.waiting) for one in self.batch_metrics.values()))
             return out
 
     options = {
@@ -433,7 +431,7 @@ def test_metrics_that_wait_take_so_much_room_and_no_more(tmp_path, rows, strateg
     }  # fmt: skip
     options = SGD | options | strategy
     want = run(RewardTrainer, tmp_path / "a", rows, **options)
-    monkeypatch.setattr(integration, "_WAITING", 3)
+    monkeypatch.setattr(metrics, "WAITING", 3)
     got = run(Watched, tmp_path / "b", rows, **options)
     assert got.most == 2, "of 8 and 7 batches"
     same(got, want, 1e-12)

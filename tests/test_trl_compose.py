@@ -296,9 +296,3 @@ def test_another_kind_of_data_cannot_be_evaluated(tmp_path):
     out = trainer(RewardTrainer, tmp_path, pairs(4))
     with pytest.raises(ValueError, match="the eval data set has ranked responses"):
         out.evaluate(Dataset.from_list(groups(4)))
-
-
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one")
-def test_activations_are_not_taken_from_nowhere(tmp_path):
-    with pytest.raises(ValueError, match=r"activation_offloading cannot be used.*no accelerator"):
-        trainer(RewardTrainer, tmp_path, pairs(4), activation_offloading=True)

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_UNLOADABLE = (
+    OSError,
+    ValueError,
+    ImportError,
+    RuntimeError,
+    KeyError,
+    safetensors.SafetensorError,
+)
 # Tokens that no text holds, by their names: made for padding, or kept free by those who trained.
 _PADDING = re.compile(r"[<\[]\|?(finetune_right_)?pad(ding|_token)?(_id)?\|?[>\]]", re.I)
 _FREE = re.compile(r"reserved|unused|placeholder|dummy|<\|extra_\d+\|>|\[control_\d+\]", re.I)
@@ -142,7 +150,7 @@ def _load(
             missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
         other = {"trust_remote_code": code} if tokenizer else remote
         tokens = AutoTokenizer.from_pretrained(tokenizer or name, **other)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except _UNLOADABLE as error:
         raise UserError(f"{name} cannot be loaded: {error}") from None
     return model, tokens, missing, unused
 

@@ -85,7 +85,8 @@ def _run(options: TrainOptions) -> int:
 
     loading.quiet()
     datasets.disable_progress_bars()
-    template = _check(options)
+    _check(options)
+    template = read_template(options.chat_template)
     folder = _folder(options)
     train, held_out = _preferences(options)
     state = _begin(folder, _settings(options, template, train, held_out), options.resume)
@@ -95,7 +96,7 @@ def _run(options: TrainOptions) -> int:
     options = _resolved(dataclasses.replace(options, **state.resolved))
     state.resolved = {name: getattr(options, name) for name in ("device", "dtype")}
     started = _start(options, template)
-    rows = _tokenised(options, started, train, held_out)
+    rows = tokenised(started, train, held_out, options.max_length)
     checkpoint = last_checkpoint(folder / "checkpoints") if options.resume else None
     trainer = fit.make_trainer(options, folder, started, rows, is_new=checkpoint is None)
     if not options.resume:
@@ -119,8 +120,8 @@ def _run(options: TrainOptions) -> int:
     return 0
 
 
-def _check(options: TrainOptions) -> str | None:
-    """What can be found wrong before data is read. Returns the chat template, if one is named."""
+def _check(options: TrainOptions) -> None:
+    """Raise UserError for what can be found wrong before data is read."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "it runs in one process; for several, give accelerate a script with "
@@ -137,12 +138,16 @@ def _check(options: TrainOptions) -> str | None:
             import peft  # noqa: F401 (found now, not after the data)
         except ImportError:
             raise UserError("--lora-rank needs PEFT: pip install peft") from None
-    if options.chat_template is None:
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of ``--chat-template``."""
+    if path is None:
         return None
     try:
-        return Path(options.chat_template).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat-template {options.chat_template}: {error}") from None
+        raise UserError(f"--chat-template {path}: {error}") from None
 
 
 def _resolved(options: TrainOptions) -> TrainOptions:
@@ -258,7 +263,7 @@ def _preferences(options: TrainOptions) -> tuple[Preferences, Preferences | None
         bare = [dataclasses.replace(pair, margin=None) for pair in train]
         train = dataclasses.replace(train, records=bare)
     if options.eval_data is None:
-        return _split(train, options.eval_split, options.seed)
+        return hold_out(train, options.eval_split, options.seed)
     how["limit"] = None
     held_out = data.preferences(options.eval_data, split=options.eval_data_split, **how)
     print(f"held out: {held_out}")
@@ -278,7 +283,7 @@ def _form(records: Preferences) -> str:
     return "messages" if records.conversational else "text"
 
 
-def _split(
+def hold_out(
     found: Preferences, share: float | None, seed: int
 ) -> tuple[Preferences, Preferences | None]:
     """Hold out a share, so that no question is on both sides."""
@@ -354,22 +359,24 @@ def _row(record: Pair | Group, ids: list[np.ndarray | RowError]) -> dict[str, An
     return row if record.margin is None else {**row, "margin": float(record.margin)}
 
 
-def _tokenised(
-    options: TrainOptions,
-    started: begin.Started,
-    train: Preferences,
-    held_out: Preferences | None,
+def tokenised(
+    started: begin.Started, train: Preferences, held_out: Preferences | None, max_length: int
 ) -> fit.Rows:
+    """Preferences as token ids; prints what was dropped.
+
+    Raises:
+        UserError, DataError: they cannot be tokenised, or none is short enough.
+    """
     tokenizer, model = started.tokenizer, started.model
     if train.conversational and not tokenizer.chat_template:
         raise UserError(
-            f"{options.data} has messages, and the tokenizer has no chat template to "
-            "make text of them: --chat-template FILE names one"
+            f"{train.source} has messages, and the tokenizer has no chat template to make text of "
+            "them: --chat-template FILE names one"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     encoder = Encoder(
         tokenizer,
-        max_length=min(positions or options.max_length, options.max_length),
+        max_length=min(positions or max_length, max_length),
         vocabulary=model.get_input_embeddings().num_embeddings,
     )
     found = []
