@@ -1,5 +1,8 @@
 """Trainers for TRL; they live in :mod:`rmfast.train.trainer`."""
 
-from rmfast.train.trainer import RewardConfig, RewardTrainer
+try:
+    from rmfast.train.trainer import RewardConfig, RewardTrainer
+except ImportError as error:
+    raise ImportError("rmfast.integrations.trl needs TRL: pip install 'rmfast[train]'") from error
 
 __all__ = ["RewardConfig", "RewardTrainer"]

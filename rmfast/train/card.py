@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rmfast.evaluate import show
-from rmfast.train.begin import Start
+from rmfast.train.begin import Started
+from rmfast.train.fit import Rows
 from rmfast.train.options import TrainOptions
 
 _PATHS = ("model", "data", "eval_data", "output", "tokenizer", "chat_template")
@@ -92,41 +93,35 @@ class Finished:
 
     Attributes:
         options: all of them, as the run resolved them.
-        start: how the model was when training began.
-        kind: ``"pairs"`` or ``"groups"``.
-        conversational: trained on messages, not text.
-        counts: pairs or groups trained on, and held out.
+        started: the tokenizer, and how the model was when training began.
+        rows: what was trained on, and held out.
         loss: one of :data:`rmfast.train.objective.KINDS`.
         steps: optimiser steps.
-        tokenizer: as it is saved.
-        adds_bos: a BOS is put before messages whose template has none.
-        example: a conversation that was trained on.
         summary: the last held-out figures; None: nothing was held out.
         versions: of the libraries.
     """
 
     options: TrainOptions
-    start: Start
-    kind: str
-    conversational: bool
-    counts: list[int]
+    started: Started
+    rows: Rows
     loss: str
     steps: int
-    tokenizer: Any
-    adds_bos: bool
-    example: Any
     summary: dict[str, Any] | None
     versions: dict[str, str]
 
     @property
+    def conversational(self) -> bool:
+        return self.rows.source.conversational
+
+    @property
     def adds_eos(self) -> bool:
-        """The end of text is put after each text."""
-        return self.tokenizer.eos_token is not None and not self.conversational
+        """Each text has the end of text after it."""
+        return self.started.tokenizer.eos_token is not None and not self.conversational
 
     @property
     def records(self) -> str:
         """What the data is, in words."""
-        return "pairs" if self.kind == "pairs" else "ranked groups of answers"
+        return "pairs" if self.rows.source.kind == "pairs" else "ranked groups of answers"
 
 
 def write(run: Finished, folder: Path) -> None:
@@ -143,8 +138,8 @@ def write(run: Finished, folder: Path) -> None:
         metadata=_metadata(run, public).to_yaml(),
         name=public.output,
         model=public.model,
-        head="new" if run.start.new else "kept",
-        count=run.counts[0],
+        head="new" if run.started.start.new else "kept",
+        count=len(run.rows.train),
         records=run.records,
         of="messages" if run.conversational else "text",
         data=public.data,
@@ -202,7 +197,10 @@ def _figures(run: Finished, public: TrainOptions) -> str:
     if public.eval_data:
         source = f"`{public.eval_data}`"
     return _FIGURES.format(
-        count=run.counts[1], records=run.records, source=source, table=show.table(run.summary)
+        count=len(run.rows.held_out),
+        records=run.records,
+        source=source,
+        table=show.table(run.summary),
     )
 
 
@@ -219,7 +217,8 @@ def _ids(run: Finished) -> str:
     if not run.conversational:
         return 'ids = tokenizer(conversation)["input_ids"]'
     lines = 'ids = tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]'
-    first = run.tokenizer.apply_chat_template(run.example, return_dict=True)["input_ids"][:1]
-    if run.adds_bos and first != [run.tokenizer.bos_token_id]:
+    tokenizer, example = run.started.tokenizer, run.rows.example
+    first = tokenizer.apply_chat_template(example, return_dict=True)["input_ids"][:1]
+    if run.rows.adds_bos and first != [tokenizer.bos_token_id]:
         lines += "\nids = [tokenizer.bos_token_id, *ids]"
     return lines

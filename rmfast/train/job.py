@@ -44,7 +44,7 @@ _CHUNK = 1024  # records tokenised together
 _MAY_DIFFER = {"output", "model", "data", "eval_data", "resume", "overwrite"}
 _NO_WORDS = ("the preferences of", "a file of", "the text of")
 _OURS = ("checkpoints", "metrics.jsonl", "training.png", "config.yaml", "README.md")
-_EARLY = ("checkpoints", "metrics.jsonl", "training.png", "metrics.jsonl.tmp", "probe.tmp")
+_EARLY = {"checkpoints", "metrics.jsonl", "training.png", "metrics.jsonl.tmp"}
 
 
 @dataclasses.dataclass
@@ -111,7 +111,9 @@ def _run(options: TrainOptions) -> int:
     with saving(folder):
         fit.save(trainer, started, folder)
         watch.draw()
-        card.write(_finished(options, started, rows, watch, state), folder)
+        loss, steps = trainer.objective.kind, trainer.state.global_step
+        finished = card.Finished(options, started, rows, loss, steps, watch.summary, state.versions)
+        card.write(finished, folder)
     if watch.summary is not None:
         print(f"\n{show.table(watch.summary)}\n")
     print(f"written: {folder}")
@@ -167,32 +169,29 @@ def _resolved(options: TrainOptions) -> TrainOptions:
 
 
 def _folder(options: TrainOptions) -> Path:
-    """The output, which is there now, and may be written to."""
+    """Make the output's folder; raise UserError where something would be lost in it."""
     folder, model = Path(options.output), options.model
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file: name a folder")
     if os.path.isdir(model) and folder.is_dir() and folder.samefile(model):
         raise UserError(f"--output {folder} is the --model: give it another name")
-    there = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
-    before = (folder / "checkpoints" / "run.json").exists()
+    names = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
+    has_run = (folder / "checkpoints" / "run.json").exists()
     # a run that was stopped before its first checkpoint is no loss
-    early = set(_EARLY) | ({"config.yaml"} if before else set())
-    nothing = set(there) <= early and not any(folder.glob(f"checkpoints/*/{COMPLETE}"))
-    if options.resume and not (before or nothing):
+    early = _EARLY | ({"config.yaml"} if has_run else set())
+    is_free = set(names) <= early and not any(folder.glob(f"checkpoints/*/{COMPLETE}"))
+    if options.resume and not (has_run or is_free):
         raise UserError(
             f"--resume: {folder} has no run to go on with; name an empty folder, or --overwrite"
         )
-    if not (nothing or options.resume or options.overwrite):
-        go_on = "--resume goes on with it, " if before else ""
+    if not (is_free or options.resume or options.overwrite):
+        resume = "--resume goes on with it, " if has_run else ""
         raise UserError(
-            f"--output {folder} is not empty ({', '.join(there[:3])}): {go_on}--overwrite replaces"
+            f"--output {folder} is not empty ({', '.join(names[:3])}): {resume}--overwrite replaces"
             " what a run writes"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / "probe.tmp"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
     return folder
@@ -442,22 +441,3 @@ def _train(trainer: fit.Trainer, watch: Watch, folder: Path, checkpoint: str | N
             file=sys.stderr,
         )
     return done
-
-
-def _finished(
-    options: TrainOptions, started: begin.Started, rows: fit.Rows, watch: Watch, state: State
-) -> card.Finished:
-    return card.Finished(
-        options=options,
-        start=started.start,
-        kind=rows.source.kind,
-        conversational=rows.source.conversational,
-        counts=[len(rows.train), len(rows.held_out or ())],
-        loss=watch.trainer.objective.kind,
-        steps=watch.trainer.state.global_step,
-        tokenizer=started.tokenizer,
-        adds_bos=rows.adds_bos,
-        example=rows.example,
-        summary=watch.summary,
-        versions=state.versions,
-    )

@@ -7,7 +7,7 @@ are TRL's; :class:`RewardConfig` adds what rmfast can do besides.
 from __future__ import annotations
 
 import copy
-import dataclasses
+import functools
 import json
 import logging
 import math
@@ -18,118 +18,20 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+import trl
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
+from trl.data_utils import _tokenize, get_dataset_column_names
 
 from rmfast.packed import models, patching
 from rmfast.packed import step as packed_step
 from rmfast.train.batches import Collator, first_of, shared_length
+from rmfast.train.config import RewardConfig, option_of, refuse
 from rmfast.train.metrics import BatchMetrics
 from rmfast.train.objective import KINDS, LARGEST_GROUP, Objective
 from rmfast.train.sampler import TokenBudgetSampler
 
-try:
-    import trl
-    from trl.data_utils import _tokenize, get_dataset_column_names
-except ImportError as error:
-    raise ImportError("rmfast.integrations.trl needs TRL: pip install 'rmfast[train]'") from error
-
-
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class RewardConfig(trl.RewardConfig):
-    """TRL's options, and rmfast's.
-
-    Attributes:
-        max_tokens_per_batch: trie nodes (distinct prefixes) a micro-batch, in place of
-            ``per_device_train_batch_size``; see :class:`rmfast.training.TokenBudgetSampler`.
-        loss_type: ``"bradley_terry"`` or ``"focal"`` for pairs, ``"all_pairs"`` or
-            ``"plackett_luce"`` for ranked groups; None: the first that fits the data.
-        label_smoothing: probability that a label is wrong, of ``"bradley_terry"``.
-        focal_gamma: exponent of ``"focal"``.
-        share_prefixes: False packs without sharing.
-    """
-
-    max_tokens_per_batch: int | None = None
-    loss_type: str | None = None
-    label_smoothing: float = 0.0
-    focal_gamma: float = 2.0
-    share_prefixes: bool = True
-
-
-def _option(args: trl.RewardConfig, name: str) -> Any:
-    """An option of :class:`RewardConfig`; of TRL's own config its default."""
-    return getattr(args, name, getattr(RewardConfig, name))
-
-
-# Options of TRL and transformers that would train on something else: when they are on, and why not.
-_REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "use_liger_kernel": (
-        lambda args: args.use_liger_kernel,
-        "Liger puts the causal-LM forward on a reward model; give the trainer "
-        "rmfast.patch(model, backbone_kernels='liger') instead",
-    ),
-    "label_smoothing_factor": (
-        lambda args: args.label_smoothing_factor,
-        "a reward model has no class labels; label_smoothing of rmfast's RewardConfig smooths "
-        "preferences",
-    ),
-    "include_for_metrics": (
-        lambda args: "inputs" in args.include_for_metrics,
-        "packed batches have no rows of tokens that compute_metrics could be given",
-    ),
-    "accelerator_config.dispatch_batches": (
-        lambda args: args.accelerator_config.dispatch_batches,
-        "packed batches cannot be cut up and sent to other processes",
-    ),
-    "accelerator_config.split_batches": (
-        lambda args: args.accelerator_config.split_batches,
-        "packed batches cannot be cut up; set per_device_train_batch_size to the pairs of one "
-        "process",
-    ),
-    "parallelism_config": (
-        lambda args: any(
-            getattr(getattr(args, "parallelism_config", None), f"{kind}_size", 1) > 1
-            for kind in ("cp", "sp", "tp")
-        ),
-        "context, sequence and tensor parallelism are not supported; data parallelism is",
-    ),
-}
-_REFUSED_WITH_BUDGET: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "train_sampling_strategy": (
-        lambda args: getattr(args, "train_sampling_strategy", "random") != "random",
-        "max_tokens_per_batch draws the order of batches itself",
-    ),
-    "dataloader_drop_last": (
-        lambda args: args.dataloader_drop_last,
-        "batches of max_tokens_per_batch have no size to fall short of",
-    ),
-    "auto_find_batch_size": (
-        lambda args: args.auto_find_batch_size,
-        "it changes per_device_train_batch_size; lower max_tokens_per_batch",
-    ),
-    "max_tokens_per_batch": (
-        lambda args: args.max_tokens_per_batch < 1,
-        "it must be a positive integer",
-    ),
-}
-
-
-def _refuse(args: trl.RewardConfig, dataset: Any) -> None:
-    """Raise ValueError for an option that would silently train on something else."""
-    refused = dict(_REFUSED)
-    if _option(args, "max_tokens_per_batch") is not None:
-        refused |= _REFUSED_WITH_BUDGET
-        if not isinstance(dataset, datasets.Dataset):
-            raise ValueError(
-                "max_tokens_per_batch cannot be used with streamed data: it needs a data set of "
-                "known length"
-            )
-    for name, (is_set, reason) in refused.items():
-        if is_set(args):
-            raise ValueError(f"{name} cannot be used with rmfast's RewardTrainer: {reason}")
 
 
 class RewardTrainer(trl.RewardTrainer):
@@ -166,8 +68,8 @@ class RewardTrainer(trl.RewardTrainer):
     ) -> None:
         if args is None:
             args = RewardConfig(f"{_name_of(model)}-Reward")
-        _refuse(args, train_dataset)
-        if data_collator is not None and _option(args, "max_tokens_per_batch") is not None:
+        refuse(args, train_dataset)
+        if data_collator is not None and option_of(args, "max_tokens_per_batch") is not None:
             raise ValueError("max_tokens_per_batch packs batches itself: give no data_collator")
         if args.dataloader_pin_memory and not args.use_cpu:
             # else each batch's copy to the device would wait for it
@@ -194,20 +96,20 @@ class RewardTrainer(trl.RewardTrainer):
             found = ", ".join(f"{name}: {kind}" for name, kind in self._data.items())
             raise ValueError(f"all data sets must be pairs, or all ranked responses ({found})")
         data = kinds.pop()
-        loss = _option(self.args, "loss_type") or KINDS[data][0]
+        loss = option_of(self.args, "loss_type") or KINDS[data][0]
         if loss not in KINDS[data]:
             fitting = " and ".join(KINDS[data])
             raise ValueError(f"loss_type={loss!r} does not go with {data}: {fitting} do")
         return Objective(
             kind=loss,
-            label_smoothing=_option(self.args, "label_smoothing"),
+            label_smoothing=option_of(self.args, "label_smoothing"),
             center=self.args.center_rewards_coefficient or 0.0,
-            gamma=_option(self.args, "focal_gamma"),
+            gamma=option_of(self.args, "focal_gamma"),
         )
 
     def _collator(self) -> Collator:
         patch = patching.attached(self.model)
-        share, pad = _option(self.args, "share_prefixes"), self._pad
+        share, pad = option_of(self.args, "share_prefixes"), self._pad
         if patch is not None:
             share = share and patch.options.share_prefixes
             pad = None if patch.options.pooling == "mask" else pad
@@ -245,9 +147,8 @@ class RewardTrainer(trl.RewardTrainer):
         columns = get_dataset_column_names(dataset)
         ranked = self._is_ranked(columns, dataset_name)
         dropped = self.dropped[dataset_name] = Counter()
-        dataset = _sift(
-            dataset, _why_not_group if ranked else _why_not_pair, dataset_name, args, dropped
-        )
+        why_not = _why_not_group if ranked else _why_not_pair
+        dataset = _sift(dataset, why_not, dataset_name, args, dropped)
         if not ranked:
             unlimited = copy.copy(args)
             unlimited.max_length = None  # longer rows are counted below
@@ -258,7 +159,8 @@ class RewardTrainer(trl.RewardTrainer):
                 fn_kwargs={"processing_class": processing_class},
                 **_map_options(dataset, args, f"Tokenizing {dataset_name} dataset"),
             )
-        dataset = _sift(dataset, _WhyNotTokens(args.max_length), dataset_name, args, dropped)
+        why_not = functools.partial(_why_not_tokens, max_length=args.max_length)
+        dataset = _sift(dataset, why_not, dataset_name, args, dropped)
         if dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
             _log.warning("%s data set: %d rows dropped: %s", dataset_name, dropped.total(), reasons)
@@ -287,7 +189,7 @@ class RewardTrainer(trl.RewardTrainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """TRL's; with ``max_tokens_per_batch``, batches filled by trie nodes."""
-        if _option(self.args, "max_tokens_per_batch") is None:
+        if option_of(self.args, "max_tokens_per_batch") is None:
             return super().get_train_dataloader()
         args = self.args
         loader = torch.utils.data.DataLoader(
@@ -298,8 +200,6 @@ class RewardTrainer(trl.RewardTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            in_order=getattr(args, "dataloader_in_order", True),
-            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         )
         return prepare_data_loader(  # the sampler knows of the processes itself
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True,
@@ -471,17 +371,12 @@ def _sift(
     return kept
 
 
-@dataclasses.dataclass(frozen=True)
-class _WhyNotTokens:
+def _why_not_tokens(row: dict[str, Any], place: int, max_length: int | None) -> str:
     """Why a tokenised row is dropped; nothing where it is not."""
-
-    max_length: int | None
-
-    def __call__(self, row: dict[str, Any], place: int) -> str:
-        sides = row.get("responses_ids") or [row["chosen_ids"], row["rejected_ids"]]
-        if self.max_length is not None and max(map(len, sides)) > self.max_length:
-            return "longer than max_length"
-        return "identical tokens" if all(side == sides[0] for side in sides[1:]) else ""
+    sides = row.get("responses_ids") or [row["chosen_ids"], row["rejected_ids"]]
+    if max_length is not None and max(map(len, sides)) > max_length:
+        return "longer than max_length"
+    return "identical tokens" if all(side == sides[0] for side in sides[1:]) else ""
 
 
 def _count(row: dict[str, Any], collator: Collator, first: np.ndarray) -> dict[str, int]:

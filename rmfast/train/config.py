@@ -1,0 +1,79 @@
+"""Options of :class:`rmfast.train.trainer.RewardTrainer`, and those of TRL's that it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import datasets
+import trl
+
+
+@dataclasses.dataclass
+class RewardConfig(trl.RewardConfig):
+    """TRL's options, and rmfast's.
+
+    Attributes:
+        max_tokens_per_batch: trie nodes (distinct prefixes) a micro-batch, in place of
+            ``per_device_train_batch_size``; see :class:`rmfast.training.TokenBudgetSampler`.
+        loss_type: ``"bradley_terry"`` or ``"focal"`` for pairs, ``"all_pairs"`` or
+            ``"plackett_luce"`` for ranked groups; None: the first that fits the data.
+        label_smoothing: probability that a label is wrong, of ``"bradley_terry"``.
+        focal_gamma: exponent of ``"focal"``.
+        share_prefixes: False packs without sharing.
+    """
+
+    max_tokens_per_batch: int | None = None
+    loss_type: str | None = None
+    label_smoothing: float = 0.0
+    focal_gamma: float = 2.0
+    share_prefixes: bool = True
+
+
+def option_of(args: trl.RewardConfig, name: str) -> Any:
+    """An option of :class:`RewardConfig`; of TRL's own config its default."""
+    return getattr(args, name, getattr(RewardConfig, name))
+
+
+_REFUSED = {  # options that would silently train on something else, and why
+    "use_liger_kernel": "Liger puts the causal-LM forward on a reward model; give the trainer "
+    "rmfast.patch(model, backbone_kernels='liger') instead",
+    "label_smoothing_factor": "a reward model has no class labels; label_smoothing of rmfast's "
+    "RewardConfig smooths preferences",
+    "include_for_metrics": "packed batches have no rows of tokens to give to compute_metrics",
+    "accelerator_config.dispatch_batches": "packed batches cannot be cut up for other processes",
+    "accelerator_config.split_batches": "packed batches cannot be cut up; set "
+    "per_device_train_batch_size to the pairs of one process",
+    "parallelism_config": "of all kinds of parallelism only data parallelism is supported",
+    "max_tokens_per_batch": "it must be a positive integer, and the data set's length known",
+    "train_sampling_strategy": "max_tokens_per_batch draws the order of batches itself",
+    "dataloader_drop_last": "batches of max_tokens_per_batch have no size to fall short of",
+    "auto_find_batch_size": "it changes per_device_train_batch_size; lower max_tokens_per_batch",
+}
+
+
+def refuse(args: trl.RewardConfig, dataset: Any) -> None:
+    """Raise ValueError for an option that would silently train on something else."""
+    budget, accelerator = option_of(args, "max_tokens_per_batch"), args.accelerator_config
+    parallel = getattr(args, "parallelism_config", None)
+    refused = {
+        "use_liger_kernel": args.use_liger_kernel,
+        "label_smoothing_factor": args.label_smoothing_factor,
+        "include_for_metrics": "inputs" in args.include_for_metrics,
+        "accelerator_config.dispatch_batches": accelerator.dispatch_batches,
+        "accelerator_config.split_batches": accelerator.split_batches,
+        "parallelism_config": any(
+            getattr(parallel, f"{kind}_size", 1) > 1 for kind in ("cp", "sp", "tp")
+        ),
+    }
+    if budget is not None:
+        refused |= {
+            "max_tokens_per_batch": budget < 1 or not isinstance(dataset, datasets.Dataset),
+            "train_sampling_strategy": getattr(args, "train_sampling_strategy", "random")
+            != "random",
+            "dataloader_drop_last": args.dataloader_drop_last,
+            "auto_find_batch_size": args.auto_find_batch_size,
+        }
+    for name, is_set in refused.items():
+        if is_set:
+            raise ValueError(f"{name} cannot be used with rmfast's RewardTrainer: {_REFUSED[name]}")
