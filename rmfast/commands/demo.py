@@ -6,12 +6,13 @@ import typer
 
 from rmfast.commands.arguments import command
 from rmfast.demo.options import DemoOptions
+from rmfast.errors import UserError
 
 HELP = """Patch a reward model, check it, train it, and time both.
 
 Holds the scores of the patched model against the unpatched model's, trains it on preference pairs,
 and compares time and memory. With no options nothing is downloaded: the model comes from a package,
-the pairs are made from Python's own documentation, and a few minutes on two CPU cores are enough.
+the pairs are from Python's own documentation, and a few minutes on two CPU cores are enough.
 """
 
 
@@ -20,6 +21,8 @@ def add(app: typer.Typer) -> None:
 
 
 def run(options: DemoOptions) -> None:
-    from rmfast.demo import demo
-
+    try:
+        from rmfast.demo import demo
+    except ImportError as error:
+        raise UserError(f"it needs TRL: pip install 'rmfast[demo]' ({error})") from None
     demo.run(options)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rmfast.evaluate import show
-from rmfast.train.begin import Started
-from rmfast.train.fit import Rows
 from rmfast.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from rmfast.train.begin import Started
+    from rmfast.train.fit import Rows
+
 
 _PATHS = ("model", "data", "eval_data", "output", "tokenizer", "chat_template")
 _LOSSES = {
