@@ -19,6 +19,7 @@ import yaml
 pytest.importorskip("trl", reason="TRL is not installed: rmfast[train]")
 
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
@@ -161,6 +162,10 @@ def test_a_run_and_its_card(run, model, language_model, tmp_path, capsys, monkey
     assert ("its head: new" in card) == (kind == "new head")
     assert "Of 6 pairs of the same data" in card
     assert ("[tokenizer.bos_token_id, *ids]" in card) == (kind == "bos")
+    metadata = ModelCard.load(out / "README.md").data
+    assert (metadata.library_name, metadata.base_model) == ("transformers", None)
+    assert metadata.eval_results[0].metric_value == held_out[-1]["rows"]["accuracy"]
+    assert metadata.eval_results[0].dataset_name == "in.jsonl, held-out prompts"
     codes = re.findall(r"```python\n(.*?)```", card, re.S)
     scores = []
     for code in codes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import itertools
 import random
@@ -38,7 +37,6 @@ _DTYPES = {
     "float32": "fp32 weights and arithmetic",
     "bfloat16": "bf16 weights and arithmetic",
 }
-_MODEL = "SmolLM2-135M-Instruct, with a reward head drawn at random:"
 _PAIRS = """\
 Asked what a function of Python's standard library does, chosen is its docstring, rejected a
 sibling's. Two pairs a question. Held out are other modules. Easy on purpose: a docstring that does
@@ -58,48 +56,57 @@ def run(options: DemoOptions) -> None:
 
 def _run(options: DemoOptions) -> None:
     start = time.perf_counter()
-    say = functools.partial(print, flush=True)
     loading.quiet()
     disable_progress_bars()
-    job, template = _job(options), training.read_template(options.chat_template)
+    job = _job(options)
     if options.output is not None:
         _make_folder(Path(options.output))
+    started, rows = _start(options, job)
+    _say("\n1. The patch")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(options, job, started, rows, folder)
+        _say(trainer.report)
+        _say("\n2. The same scores")
+        _say(_agreement(job, trainer.model, rows, options.batch_pairs))
+        _say("\n3. Training")
+        _say(f"held-out accuracy before  {_accuracy(trainer)}")
+        trainer.train()
+        _say(f"held-out accuracy after   {_accuracy(trainer)}")
+        _say("(in brackets the 95 % interval; ties count as wrong)")
+    if options.output is not None:
+        patching.unpatch(trainer.model).save_pretrained(options.output)
+        started.tokenizer.save_pretrained(options.output)
+        _say(f"saved to {options.output}")
+    del trainer, started
+    gc.collect()  # model and patch hold each other
+    torch.cuda.empty_cache()
+    _say("\n4. Time and memory, each model in a process of its own on this machine: "
+         f"{_machine(job.device)}")  # fmt: skip
+    _say(_comparison(job, rows, options.batch_pairs))
+    _say(f"\nin all {time.perf_counter() - start:.0f} s")
+
+
+def _say(words: object) -> None:
+    print(words, flush=True)
+
+
+def _start(options: DemoOptions, job: timing.Job) -> tuple[begin.Started, Rows]:
+    """The model, and the data as token ids; says what they are."""
+    template = training.read_template(options.chat_template)
     train, held_out = _preferences(options)
     started = job.load()
     if template is not None:
         started.tokenizer.chat_template = template
     if options.model is None:
-        say(_MODEL)
-    say(started.start)
+        _say("SmolLM2-135M-Instruct, with a reward head drawn at random:")
+    _say(started.start)
     rows = training.tokenised(started, train, held_out, options.max_length)
-    say(f"  data: {len(rows.train)} pairs to train on, {len(rows.held_out)} held out; "
-        f"{options.batch_pairs} pairs a batch")  # fmt: skip
-    say(f"  machine: {_machine(job.device)}; {_DTYPES[job.dtype]}")
+    _say(f"  data: {len(rows.train)} pairs to train on, {len(rows.held_out)} held out; "
+         f"{options.batch_pairs} pairs a batch")  # fmt: skip
+    _say(f"  machine: {_machine(job.device)}; {_DTYPES[job.dtype]}")
     if options.data is None:
-        say(_PAIRS)
-
-    say("\n1. The patch")
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(options, job, started, rows, folder)
-        say(trainer.report)
-        say("\n2. The same scores")
-        say(_agreement(job, trainer.model, rows, options.batch_pairs))
-        say("\n3. Training")
-        say(f"held-out accuracy before  {_accuracy(trainer)}")
-        trainer.train()
-        say(f"held-out accuracy after   {_accuracy(trainer)}")
-        say("(in brackets the 95 % interval; ties count as wrong)")
-    if options.output is not None:
-        patching.unpatch(trainer.model).save_pretrained(options.output)
-        started.tokenizer.save_pretrained(options.output)
-        say(f"saved to {options.output}")
-    del trainer, started
-    gc.collect()  # model and patch hold each other
-    torch.cuda.empty_cache()
-
-    say(f"\n4. Time and memory: {_machine(job.device)}, this machine; each in a process of its own")
-    say(_comparison(job, rows, options.batch_pairs))
-    say(f"\nin all {time.perf_counter() - start:.0f} s")
+        _say(_PAIRS)
+    return started, rows
 
 
 # --- what the user gave

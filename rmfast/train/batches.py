@@ -1,8 +1,7 @@
-"""What a trainer needs: preferences packed where the data is loaded, and what is minimised.
+"""Batches of preferences as packed tries.
 
-:class:`Collator` turns examples into one packed trie, on the host; ``model(rmfast_step=Step(batch,
-objective))`` on a patched model runs it without a look at a token again.
-:class:`TokenBudgetSampler` fills batches by trie nodes instead of by examples.
+:class:`Collator` packs examples on the host, in the workers of a data loader;
+``model(rmfast_step=Step(batch, objective))`` on a patched model runs them.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from torch import Tensor
 from rmfast.packed.step import Batch
 from rmfast.train.objective import LARGEST_GROUP
 from rmfast.trie import pack
-
-# --- batches
 
 
 @dataclass
@@ -64,8 +61,8 @@ class Collator:
                 if example.get(name) is None:
                     raise ValueError(f"example {i} of the batch has no {name}")
         rows = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
-        out = self._packed(rows)
-        out["count"] = len(examples)
+        batch = self._packed(rows)
+        batch["count"] = len(examples)
         if examples[0].get("margin") is not None:
             for i, example in enumerate(examples):
                 if example.get("margin") is None or not math.isfinite(example["margin"]):
@@ -73,8 +70,8 @@ class Collator:
                         f"example {i} of the batch: margin is {example.get('margin')}, and must "
                         "be a finite number in every example, or in none"
                     )
-            out["margin"] = torch.tensor([e["margin"] for e in examples], dtype=torch.float32)
-        return out
+            batch["margin"] = torch.tensor([e["margin"] for e in examples], dtype=torch.float32)
+        return batch
 
     def _groups(self, examples: Sequence[dict[str, Any]]) -> Batch:
         rows = [row for e in examples for row in e["responses_ids"]]
@@ -91,19 +88,19 @@ class Collator:
                     f"example {i} of the batch has {size} responses, more than {LARGEST_GROUP}"
                 )
         # first, so that trainers of transformers count groups: they look at the first tensor
-        out = {"sizes": torch.tensor(sizes), **self._packed(rows)}
+        batch = {"sizes": torch.tensor(sizes), **self._packed(rows)}
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         ranks = np.concatenate([np.asarray(e["ranks"], np.float64) for e in examples])
         pairs = []
         for first, size in zip(offsets, sizes, strict=False):
             r = ranks[first : first + size]
             pairs.append(np.argwhere(r[:, None] < r) + first)
-        out["pairs"] = torch.from_numpy(np.concatenate(pairs))
+        batch["pairs"] = torch.from_numpy(np.concatenate(pairs))
         # only their order counts, and fp32 may not tell large numbers apart
-        out["ranks"] = torch.from_numpy(np.unique(ranks, return_inverse=True)[1]).float()
-        out["offsets"] = torch.from_numpy(offsets)
-        out["count"], out["largest"] = len(examples), max(sizes)
-        return out
+        batch["ranks"] = torch.from_numpy(np.unique(ranks, return_inverse=True)[1]).float()
+        batch["offsets"] = torch.from_numpy(offsets)
+        batch["count"], batch["largest"] = len(examples), max(sizes)
+        return batch
 
     def _packed(self, rows: Sequence[Sequence[int]]) -> Batch:
         arrays = [np.asarray(row, np.int64) for row in rows]

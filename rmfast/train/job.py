@@ -209,13 +209,13 @@ def _settings(
 ) -> dict[str, Any]:
     """What decides the weights and the figures. A run with others cannot go on with this one's."""
     values = dataclasses.asdict(options).items()
-    out = {flag(name): value for name, value in values if name not in _MAY_DIFFER}
-    out |= model_identity(options.model)
-    out["the text of --chat-template"] = None if template is None else digest(template)
-    out["the preferences of --data"] = _digest(train)
+    settings = {flag(name): value for name, value in values if name not in _MAY_DIFFER}
+    settings |= model_identity(options.model)
+    settings["the text of --chat-template"] = None if template is None else digest(template)
+    settings["the preferences of --data"] = _digest(train)
     if options.eval_data is not None:
-        out["the preferences of --eval-data"] = _digest(held_out)
-    return json.loads(json.dumps(out))
+        settings["the preferences of --eval-data"] = _digest(held_out)
+    return json.loads(json.dumps(settings))
 
 
 def _digest(records: Preferences) -> str:
@@ -301,8 +301,8 @@ def hold_out(
         if sum(map(len, held)) + len(question) <= wanted:
             held.append(question)
     held = held or [min(questions, key=len)]
-    out = {id(record) for question in held for record in question}
-    sides = ([x for x in found if id(x) not in out], [x for x in found if id(x) in out])
+    chosen = {id(record) for question in held for record in question}
+    sides = ([x for x in found if id(x) not in chosen], [x for x in found if id(x) in chosen])
     print(f"held out: {len(sides[1]):,} {found.kind} of {len(held):,} questions")
     return tuple(dataclasses.replace(found, records=side) for side in sides)
 

@@ -69,12 +69,12 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
 
     def _cut(self, epoch: int) -> list[list[int]]:
         order = np.random.default_rng([self._seed, epoch]).permutation(self._own.size)
-        out: list[list[int]] = []
+        batches: list[list[int]] = []
         left = -1
         for i, own in zip(order.tolist(), self._own[order].tolist(), strict=True):
             left -= own
             if left < 0:
-                out.append([])
+                batches.append([])
                 left = self._room - own
-            out[-1].append(i)
-        return out
+            batches[-1].append(i)
+        return batches

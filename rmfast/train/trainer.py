@@ -78,16 +78,16 @@ class RewardTrainer(trl.RewardTrainer):
         self._data: dict[str, str] = {}  # a key of KINDS for each data set
         self._filters = False
         super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
-        patching.repatch(self.model)
-        self.report = patching.report(self.model)
-        self._packs = self._can_pack()
-        self._check_head()
+        patch = patching.repatch(self.model)
+        self.report = patch.report()
+        self._packs = self._can_pack(patch)
+        self._check_head(patch)
         self.objective = self._objective()
         self.batch_metrics = {mode: BatchMetrics(self.accelerator) for mode in ("train", "eval")}
         # the loss is divided by the pairs of the whole step already
         self.loss_is_scaled_for_ga = data_collator is None
         if data_collator is None:
-            self.data_collator = self._collator()
+            self.data_collator = self._collator(patch)
             self.model_accepts_loss_kwargs = True  # how older versions of transformers are told
 
     def _objective(self) -> Objective:
@@ -107,28 +107,23 @@ class RewardTrainer(trl.RewardTrainer):
             gamma=option_of(self.args, "focal_gamma"),
         )
 
-    def _collator(self) -> Collator:
-        patch = patching.attached(self.model)
-        share, pad = option_of(self.args, "share_prefixes"), self._pad
-        if patch is not None:
-            share = share and patch.options.share_prefixes
-            pad = None if patch.options.pooling == "mask" else pad
-        return Collator(pad, share and not models.draws_noise(self.model, active=False))
+    def _collator(self, patch: patching.Patch) -> Collator:
+        share = option_of(self.args, "share_prefixes") and patch.options.share_prefixes
+        share = share and not models.draws_noise(self.model, active=False)
+        return Collator(None if patch.options.pooling == "mask" else self._pad, share)
 
     @property
     def _pad(self) -> int | None:
         return self.model.config.get_text_config().pad_token_id
 
-    def _can_pack(self) -> bool:
-        patch = patching.attached(self.model)
+    def _can_pack(self, patch: patching.Patch) -> bool:
         configs = getattr(self.model, "peft_config", {})
         prompts = any(getattr(x, "is_prompt_learning", False) for x in configs.values())
-        return patch is not None and patch.level == "trie" and not prompts
+        return patch.level == "trie" and not prompts
 
-    def _check_head(self) -> None:
+    def _check_head(self, patch: patching.Patch) -> None:
         """An adapter that leaves the head as it was drawn learns next to nothing."""
-        patch = patching.attached(self.model)
-        head = getattr(patch.outer, "score", None) if patch is not None else None
+        head = getattr(patch.outer, "score", None)
         adapted = hasattr(self.model, "peft_config") and head is not None
         if adapted and not any(p.requires_grad for p in head.parameters()):
             raise ValueError(
