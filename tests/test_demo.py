@@ -173,7 +173,8 @@ def test_says_what_is_wrong_with_the_rest(tmp_path, model, capsys):
     (tmp_path / "file").touch()
     said = fails(capsys, "--model", model, "--output", str(tmp_path / "file" / "inside"))
     assert "--output" in said
-    assert "--device nowhere" in fails(capsys, "--model", model, "--device", "nowhere")
+    said = fails(capsys, "--model", model, "--device", "nowhere")
+    assert "--device must be one of cpu, cuda, got 'nowhere'" in said
 
 
 def test_a_measuring_process_that_ends_is_reported(tmp_path, monkeypatch):

@@ -36,8 +36,8 @@ class DemoOptions(Options):
         "rounds small updates away (default: mixed where bf16 is fast, else float32).",
         None,
     )
-    device: str | None = option(
-        "Run on cpu, cuda or cuda:N (default: a GPU if there is one).", None
+    device: Literal["cpu", "cuda"] | None = option(
+        "Run here (default: a GPU if there is one).", None
     )
     chat_template: str | None = option(
         "Use the Jinja template in this file, for a tokenizer without one.", None, metavar="FILE"
@@ -46,4 +46,4 @@ class DemoOptions(Options):
     output: str | None = option(
         "Save the trained model and its tokenizer here.", None, metavar="FOLDER"
     )
-    seed: int = option("Seed the order, the split and a missing head.", 0)
+    seed: int = option("Seed the order, the split and a missing head.", 0, least=0, below=2**32)
