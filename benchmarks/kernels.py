@@ -219,8 +219,10 @@ def attentions(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str, 
     nodes, groups = torch.arange(len(trie), device=device), shape.heads // shape.kv_heads
     mask = ((nodes <= nodes[:, None]) & (nodes[:, None] < end))[None, None]
 
+    plan = ops.TriePlan(end, position)
+
     def by(backend: str) -> Callable:
-        return lambda q, k, v: backends.trie_attention(backend, q, k, v, end, position)
+        return lambda q, k, v: backends.trie_attention(backend, q, k, v, plan)
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # no fused kernel has mask and groups
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
@@ -286,7 +288,7 @@ def preparations(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str
         like = torch.empty(0, dtype=torch.bfloat16, device=device)
 
         def plans() -> None:
-            who = kernels._rule(end, position, None, None)
+            who = kernels.rule(end, position, None, None)
             for kernel in ("forward", "dq", "dkv"):
                 config = kernels._config(kernel, like, shape.head_dim, False, False)
                 kernels.plan(who, config.rows, config.nodes, kernel == "dkv")

@@ -9,10 +9,12 @@ from rmfast.ops._fused import RewardHeadPairwiseLoss, reward_head_pairwise_loss
 from rmfast.ops._head import pooled_reward_head, reward_head, reward_head_backward
 from rmfast.ops._listwise import listwise_loss
 from rmfast.ops._pairwise import PairwiseLoss, pairwise_loss
+from rmfast.ops._plan import TriePlan
 
 __all__ = [
     "PairwiseLoss",
     "RewardHeadPairwiseLoss",
+    "TriePlan",
     "listwise_loss",
     "pairwise_loss",
     "pooled_reward_head",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rmfast.ops import TriePlan
 from rmfast.packed import attention, models
 from rmfast.packed.compiling import untraced
 from rmfast.packed.stand_in import Override, Unservable
@@ -146,7 +147,7 @@ class PackedForward(Override):
         trie = piece.trie
         rows = trie.pool_index.unique() if prune and self.may_prune() else None
         if rows is not None and not rows.numel():
-            rows = trie.after(len(trie) - 1)  # nobody is scored here: any one will do
+            rows = rows.new_tensor([len(trie) - 1])  # nobody is scored here: any one will do
         carried = attention.Carried(piece.carried, piece.keep, before)
         out = self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)
         return out[0][0], carried.after
@@ -176,10 +177,10 @@ class PackedForward(Override):
         **kwargs: Any,
     ) -> Any:
         first = 0 if carried is None else carried.count
-        run = attention.TrieRun(
-            trie, shared, self.patch.options.attention, pooled,
-            carried=carried, rows=trie.after(first),
-        )  # fmt: skip
+        end, positions = trie.subtree_end, trie.position_ids
+        rows = torch.arange(first, len(trie), device=end.device) if first else None
+        plan = TriePlan(end, positions, rows)
+        run = attention.TrieRun(trie, plan, shared, self.patch.options.attention, pooled, carried)
         # a 4D mask is handed to the layers as it is; this one fails loudly should any use it
         no_mask = torch.empty(0, 0, 0, 0, device=trie.input_ids.device)
         return call(
