@@ -201,17 +201,6 @@ def test_pooled_reward_head(rule, bias):
     assert torch.autograd.gradcheck(run, leaves)
 
 
-def test_gradient_of_the_used_rows_only():
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(7, 5, **DOUBLE), torch.randn(2, 5, **DOUBLE)
-    grad = torch.randn(6, 2, **DOUBLE)
-    dense, by_weight, by_bias = ops.reward_head_backward(grad, hidden, ROWS, weight)
-    used, *rest = ops.reward_head_backward(grad, hidden, ROWS, weight, used_only=True)
-    assert used.shape == (6, 5) and (used[[3, 5]] == 0).all()  # later uses of rows 3 and 0
-    torch.testing.assert_close(torch.zeros_like(dense).index_add(0, ROWS, used), dense)
-    torch.testing.assert_close(rest, [by_weight, by_bias])
-
-
 def test_opcheck():
     scores = torch.randn(6, requires_grad=True)
     margin = torch.rand(3)
@@ -237,7 +226,7 @@ def test_opcheck():
                 True, False)),
         (rmfast.reward_head_backward.default,
          (torch.randn(6, 1), hidden.detach().T.contiguous().T, ROWS, weight.detach(), None, True,
-          True, True)),
+          True)),
     ]  # fmt: skip
     for op, args in calls:
         torch.library.opcheck(op, args)

@@ -184,7 +184,8 @@ def test_opcheck():
         (torch.ops.rmfast.reward_head.default, (hidden, index, weight, None)),
         (attention, (*leaves, *rest, None, carrier, None, 0.3, None, None, False, True)),
         (attention, (*leaves, *rest, None, carrier, sinks, 0.3, 3, 2.0, False, True)),
-        (attention, (first, *leaves[1:], *rest, pooled, carrier, None, 0.3, None, None, False, True)),
+        (attention,
+         (first, *leaves[1:], *rest, pooled, carrier, None, 0.3, None, None, False, True)),
     ]  # fmt: skip
     for op, args in calls:
         torch.library.opcheck(op, args)

@@ -6,7 +6,7 @@ where Triton is installed. Second derivatives are not implemented.
 
 from rmfast.ops._attention import trie_attention
 from rmfast.ops._fused import RewardHeadPairwiseLoss, reward_head_pairwise_loss
-from rmfast.ops._head import pooled_reward_head, reward_head, reward_head_backward
+from rmfast.ops._head import pooled_reward_head, reward_head
 from rmfast.ops._listwise import listwise_loss
 from rmfast.ops._pairwise import PairwiseLoss, pairwise_loss
 from rmfast.ops._plan import TriePlan
@@ -19,7 +19,6 @@ __all__ = [
     "pairwise_loss",
     "pooled_reward_head",
     "reward_head",
-    "reward_head_backward",
     "reward_head_pairwise_loss",
     "trie_attention",
 ]

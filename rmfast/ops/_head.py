@@ -54,7 +54,6 @@ def _reward_head_backward(
     index: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    used_only: bool,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,11 +61,11 @@ def _reward_head_backward(
         from rmfast.kernels import reward_head as kernel
 
         grads = kernel.reward_head_backward(
-            grad, hidden, index, weight, bias, used_only, needs_hidden, needs_weight
+            grad, hidden, index, weight, bias, needs_hidden, needs_weight
         )
     else:
         grad_hidden, grad_weight, grad_bias = reference.reward_head_backward(
-            grad, hidden, index, weight, used_only
+            grad, hidden, index, weight
         )
         has_bias = needs_weight and bias is not None
         grads = (
@@ -91,11 +90,10 @@ def _(hidden, input_ids, weight, bias, attention_mask, pad_token_id, pooling):
 
 
 @_reward_head_backward.register_fake
-def _(grad, hidden, index, weight, bias, used_only, needs_hidden, needs_weight):
+def _(grad, hidden, index, weight, bias, needs_hidden, needs_weight):
     grad_hidden = grad_weight = grad_bias = None
     if needs_hidden:
-        shape = (index.shape[0], hidden.shape[-1]) if used_only else hidden.shape
-        grad_hidden = hidden.new_empty(shape)
+        grad_hidden = hidden.new_empty(hidden.shape)
     if needs_weight:
         grad_weight = weight.new_empty(weight.shape)
         grad_bias = bias.new_empty(bias.shape) if bias is not None else None
@@ -112,7 +110,7 @@ def _reward_head_grads(ctx, grad, hidden, index, weight, bias):
     if not any(ctx.needs):
         return None, None, None
     grads = _reward_head_backward(
-        grad, hidden, index, weight, bias, False, needs_hidden, needs_weight or needs_bias
+        grad, hidden, index, weight, bias, needs_hidden, needs_weight or needs_bias
     )
     return tuple(g if need else None for g, need in zip(grads, ctx.needs, strict=True))
 
@@ -166,10 +164,6 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def check_rows(hidden: Tensor, index: Tensor) -> None:
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [M, H], got shape {tuple(hidden.shape)}")
-    _check_index(index)
-
-
-def _check_index(index: Tensor) -> None:
     if index.ndim != 1 or index.dtype != torch.int64:
         raise ValueError(f"index must be int64 [B], got {index.dtype} {tuple(index.shape)}")
 
@@ -254,42 +248,3 @@ def pooled_reward_head(
     )
     rule = (attention_mask, pad_token_id, pooling)
     return _pooled_reward_head(hidden, input_ids, weight, bias, *rule)[0]
-
-
-def reward_head_backward(
-    grad: Tensor,  # [B, num_labels]
-    hidden: Tensor,  # [M, H] or [B, T, H]
-    index: Tensor,  # int64 [B]
-    weight: Tensor,  # [num_labels, H]
-    *,
-    used_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`reward_head` by hand, for code that does not go through autograd.
-
-    Args:
-        grad: gradient of the scores ``[B, num_labels]``.
-        hidden: as it was given to :func:`reward_head`, or a padded batch's ``[B, T, H]``.
-        index: int64 ``[B]``, rows of ``hidden.flatten(0, -2)``.
-        weight: ``[num_labels, H]``.
-        used_only: instead of a gradient with a row for each row of ``hidden``, ``[B, H]``: row
-            ``i`` belongs to row ``index[i]`` where ``i`` is its first use, with all its uses
-            summed, and is zero at later ones.
-
-    Returns:
-        Gradients of hidden (in its dtype), of weight (in its dtype) and of a bias (fp32, fp64
-        for fp64 inputs).
-
-    Raises:
-        ValueError: shapes that do not match; the message names the argument.
-    """
-    if hidden.ndim not in (2, 3):
-        raise ValueError(f"hidden must be [M, H] or [B, T, H], got shape {tuple(hidden.shape)}")
-    _check_index(index)
-    check_head(hidden, weight, None)
-    if grad.shape != (index.shape[0], weight.shape[0]):
-        raise ValueError(
-            f"grad must be [{index.shape[0]}, {weight.shape[0]}], got shape {tuple(grad.shape)}"
-        )
-    check_devices(grad=grad, hidden=hidden, index=index, weight=weight)
-    bias = weight.new_empty(weight.shape[0], dtype=reference.wide(hidden.dtype))
-    return _reward_head_backward(grad, hidden, index, weight, bias, used_only, True, True)

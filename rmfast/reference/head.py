@@ -11,9 +11,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# --- last-token pooling and the scalar head
-
-
 def last_token(
     input_ids: Tensor,  # int [B, T]
     attention_mask: Tensor | None,  # [B, T]
@@ -74,16 +71,11 @@ def reward_head_backward(
     hidden: Tensor,  # [M, H] or [B, T, H]
     index: Tensor,
     weight: Tensor,
-    used_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # like hidden (used_only: [B, H]), [L, H], [L]
-    """Gradients of :func:`reward_head`; rows picked twice get the sum.
-
-    With ``used_only``, row ``i`` is the gradient of row ``index[i]`` of hidden where ``i`` is its
-    first use, and zero at later ones: a scatter-add of the rows gives the whole gradient.
-    """
+) -> tuple[Tensor, Tensor, Tensor]:  # like hidden, [L, H], [L]
+    """Gradients of :func:`reward_head`; rows picked twice get the sum."""
     acc = wide(hidden.dtype)
     grad = grad.to(acc)
-    grad_hidden = rows_gradient(grad, index, weight, hidden.shape, hidden.dtype, used_only)
+    grad_hidden = rows_gradient(grad, index, weight, hidden.shape, hidden.dtype)
     grad_weight = grad.mT @ _rows(hidden, index).to(acc)
     return grad_hidden, grad_weight.to(weight.dtype), grad.sum(0)
 
@@ -94,15 +86,11 @@ def rows_gradient(
     weight: Tensor,  # [L, H]
     shape: torch.Size,  # of hidden
     dtype: torch.dtype,  # of hidden
-    used_only: bool = False,
 ) -> Tensor:
     """The part of :func:`reward_head_backward` that belongs to hidden."""
     rows, use = index.unique(return_inverse=True)
     sums = grad.new_zeros(rows.shape[0], shape[-1])
     sums.index_add_(0, use, grad @ weight.to(grad.dtype))
-    if used_only:
-        every, shape = torch.arange(index.shape[0], device=index.device), (len(index), shape[-1])
-        rows = torch.full_like(rows, len(index)).scatter_reduce(0, use, every, "amin")
     out = torch.zeros(shape, dtype=dtype, device=grad.device)
     out.view(-1, shape[-1])[rows] = sums.to(dtype)
     return out
