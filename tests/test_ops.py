@@ -241,7 +241,7 @@ def test_attention_names_the_argument():
     with pytest.raises(ValueError, match="queries must be int64"):
         ops.TriePlan(*rest, rest[1][:0])
     with pytest.raises(ValueError, match="queries must rise"):
-        ops.TriePlan(*rest, torch.tensor([1, 1]))
+        ops.trie_attention(q[:, :, :2], k, v, ops.TriePlan(*rest, torch.tensor([1, 1])))
     for name, bad in (("window", 0), ("softcap", 0.0), ("softcap", -1.0)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             ops.trie_attention(q, k, v, plan, **{name: bad})

@@ -178,6 +178,8 @@ def _bundles(
 ) -> list[Bundle]:
     end, position = subtree_end.cpu().numpy(), position_ids.cpu().numpy()
     nodes = np.arange(end.size) if queries is None else queries.cpu().numpy()
+    if (np.diff(nodes) <= 0).any():
+        raise ValueError("queries must rise: sort them, without repeats")
     size = _TILE if nodes[-1] - nodes[0] + 1 == nodes.size else _POOLED
     tiles = []
     for start in range(0, nodes.size, size):
