@@ -358,7 +358,7 @@ class Scorer:
 
     def _check_hooks(self, patch: patching.Patch) -> None:
         """Hooks around the model may change its scores, and run with its own forward alone."""
-        inside = set(patch.outer.modules()) - {patch.outer}
+        inside = set(patch.classifier.modules()) - {patch.classifier}
         for module in self.model.modules():
             if module not in inside and (module._forward_hooks or module._forward_pre_hooks):
                 raise Unservable("forward hooks on the model or on what wraps it")
