@@ -270,7 +270,7 @@ def flex(end: Tensor, position: Tensor, device: str) -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
     run = torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
-    mask = backends._block_mask(end, position, None, None)
+    mask = backends._block_mask(ops.TriePlan(end, position), None)
     return lambda q, k, v: run(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
@@ -278,9 +278,8 @@ def preparations(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str
     """What is made of a trie once a batch, for all layers: plans of the three kernels, masks."""
     trie = trie.to(device)
     end, position = trie.subtree_end, trie.position_ids
-    # a copy is a batch not seen before
     calls: dict[str, Call] = {
-        "FlexAttention": lambda: backends._block_mask(end.clone(), position, None, None)
+        "FlexAttention": lambda: backends._block_mask(ops.TriePlan(end, position), None)
     }
     if importlib.util.find_spec("triton") is not None:
         from rmfast.kernels import trie_attention as kernels
@@ -295,7 +294,7 @@ def preparations(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str
 
         calls = {"rmfast": plans, **calls}
     if importlib.util.find_spec("flash_attn") is not None:
-        calls["flash-attn"] = lambda: backends.varlen(end.clone(), position, None, None)
+        calls["flash-attn"] = lambda: backends.varlen(ops.TriePlan(end, position))
     return calls
 
 

@@ -174,14 +174,10 @@ def test_opcheck():
     sinks = torch.randn(4, requires_grad=True)
     pooled = trie.pool_index.unique()
     first = leaves[0][:, :, : len(pooled)]
-    index = torch.tensor([0, 2, 2])
-    hidden = torch.randn(5, 7, requires_grad=True)
-    weight = torch.randn(2, 7, requires_grad=True)
     attention = torch.ops.rmfast.trie_attention.default
     rest = (trie.subtree_end, trie.position_ids)
     carrier = torch.empty(0)
     calls = [
-        (torch.ops.rmfast.reward_head.default, (hidden, index, weight, None)),
         (attention, (*leaves, *rest, None, carrier, None, 0.3, None, None, False, True)),
         (attention, (*leaves, *rest, None, carrier, sinks, 0.3, 3, 2.0, False, True)),
         (attention,

@@ -1,7 +1,7 @@
-"""The operations as torch.library ops: one name, one implementation a device, autograd once.
+"""The operations of a reward model's head, losses and attention.
 
-Every op runs :mod:`rmfast.reference` on a CPU, and a kernel of :mod:`rmfast.kernels` on a GPU
-where Triton is installed. Second derivatives are not implemented.
+On a GPU where Triton is installed, each is a kernel of :mod:`rmfast.kernels` behind a torch.library
+op, which has no second derivative. Elsewhere :mod:`rmfast.reference` runs, under torch's autograd.
 """
 
 from rmfast.ops._attention import trie_attention

@@ -9,15 +9,15 @@ from rmfast.ops import _cpu as cpu
 from rmfast.ops._common import (
     check_devices,
     check_floating,
-    exact,
     no_second_derivative,
     use_kernels,
+    without_autocast,
 )
 from rmfast.ops._plan import TriePlan, made_for
 
 
 @torch.library.custom_op("rmfast::trie_attention", mutates_args=())
-@exact
+@without_autocast
 def _trie_attention(
     query: Tensor,
     key: Tensor,
@@ -44,7 +44,7 @@ def _trie_attention(
 
 
 @torch.library.custom_op("rmfast::trie_attention_backward", mutates_args=())
-@exact
+@without_autocast
 def _trie_attention_backward(
     grad: Tensor,
     query: Tensor,

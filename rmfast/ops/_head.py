@@ -10,25 +10,22 @@ from rmfast.ops._common import (
     check_devices,
     check_floating,
     check_places,
-    exact,
     no_second_derivative,
     use_kernels,
+    without_autocast,
 )
 
 
 @torch.library.custom_op("rmfast::reward_head", mutates_args=())
-@exact
+@without_autocast
 def _reward_head(hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if use_kernels(hidden):
-        from rmfast.kernels import reward_head as kernel
+    from rmfast.kernels import reward_head as kernel
 
-        return kernel.reward_head(hidden, index, weight, bias)
-    check_places("index", index, hidden.shape[0])
-    return reference.reward_head(hidden, index, weight, bias)
+    return kernel.reward_head(hidden, index, weight, bias)
 
 
 @torch.library.custom_op("rmfast::pooled_reward_head", mutates_args=())
-@exact
+@without_autocast
 def _pooled_reward_head(
     hidden: Tensor,
     input_ids: Tensor,
@@ -38,16 +35,14 @@ def _pooled_reward_head(
     pad_token_id: int | None,
     pooling: str,
 ) -> tuple[Tensor, Tensor]:
-    rule = (attention_mask, pad_token_id, pooling)
-    if use_kernels(hidden):
-        from rmfast.kernels import reward_head as kernel
+    from rmfast.kernels import reward_head as kernel
 
-        return kernel.pooled_reward_head(hidden, input_ids, weight, bias, *rule)
-    return reference.pooled_reward_head(hidden, input_ids, weight, bias, *rule)
+    rule = (attention_mask, pad_token_id, pooling)
+    return kernel.pooled_reward_head(hidden, input_ids, weight, bias, *rule)
 
 
 @torch.library.custom_op("rmfast::reward_head_backward", mutates_args=())
-@exact
+@without_autocast
 def _reward_head_backward(
     grad: Tensor,
     hidden: Tensor,
@@ -57,22 +52,11 @@ def _reward_head_backward(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if use_kernels(hidden):
-        from rmfast.kernels import reward_head as kernel
+    from rmfast.kernels import reward_head as kernel
 
-        grads = kernel.reward_head_backward(
-            grad, hidden, index, weight, bias, needs_hidden, needs_weight
-        )
-    else:
-        grad_hidden, grad_weight, grad_bias = reference.reward_head_backward(
-            grad, hidden, index, weight
-        )
-        has_bias = needs_weight and bias is not None
-        grads = (
-            grad_hidden if needs_hidden else None,
-            grad_weight if needs_weight else None,
-            grad_bias.to(bias.dtype) if has_bias else None,
-        )
+    grads = kernel.reward_head_backward(
+        grad, hidden, index, weight, bias, needs_hidden, needs_weight
+    )
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
@@ -193,7 +177,10 @@ def reward_head(
     check_rows(hidden, index)
     check_head(hidden, weight, bias)
     check_devices(hidden=hidden, index=index, weight=weight, bias=bias)
-    return _reward_head(hidden, index, weight, bias)
+    if use_kernels(hidden):
+        return _reward_head(hidden, index, weight, bias)
+    check_places("index", index, hidden.shape[0])
+    return without_autocast(reference.reward_head)(hidden, index, weight, bias)
 
 
 def pooled_reward_head(
@@ -247,4 +234,6 @@ def pooled_reward_head(
         hidden=hidden, input_ids=input_ids, weight=weight, bias=bias, attention_mask=attention_mask
     )
     rule = (attention_mask, pad_token_id, pooling)
-    return _pooled_reward_head(hidden, input_ids, weight, bias, *rule)[0]
+    run = without_autocast(reference.pooled_reward_head)
+    run = _pooled_reward_head if use_kernels(hidden) else run
+    return run(hidden, input_ids, weight, bias, *rule)[0]

@@ -33,7 +33,8 @@ def last_token(
     return (columns * counts).argmax(-1)
 
 
-def _rows(hidden: Tensor, index: Tensor) -> Tensor:  # [M, H] or [B, T, H] -> [B, H]
+def gathered(hidden: Tensor, index: Tensor) -> Tensor:  # [M, H] or [B, T, H] -> [B, H]
+    """Rows ``index`` of ``hidden.flatten(0, -2)``."""
     if hidden.ndim == 2:
         return hidden[index]
     return hidden[index // hidden.shape[1], index % hidden.shape[1]]
@@ -45,10 +46,15 @@ def reward_head(
     weight: Tensor,  # [L, H]
     bias: Tensor | None,  # [L]
 ) -> Tensor:  # fp32 [B, L]
-    """``hidden[index] @ weight.T + bias`` in fp32."""
+    """``hidden[index] @ weight.T + bias`` in fp32; so are the gradients of a row that repeats."""
     acc = wide(hidden.dtype)
     bias = bias.to(acc) if bias is not None else None
-    return torch.nn.functional.linear(_rows(hidden, index).to(acc), weight.to(acc), bias)
+    if hidden.requires_grad and hidden.dtype != acc:  # else repeats would be summed in bf16
+        used, use = index.unique(return_inverse=True)
+        rows = gathered(hidden, used).to(acc)[use]
+    else:
+        rows = gathered(hidden, index).to(acc)
+    return torch.nn.functional.linear(rows, weight.to(acc), bias)
 
 
 def pooled_reward_head(
@@ -64,33 +70,3 @@ def pooled_reward_head(
     column = last_token(input_ids, attention_mask, pad_token_id, pooling)
     index = torch.arange(hidden.shape[0], device=column.device) * hidden.shape[1] + column
     return reward_head(hidden, index, weight, bias), index
-
-
-def reward_head_backward(
-    grad: Tensor,  # fp32 [B, L]
-    hidden: Tensor,  # [M, H] or [B, T, H]
-    index: Tensor,
-    weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # like hidden, [L, H], [L]
-    """Gradients of :func:`reward_head`; rows picked twice get the sum."""
-    acc = wide(hidden.dtype)
-    grad = grad.to(acc)
-    grad_hidden = rows_gradient(grad, index, weight, hidden.shape, hidden.dtype)
-    grad_weight = grad.mT @ _rows(hidden, index).to(acc)
-    return grad_hidden, grad_weight.to(weight.dtype), grad.sum(0)
-
-
-def rows_gradient(
-    grad: Tensor,  # fp32 [B, L]
-    index: Tensor,  # int64 [B]
-    weight: Tensor,  # [L, H]
-    shape: torch.Size,  # of hidden
-    dtype: torch.dtype,  # of hidden
-) -> Tensor:
-    """The part of :func:`reward_head_backward` that belongs to hidden."""
-    rows, use = index.unique(return_inverse=True)
-    sums = grad.new_zeros(rows.shape[0], shape[-1])
-    sums.index_add_(0, use, grad @ weight.to(grad.dtype))
-    out = torch.zeros(shape, dtype=dtype, device=grad.device)
-    out.view(-1, shape[-1])[rows] = sums.to(dtype)
-    return out

@@ -299,7 +299,15 @@ def test_opcheck_of_the_op_that_launches_them(options, device):
     sinks = problem.sinks if problem.sinks is None else problem.sinks.clone().requires_grad_()
     torch.library.opcheck(
         torch.ops.rmfast.trie_attention.default,
-        (*leaves, *problem.mask, sinks, *problem.options, True, True),
+        (
+            *leaves,
+            *problem.mask,
+            torch.empty(0, device=device),
+            sinks,
+            *problem.options,
+            True,
+            True,
+        ),
     )
 
 
