@@ -310,7 +310,7 @@ class RewardTrainer(trl.RewardTrainer):
     def _check_head(self) -> None:
         """An adapter that leaves the head as it was drawn learns next to nothing."""
         patch = patching.attached(self.model)
-        head = getattr(patch.outer, "score", None) if patch is not None else None
+        head = getattr(patch.classifier, "score", None) if patch is not None else None
         adapted = hasattr(self.model, "peft_config") and head is not None
         if adapted and not any(p.requires_grad for p in head.parameters()):
             raise ValueError(
