@@ -59,25 +59,25 @@ def run(case: Case) -> Iterator[Finding]:
         yield Finding("scores", NOTE, "Not tried: too few built-in conversations give tokens.")
         return
     try:
-        own, single = score(case, case.model, rows), score_singly(case, case.model, rows)
-        exact = fp32_scores(case, rows)
+        own, single = exact = scores(case, case.model, rows)
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in case.model.parameters()):
+            exact = fp32_scores(case, rows)
     except Exception as error:  # the model's own code: the kinds are many
         liger = (
             "Apply Liger with fused_linear_cross_entropy=False." if "lm_head" in str(error) else ""
         )
-        yield Finding("scores", WRONG, f"The model cannot score: {_one_line(error)}", liger)
+        problem = f"The model cannot score: {type(error).__name__}: {error}"
+        yield Finding("scores", WRONG, problem, liger)
         return
-    found = values(own)
-    yield found
-    if found.status == WRONG:
+    yield values(own)
+    if not torch.isfinite(own).all() or own.min() == own.max():
         return
     yield padding(own, single, exact)
     try:
         with patching.patched(case.model):
-            patched = score(case, case.model, rows)
-            report = patching.report(case.model)
+            patched, report = batch_scores(case, case.model, rows), patching.report(case.model)
     except Exception as error:
-        problem = f"It does not run patched: {_one_line(error)}"
+        problem = f"It does not run patched: {type(error).__name__}: {error}"
         yield Finding("level", WRONG, problem, "Report this as a bug of rmfast.")
         return
     status = OK if report.level == "trie" else NOTE
@@ -89,10 +89,6 @@ def run(case: Case) -> Iterator[Finding]:
     yield parity(own, patched, exact)
     if case.tokenizer is not None and models.find(case.model)[0] is not None:
         yield pooling(case, rows)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 # --- rows and scores
@@ -114,49 +110,47 @@ def token_rows(case: Case) -> Rows:
     return [list(row) for row in dict.fromkeys(tuple(row[: case.positions]) for row in rows)]
 
 
-def score(case: Case, model: nn.Module, rows: Rows) -> Tensor:  # fp64 [len(rows)]
+def scores(case: Case, model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:  # fp64 [len(rows)]
+    """Scores of one batch, and of single rows."""
+    single = [batch_scores(case, model, [row]) for row in rows]
+    return batch_scores(case, model, rows), torch.cat(single)
+
+
+def batch_scores(case: Case, model: nn.Module, rows: Rows) -> Tensor:  # fp64 [len(rows)]
     """Scores of one batch, padded as the tokenizer would; row by row without a pad token."""
     pad = getattr(case.tokenizer, "pad_token_id", None)
     pad = case.pad if pad is None else pad
     if pad is None or (case.classifier is not None and case.pad is None):
         if len(rows) > 1:
-            return score_singly(case, model, rows)
+            return torch.cat([batch_scores(case, model, [row]) for row in rows])
         pad = 0
     side = getattr(case.tokenizer, "padding_side", "right")
     tensors = [torch.tensor(row) for row in rows]
     ids = pad_sequence(tensors, True, pad, side).to(models.device(model))
     mask = pad_sequence([torch.ones_like(row) for row in tensors], True, 0, side).to(ids.device)
     output = model(input_ids=ids, attention_mask=mask)
-    scores = output.logits if hasattr(output, "logits") else output[0]
-    if scores.shape[0] != len(rows) or scores.ndim > 2:
-        raise ValueError(f"it gives {list(scores.shape)} numbers for {len(rows)} conversations")
-    return scores.reshape(len(rows), -1)[:, 0].cpu().double()
-
-
-def score_singly(case: Case, model: nn.Module, rows: Rows) -> Tensor:  # fp64 [len(rows)]
-    return torch.cat([score(case, model, [row]) for row in rows])
+    found = output.logits if hasattr(output, "logits") else output[0]
+    if found.shape[0] != len(rows) or found.ndim > 2:
+        raise ValueError(f"it gives {list(found.shape)} numbers for {len(rows)} conversations")
+    return found.reshape(len(rows), -1)[:, 0].cpu().double()
 
 
 def fp32_scores(case: Case, rows: Rows) -> Exact:
-    """Scores of the model, or where it is in half precision, of an fp32 copy if memory allows."""
-    model = case.model
-    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
-        if getattr(model, "is_quantized", False) or not has_room_for_copy(model):
-            return None
-        model = copy.deepcopy(model).float()
-    return score(case, model, rows), score_singly(case, model, rows)
+    """Scores of an fp32 copy; None where memory has no room for it and a fifth of it for work."""
+    needed = 1.2 * 4 * sum(p.numel() for p in case.model.parameters())
+    if getattr(case.model, "is_quantized", False) or needed > free_memory(case.model):
+        return None
+    return scores(case, copy.deepcopy(case.model).float(), rows)
 
 
-def has_room_for_copy(model: nn.Module) -> bool:
-    """Whether memory holds a copy in fp32, and a fifth of that for the work."""
+def free_memory(model: nn.Module) -> float:  # bytes
     device = models.device(model)
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, AttributeError):  # not on this system
-        free = math.inf
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    return 1.2 * 4 * sum(p.numel() for p in model.parameters()) < free
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, AttributeError):  # this system does not say
+        return math.inf
 
 
 # --- what the scores say
@@ -235,29 +229,27 @@ RULES = {
 }
 
 
-def scored_places(row: list[int], pad: int | None) -> dict[str, int]:
-    """The place of the token in a row that each rule scores."""
-    first_pad = row.index(pad) if pad in row else 0
-    hf = int(reference.last_token(torch.tensor([row]), None, pad, "hf"))
-    return {"hf": hf, "mask": len(row) - 1, "first_pad": (first_pad or len(row)) - 1}
-
-
 def pooling(case: Case, rows: Rows) -> Finding:
     """Which token each rule scores, and how far that moves the scores from Hugging Face's."""
     pad = case.pad if case.pad is not None else case.tokenizer.pad_token_id
-    places = [scored_places(row, pad) for row in rows]
-    count = sum(len(set(place.values())) > 1 for place in places)
+    places = {
+        "hf": [int(reference.last_token(torch.tensor([row]), None, pad, "hf")) for row in rows],
+        "mask": [len(row) - 1 for row in rows],
+        # a pad token at the very beginning is no padding
+        "first_pad": [((row.index(pad) if pad in row else 0) or len(row)) - 1 for row in rows],
+    }
+    count = sum(len(set(tokens)) > 1 for tokens in zip(*places.values(), strict=True))
     if not count:
         return Finding("pooling", OK, "All frameworks score the same token of each conversation.")
-    figures, scores = {"conversations": len(rows), "differ": count}, {}
+    figures, found = {"conversations": len(rows), "differ": count}, {}
     what = f"Frameworks score different tokens in {count} of {len(rows)} conversations."
     for rule, frameworks in RULES.items():
         # a token sees only the tokens before it: its score is that of the row cut after it
-        cut = [row[: place[rule] + 1] for row, place in zip(rows, places, strict=True)]
+        cut = [row[: place + 1] for row, place in zip(rows, places[rule], strict=True)]
         with patching.patched(case.model, pooling="mask"):
-            scores[rule] = score(case, case.model, cut)
-        moved = [i for i, place in enumerate(places) if place[rule] != place["hf"]]
-        apart = difference(scores[rule], scores["hf"])
+            found[rule] = batch_scores(case, case.model, cut)
+        moved = [i for i, place in enumerate(places[rule]) if place != places["hf"][i]]
+        apart = difference(found[rule], found["hf"])
         figures |= {f"differ_{rule}": len(moved), f"difference_{rule}": apart}
         if moved:
             token = case.tokenizer.decode(cut[moved[0]][-1:])
