@@ -109,9 +109,22 @@ class Case:
         return any(part in self.head_modules for name in names for part in name.split("."))
 
     @functools.cached_property
+    def saved(self) -> list[str]:
+        """Names of the checkpoint's tensors; none: they are not known."""
+        return saved_tensors(self.source)
+
+    @functools.cached_property
+    def adapter(self) -> list[str] | None:
+        """What a PEFT adapter trains and saves besides its own matrices; None: no adapter."""
+        configs = [vars(c) for c in (getattr(self.model, "peft_config", None) or {}).values()]
+        names = [name for config in configs for name in config.get("modules_to_save") or ()]
+        is_saved = adapter_settings(self.source) is not None
+        return names + (self.saved if is_saved else []) if configs or is_saved else None
+
+    @functools.cached_property
     def lacks_head(self) -> bool | None:
         """Whether the checkpoint, and the one under an adapter, lack the head; None: not known."""
-        saved, settings = saved_tensors(self.source), adapter_settings(self.source)
+        saved, settings = self.saved, adapter_settings(self.source)
         if settings is not None and not self.has_head(saved):
             saved = saved_tensors(settings.get("base_model_name_or_path"))
         if saved:
@@ -134,7 +147,6 @@ def saved_tensors(folder: str | None) -> list[str]:
 
 
 def adapter_settings(folder: str | None) -> dict[str, Any] | None:
-    """The settings of a PEFT adapter in a folder; None where there is none."""
     file = Path(folder) / "adapter_config.json" if folder else None
     return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else None
 

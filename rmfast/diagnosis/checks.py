@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rmfast.diagnosis.case import (
-    NOTE,
-    OK,
-    WARNING,
-    WRONG,
-    Case,
-    Finding,
-    adapter_settings,
-    conversation,
-    saved_tensors,
-)
+from rmfast.diagnosis.case import NOTE, OK, WARNING, WRONG, Case, Finding, conversation
+from rmfast.loading import first_names
 from rmfast.packed import models
 
 if TYPE_CHECKING:
@@ -29,7 +20,7 @@ if TYPE_CHECKING:
 Verdicts = Iterator[tuple[str, ...]]  # a finding's status and what, and where it has one, its do
 
 _NO_LIMIT = 10**9  # a tokenizer without a limit has model_max_length 1e30
-_NAME_OF_A_HEAD = re.compile(r"(^|[._])(v|value|reward|rm|score|regression)_?(head|model|layer)\b")
+_OTHER_HEADS = re.compile(r"(^|\.)(v|value|reward|rm|regression)_(head|layer)\b")
 # Words that no template trims or looks for.
 _QUESTION, _ANSWER, _FOLLOW_UP = "alpha beta", "gamma delta", "epsilon zeta"
 
@@ -81,10 +72,10 @@ def head(case: Case) -> Verdicts:
         return
     if case.lacks_head:
         problem = f"{name} is not in the checkpoint: it is random, and so are the scores."
-        similar = [n for n in saved_tensors(case.source) if _NAME_OF_A_HEAD.search(n)]
+        others = [name for name in case.saved if _OTHER_HEADS.search(name)]
         advice = "Name the checkpoint of a reward model, or train this one first."
-        if similar:
-            advice = f"If the head is {similar[0]}, save it as {next(iter(case.head))}."
+        if others:
+            advice = f"If the head is {others[0]}, save it as {next(iter(case.head))}."
         yield WRONG, problem, advice
     elif values and not any(value.any() for value in values):
         problem = f"{name} is all zeros: every conversation gets the same score."
@@ -99,11 +90,11 @@ def head(case: Case) -> Verdicts:
 def _looks_untrained(case: Case, values: list[torch.Tensor]) -> bool:
     """Whether the weights' standard deviation is the initial one, within four standard errors."""
     std = getattr(case.config, "initializer_range", None)
-    tables = [value.double() for value in values if value.ndim > 1]
-    errors = [
-        (x.square().mean().sqrt() / std - 1) * math.sqrt(2 * x.numel()) for x in tables if std
-    ]
-    return bool(errors) and all(abs(error) < 4 for error in errors)
+    tables = [value.float() for value in values if value.ndim > 1]
+    return bool(std and tables) and all(
+        abs(x.square().mean().sqrt().item() / std - 1) < 4 / math.sqrt(2 * x.numel())
+        for x in tables
+    )
 
 
 def weights(case: Case) -> Verdicts:
@@ -114,9 +105,9 @@ def weights(case: Case) -> Verdicts:
     ]
     absent = [name for name in case.missing or () if not case.has_head([name])]  # head() has those
     if broken:
-        yield WRONG, f"NaN or infinity in {_some(broken)}.", "Take an earlier checkpoint."
+        yield WRONG, f"NaN or infinity in {first_names(broken)}.", "Take an earlier checkpoint."
     if absent:
-        problem = f"Not in the checkpoint, and therefore random: {_some(absent)}."
+        problem = f"Not in the checkpoint, and therefore random: {first_names(absent)}."
         yield WRONG, problem, "Check that the checkpoint is complete and of this architecture."
     if not broken and not absent:
         yield OK, "All are finite."
@@ -126,19 +117,10 @@ def _all_finite(x: torch.Tensor) -> bool:
     return not x.numel() or bool(torch.isfinite(torch.stack(x.aminmax())).all())  # NaN carries over
 
 
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
-
-
 def adapter(case: Case) -> Verdicts:
-    configs = (getattr(case.model, "peft_config", None) or {}).values()
-    saved = adapter_settings(case.source) is not None
-    if not case.head or not (saved or configs):
+    if case.adapter is None or not case.head:
         return
-    trained = [n for c in configs for n in getattr(c, "modules_to_save", None) or ()]
-    trained += saved_tensors(case.source) if saved else []
-    if case.has_head(trained):
+    if case.has_head(case.adapter):
         yield OK, "The adapter trains and saves the head."
     elif case.lacks_head is False:
         yield OK, "The model under the adapter has the head."
@@ -202,12 +184,9 @@ def vocabulary(case: Case) -> Verdicts:
         problem = f"config.pad_token_id is {case.pad}, but embeddings are for 0 to {size - 1}."
         yield WRONG, problem, "Set a pad token that the model has an embedding for."
     elif beyond:
-        problem = f"The model has no embedding for {_some(beyond)}: texts with these fail."
-        yield (
-            WRONG,
-            problem,
-            "Take this checkpoint's tokenizer, or resize the embeddings and train.",
-        )
+        problem = f"The model has no embedding for {first_names(beyond)}: texts with these fail."
+        advice = "Take this checkpoint's tokenizer, or resize the embeddings and train."
+        yield WRONG, problem, advice
     else:
         yield OK, f"{len(ids)} tokens, {size} embeddings."
 
@@ -217,10 +196,8 @@ def padding_side(case: Case) -> Verdicts:
     if case.tokenizer.padding_side != "left":
         yield OK, "The tokenizer pads on the right."
     elif case.base is not None and models.has_absolute_positions(case.base):
-        problem = (
-            "Padding on the left moves tokens to other positions, which this model has learned"
-        )
-        yield WRONG, f"{problem}: it changes the scores.", f"{advice}."
+        problem = "Padding on the left changes scores: this model learns a vector per position."
+        yield WRONG, problem, f"{advice}."
     else:
         problem = "Padding on the left gives wrong scores in calls without an attention_mask."
         yield NOTE, problem, f"{advice}, or always pass the attention_mask."
@@ -247,19 +224,16 @@ def length(case: Case) -> Verdicts:
 def chat_template(case: Case) -> Verdicts:
     tokenizer, advice = case.tokenizer, "Take the chat template of the model's own release."
     if not tokenizer.chat_template:
-        problem = "The tokenizer has no chat template: only plain text can be scored."
-        yield (
-            WARNING,
-            problem,
-            "Pass the one that the model was trained with: --chat-template FILE.",
-        )
+        advice = "Pass the one that the model was trained with: --chat-template FILE."
+        yield WARNING, "The tokenizer has no chat template: only plain text can be scored.", advice
         return
     short = _text(tokenizer, _QUESTION, _ANSWER)
     long = _text(tokenizer, _QUESTION, _ANSWER, _FOLLOW_UP)
     if short is None or long is None:
         yield WRONG, "The chat template refuses a user's turn with an answer.", advice
         return
-    if _ANSWER not in short or any(t not in long for t in (_QUESTION, _ANSWER, _FOLLOW_UP)):
+    turns = (_QUESTION, _ANSWER, _FOLLOW_UP)
+    if not all(turn in short for turn in turns[:2]) or not all(turn in long for turn in turns):
         problem = "The chat template leaves out the text of a turn: the score ignores that text."
         yield WRONG, problem, advice
         return
@@ -318,14 +292,10 @@ def bos(case: Case) -> Verdicts:
         advice = "Elsewhere, tokenise text of the template with add_special_tokens=False."
         yield WARNING, problem, advice
     elif templated and tokenized > written:
-        problem = (
-            "The chat template writes none, but the tokenizer adds one to text; so does rmfast"
-        )
-        yield (
-            WARNING,
-            f"{problem}. apply_chat_template(tokenize=True) does not, and gives other scores.",
-            "Let the template write bos_token, if the model was trained with a BOS.",
-        )
+        problem = "The chat template writes none; tokenizer(text) and rmfast add one, and "
+        problem += "apply_chat_template(tokenize=True) does not: their scores differ."
+        advice = "Let the template write bos_token, if the model was trained with a BOS."
+        yield WARNING, problem, advice
     else:
         subject = "A conversation" if templated else "Plain text"
         yield OK, f"{subject} begins with {'one' if tokenized else 'none'}."

@@ -120,7 +120,7 @@ def run(args: DoctorOptions) -> int:
     Raises:
         UserError: the model cannot be loaded.
     """
-    loading.quiet()  # transformers' warning of a missing head is one of the findings
+    loading.silence_transformers()  # transformers' warning of a missing head is one of the findings
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
     name, as_json = options.pop("model"), options.pop("json")
     loaded = loading.load(name, check=False, **options)

@@ -63,11 +63,11 @@ def run(case: Case) -> Iterator[Finding]:
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in case.model.parameters()):
             exact = fp32_scores(case, rows)
     except Exception as error:  # the model's own code: the kinds are many
-        liger = (
-            "Apply Liger with fused_linear_cross_entropy=False." if "lm_head" in str(error) else ""
-        )
+        advice = "See the other findings."
+        if "lm_head" in str(error):
+            advice = "Apply Liger with fused_linear_cross_entropy=False."
         problem = f"The model cannot score: {type(error).__name__}: {error}"
-        yield Finding("scores", WRONG, problem, liger)
+        yield Finding("scores", WRONG, problem, advice)
         return
     yield values(own)
     if not torch.isfinite(own).all() or own.min() == own.max():
@@ -83,9 +83,7 @@ def run(case: Case) -> Iterator[Finding]:
     status = OK if report.level == "trie" else NOTE
     yield Finding("level", status, f"{report.level}: {'; '.join(report.reasons)}.")
     yield from (Finding("patch", WARNING, f"{text}.") for text in report.warnings)
-    yield from (
-        Finding("patch", NOTE, f"A call ran unpacked: {text}.") for text in report.fallbacks
-    )
+    yield from (Finding("patch", NOTE, f"A call ran unpacked: {x}.") for x in report.fallbacks)
     yield parity(own, patched, exact)
     if case.tokenizer is not None and models.find(case.model)[0] is not None:
         yield pooling(case, rows)
