@@ -431,6 +431,7 @@ def template(body: str) -> str:
         (None, "warning", "The tokenizer has no chat template"),
         (TEMPLATE, "ok", "keeps every turn"),
         (template(TURN), "ok", "keeps every turn"),
+        (template("{{ m['content'] + eos_token }}"), "ok", "keeps every turn"),
         (template("{% if m['role'] != 'system' %}" + TURN + "{% endif %}"), "warning",
          "leaves out system turns"),
         (template("{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + TURN),
@@ -504,6 +505,41 @@ def test_parity_that_is_broken(sound, monkeypatch):
         assert found.status == "wrong"
         assert found.figures["rank_flips"] > 0
         assert "report this" in found.do
+
+
+@pytest.mark.parametrize(
+    "last, status", [(3, "ok"), (1, "wrong"), (float("nan"), "wrong"), (float("inf"), "wrong")]
+)
+def test_values(last, status):
+    assert trials.values(torch.tensor([1, 1, last])).status == status
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_with_nan(sound, monkeypatch, dtype):
+    from rmfast.packed import patching
+
+    forward = patching.ScoringForward.scores
+    monkeypatch.setattr(
+        patching.ScoringForward, "scores", lambda *a, **k: forward(*a, **k) * float("nan")
+    )
+    found = rmfast.doctor(copy.deepcopy(sound).to(dtype), tokenizer())
+    assert named(found, "parity").status == "wrong"
+
+
+def test_a_model_that_does_not_run_patched(sound, monkeypatch):
+    from rmfast.packed import patching
+
+    monkeypatch.setattr(patching.ScoringForward, "scores", None)
+    found = rmfast.doctor(sound, tokenizer())
+    assert named(found, "level").status == "wrong"
+    assert "It does not run patched: TypeError" in named(found, "level").what
+
+
+def test_a_template_that_refuses_everything(sound):
+    found = rmfast.doctor(sound, tokenizer(template("{{ raise_exception('never') }}")))
+    assert "with an answer: never" in named(found, "chat template").what
+    assert named(found, "scores").status == "note"
+    assert not {"bos", "parity"} & {finding.name for finding in found.findings}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

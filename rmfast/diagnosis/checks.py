@@ -227,10 +227,11 @@ def chat_template(case: Case) -> Verdicts:
         advice = "Pass the one that the model was trained with: --chat-template FILE."
         yield WARNING, "The tokenizer has no chat template: only plain text can be scored.", advice
         return
-    short = _text(tokenizer, _QUESTION, _ANSWER)
-    long = _text(tokenizer, _QUESTION, _ANSWER, _FOLLOW_UP)
-    if short is None or long is None:
-        yield WRONG, "The chat template refuses a user's turn with an answer.", advice
+    try:
+        short = _text(tokenizer, _QUESTION, _ANSWER)
+        long = _text(tokenizer, _QUESTION, _ANSWER, _FOLLOW_UP)
+    except Exception as error:  # whatever a template's own code raises
+        yield WRONG, f"The chat template refuses a user's turn with an answer: {error}", advice
         return
     turns = (_QUESTION, _ANSWER, _FOLLOW_UP)
     if not all(turn in short for turn in turns[:2]) or not all(turn in long for turn in turns):
@@ -241,12 +242,9 @@ def chat_template(case: Case) -> Verdicts:
     yield from problems or [(OK, "The chat template keeps every turn and ends with the answer.")]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, *turns: str, system: str | None = None) -> str | None:
-    """A conversation as the chat template writes it; None where the template refuses it."""
-    try:
-        return tokenizer.apply_chat_template(conversation(*turns, system=system), tokenize=False)
-    except Exception:  # whatever a template's own code raises
-        return None
+def _text(tokenizer: PreTrainedTokenizerBase, *turns: str, system: str | None = None) -> str:
+    """A conversation as the chat template writes it."""
+    return tokenizer.apply_chat_template(conversation(*turns, system=system), tokenize=False)
 
 
 def _generation_prompt(short: str, long: str) -> Verdicts:
@@ -267,12 +265,12 @@ def _date_and_system_turn(tokenizer: PreTrainedTokenizerBase) -> Verdicts:
     if "strftime_now" in str(tokenizer.chat_template):
         problem = "The chat template writes the date: scores of a conversation change every day."
         yield WARNING, problem, "Pass a chat template with a fixed date."
-    text = _text(tokenizer, _QUESTION, _ANSWER, system=_FOLLOW_UP)
-    if text is None:
+    try:
+        if _FOLLOW_UP not in _text(tokenizer, _QUESTION, _ANSWER, system=_FOLLOW_UP):
+            problem = "The chat template leaves out system turns: the score ignores them."
+            yield WARNING, problem, "Put what matters of a system turn into the first user's turn."
+    except Exception:
         yield NOTE, "The chat template refuses system turns: conversations with one are errors."
-    elif _FOLLOW_UP not in text:
-        problem = "The chat template leaves out system turns: the score ignores them."
-        yield WARNING, problem, "Put what matters of a system turn into the first user's turn."
 
 
 def bos(case: Case) -> Verdicts:
@@ -280,8 +278,9 @@ def bos(case: Case) -> Verdicts:
     if tokenizer.bos_token_id is None:
         yield OK, "The tokenizer has no BOS."
         return
-    text = _text(tokenizer, _QUESTION, _ANSWER) if templated else _QUESTION
-    if text is None:
+    try:
+        text = _text(tokenizer, _QUESTION, _ANSWER) if templated else _QUESTION
+    except Exception:  # chat_template() reports it
         return
     written, tokenized = (_leading_bos(tokenizer, text, special) for special in (False, True))
     if written > 1:

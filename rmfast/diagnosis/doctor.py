@@ -62,9 +62,8 @@ class Diagnosis:
         lines = [f"rmfast doctor: {self.source or self.model}"]
         for finding in self.findings:
             start = f"  {finding.status:7}  {finding.name:{column}}  "
-            indent = " " * len(start)
-            for first, text in ((start, finding.what), (f"{indent}> ", finding.do)):
-                lines += textwrap.wrap(text, 100, initial_indent=first, subsequent_indent=indent)
+            text, indent = f"{finding.what} {finding.do}", " " * len(start)
+            lines += textwrap.wrap(text, 100, initial_indent=start, subsequent_indent=indent)
         counts = ", ".join(f"{count} {status}" for status, count in self.counts().items())
         verdict = "scores would be wrong" if self.wrong else "nothing that gives wrong scores"
         return "\n".join([*lines, f"{counts}: {verdict}"])

@@ -69,8 +69,9 @@ def run(case: Case) -> Iterator[Finding]:
         problem = f"The model cannot score: {type(error).__name__}: {error}"
         yield Finding("scores", WRONG, problem, advice)
         return
-    yield values(own)
-    if not torch.isfinite(own).all() or own.min() == own.max():
+    found = values(own)
+    yield found
+    if found.status == WRONG:
         return
     yield padding(own, single, exact)
     try:
@@ -154,20 +155,20 @@ def free_memory(model: nn.Module) -> float:  # bytes
 # --- what the scores say
 
 
-def judge(name: str, wrong: bool, what: str, advice: str, figures: dict) -> Finding:
-    return Finding(name, WRONG if wrong else OK, what, advice if wrong else "", figures)
+def judge(name: str, right: bool, what: str, advice: str, figures: dict) -> Finding:
+    """A finding; comparisons with NaN are False, so NaN is wrong."""
+    return Finding(name, OK if right else WRONG, what, "" if right else advice, figures)
 
 
 def values(scores: Tensor) -> Finding:
-    bad, low, high = (~torch.isfinite(scores)).sum(), scores.min().item(), scores.max().item()
-    what = f"{len(scores)} built-in conversations score from {low:.4g} to {high:.4g}"
-    figures = {"conversations": len(scores), "lowest": low, "highest": high}
+    bad, low, high = int((~scores.isfinite()).sum()), scores.min().item(), scores.max().item()
+    what = f"{len(scores)} built-in conversations score from {low:.4g} to {high:.4g}."
+    advice = "See the other findings: the head is zero, or the same wrong token is scored."
     if bad:
-        what = f"{bad} of {len(scores)} built-in conversations score NaN or infinity"
+        what = f"{bad} of {len(scores)} built-in conversations score NaN or infinity."
         advice = "Load it in bfloat16 or float32. If that does not help, the checkpoint is broken."
-    else:
-        advice = "See the other findings: the head is zero, or the same wrong token is scored."
-    return judge("scores", bool(bad) or low == high, f"{what}.", advice, figures)
+    figures = {"conversations": len(scores), "lowest": low, "highest": high}
+    return judge("scores", not bad and low < high, what, advice, figures)
 
 
 def difference(scores: Tensor, others: Tensor) -> float:
@@ -193,7 +194,7 @@ def padding(own: Tensor, single: Tensor, exact: Exact) -> Finding:
     figures["largest_difference_fp32"] = fp32 = difference(*exact)
     what += f" ({fp32:.1e} in fp32)."
     advice = "See pad ids and padding side, or score row by row."
-    return judge("padding", fp32 > fp32_bound(exact[0]), what, advice, figures)
+    return judge("padding", fp32 <= fp32_bound(exact[0]), what, advice, figures)
 
 
 def parity(own: Tensor, patched: Tensor, exact: Exact) -> Finding:
@@ -215,7 +216,7 @@ def parity(own: Tensor, patched: Tensor, exact: Exact) -> Finding:
     figures |= {"error_patched": ours, "error_unpatched": theirs}
     what += f". Errors against fp32: {ours:.1e} patched, {theirs:.1e} unpatched." if theirs else "."
     advice = "Call rmfast.unpatch(model), and report this with the output of rmfast doctor --json."
-    return judge("parity", ours > 4 * theirs + fp32_bound(exact[0]), what, advice, figures)
+    return judge("parity", ours <= 4 * theirs + fp32_bound(exact[0]), what, advice, figures)
 
 
 # --- pooling rules
