@@ -510,8 +510,8 @@ def test_parity_that_is_broken(sound, monkeypatch):
 @pytest.mark.parametrize(
     "last, status", [(3, "ok"), (1, "wrong"), (float("nan"), "wrong"), (float("inf"), "wrong")]
 )
-def test_values(last, status):
-    assert trials.values(torch.tensor([1, 1, last])).status == status
+def test_score_range(last, status):
+    assert trials.score_range(torch.tensor([1, 1, last])).status == status
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -69,7 +69,7 @@ def run(case: Case) -> Iterator[Finding]:
         problem = f"The model cannot score: {type(error).__name__}: {error}"
         yield Finding("scores", WRONG, problem, advice)
         return
-    found = values(own)
+    found = score_range(own)
     yield found
     if found.status == WRONG:
         return
@@ -160,7 +160,7 @@ def judge(name: str, right: bool, what: str, advice: str, figures: dict) -> Find
     return Finding(name, OK if right else WRONG, what, "" if right else advice, figures)
 
 
-def values(scores: Tensor) -> Finding:
+def score_range(scores: Tensor) -> Finding:
     bad, low, high = int((~scores.isfinite()).sum()), scores.min().item(), scores.max().item()
     what = f"{len(scores)} built-in conversations score from {low:.4g} to {high:.4g}."
     advice = "See the other findings: the head is zero, or the same wrong token is scored."
