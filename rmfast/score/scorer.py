@@ -64,8 +64,9 @@ class Scorer:
         window: conversations that are looked at together: prefixes meet within a window.
         normalize: ``(score - config.mean) / config.std``, as OpenRLHF stores them.
         sigmoid: ``1 / (1 + exp(-score))``, after ``normalize``.
-        attention, compile: as for :func:`rmfast.patch`; None: as the model was patched, ``"auto"``
-            and ``False`` if it was not.
+        attention: as for :func:`rmfast.patch`; None: as the model was patched, ``"auto"`` if it was
+            not.
+        compile: likewise; ``False`` if it was not.
         progress: show a bar; or a function that is called with the conversations and the tokens
             each micro-batch finished.
 
