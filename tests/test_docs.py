@@ -1,4 +1,4 @@
-"""The code in README.md and docs/ runs, and its commands name options that exist.
+"""The code in README.md, CONTRIBUTING.md and docs/ runs, and its commands name options that exist.
 
 Blocks of a page run in order and share their names, as in one program. They run in a folder where
 each model and data set of the pages is a folder with a tiny one: transformers and datasets take a
@@ -30,7 +30,7 @@ from rmfast.commands.main import app
 from rmfast.packed.families import TRIE_BACKBONES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"^(?:<!-- (not run): [^\n]+ -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -173,7 +173,7 @@ def check(line: str) -> None:
         COMMANDS[arguments[0]].make_context(arguments[0], arguments[1:])
     elif command == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert arguments[0] in targets
+        assert {one for one in arguments if "=" not in one} <= {*targets}
     elif command == "pip":
         known = re.findall(
             r'^        "(\w+)": [A-Z]+,', (ROOT / "setup.py").read_text(), re.MULTILINE
@@ -290,6 +290,8 @@ def test_links_of_the_readme_lead_somewhere():
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
-    files = re.findall(r"`((?:benchmarks|examples|kernels|rmfast|tests)/[\w./]+)`", text)
-    missing = [file for file in files if not (ROOT / file).exists()]
-    assert not missing
+    files = re.findall(r"(?<![\w./-])[a-z_]+/[\w./]*\w\.py\b", text)
+    files += re.findall(r"`((?:benchmarks|docs|examples|kernels|rmfast|tests)/[\w./]+)`", text)
+    assert [
+        x for x in files if not any((top / x).exists() for top in (ROOT, ROOT / "rmfast"))
+    ] == []
