@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import pkgutil
 import re
 import shlex
 import traceback
@@ -295,3 +296,14 @@ def test_files_that_a_page_names_exist(page):
     assert [
         x for x in files if not any((top / x).exists() for top in (ROOT, ROOT / "rmfast"))
     ] == []
+
+
+def test_names_that_docstrings_point_at_exist():
+    role = re.compile(r":(?:func|class|meth|mod|data|attr):`~?(rmfast[\w.]*)`")
+    files = [
+        file for top in ("rmfast", "kernels", "benchmarks") for file in (ROOT / top).rglob("*.py")
+    ]
+    found = {one for file in files for one in role.findall(file.read_text(encoding="utf-8"))}
+    assert "rmfast.patch" in found
+    for one in sorted(found):
+        pkgutil.resolve_name(one)  # an ImportError or AttributeError names it

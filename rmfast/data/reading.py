@@ -54,7 +54,7 @@ def preferences(
     that one), identical chosen and rejected, fewer than two responses, all tied or all the same.
 
     Args:
-        source: a file, folder or data set as :class:`rmfast.files.Reader` takes it, a
+        source: a file, folder or data set as :class:`rmfast.data.files.Reader` takes it, a
             ``datasets.Dataset``, or dicts.
         ratings: what becomes of several rated responses: ``"pairs"``, the best against the worst;
             ``"all_pairs"``, each against each that is rated lower; or ``"groups"``.

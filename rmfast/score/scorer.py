@@ -2,7 +2,7 @@
 
 Conversations are read and tokenised in a background thread, a window ahead. The conversations of a
 window become one token trie, which runs in micro-batches of so many trie nodes; what one of them
-has of a prefix that goes on in the next is carried over (:mod:`rmfast.pieces`).
+has of a prefix that goes on in the next is carried over (:mod:`rmfast.packed.pieces`).
 """
 
 from __future__ import annotations
