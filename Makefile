@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/rmfast demo
 
 docs: setup # into build/docs
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 test: setup
 	$(BIN)/ruff check .
