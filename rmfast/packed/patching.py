@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from rmfast.packed.state import Options, Report, State, Weak
 
 _POOLING = ("hf", "mask")
 _ATTRIBUTE = "_rmfast"
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Patch(State):
@@ -230,7 +231,7 @@ def attached(model: nn.Module) -> Patch | None:
 
 
 def patch(
-    model: nn.Module,
+    model: Model,
     *,
     share_prefixes: bool = True,
     prune_last_layer: bool = True,
@@ -239,7 +240,7 @@ def patch(
     compile: bool = False,
     max_tokens: int | None = None,
     backbone_kernels: str | None = None,
-) -> nn.Module:
+) -> Model:
     """Make a Hugging Face reward model train and score without running a token twice.
 
     In place, on this instance alone; the numbers stay Hugging Face's. Patching a patched model
@@ -348,7 +349,7 @@ def _apply_again(model: nn.Module, found: Patch) -> None:
         patch(model, **dataclasses.asdict(found.options))
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def unpatch(model: Model) -> Model:
     """Put everything back as it was before :func:`patch`. Does nothing to an unpatched model."""
     found = attached(model)
     if found is not None:
@@ -357,7 +358,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
+def patched(model: Model, **options: Any) -> Iterator[Model]:
     """:func:`patch` for the length of a ``with`` block, then as it was.
 
     With gradient checkpointing the backward belongs inside: it runs the layers again.

@@ -98,7 +98,7 @@ class ScoringForward(PackedForward):
         return scores[torch.cat(rows).argsort().to(scores.device)]
 
     def prepacked(self, step: packed_step.Step, call: dict[str, Any]) -> Any:
-        """The loss of what :class:`rmfast.training.Collator` packed; nothing waits for a GPU."""
+        """The loss of a batch that was packed before; nothing waits for a GPU."""
         from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
         batch = step.batch

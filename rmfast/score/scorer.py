@@ -2,7 +2,7 @@
 
 Conversations are read and tokenised in a background thread, a window ahead. The conversations of a
 window become one token trie, which runs in micro-batches of so many trie nodes; what one of them
-has of a prefix that goes on in the next is carried over (:mod:`rmfast.pieces`).
+has of a prefix that goes on in the next is carried over (:mod:`rmfast.packed.pieces`).
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ class Scorer:
         window: conversations that are looked at together: prefixes meet within a window.
         normalize: ``(score - config.mean) / config.std``, as OpenRLHF stores them.
         sigmoid: ``1 / (1 + exp(-score))``, after ``normalize``.
-        attention, compile: as for :func:`rmfast.patch`; None: as the model was patched, ``"auto"``
-            and ``False`` if it was not.
+        attention: as for :func:`rmfast.patch`; None: as the model was patched, ``"auto"`` if it was
+            not.
+        compile: likewise; ``False`` if it was not.
         progress: show a bar; or a function that is called with the conversations and the tokens
             each micro-batch finished.
 
