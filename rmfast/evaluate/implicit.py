@@ -7,6 +7,7 @@ each run the packed trie, and their language head only where an answer's token f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,13 +17,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rmfast import reference
-from rmfast.data.encoding import Encoder
 from rmfast.errors import RowError
 from rmfast.losses import check_beta, implicit_reward
 from rmfast.packed import forward, models, patching, pieces
 from rmfast.score.scorer import Scorer, alike, evaluating
-from rmfast.score.windows import first_error
-from rmfast.trie import PackedTrie, pack
+from rmfast.trie import pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,10 +31,10 @@ _LOGITS = 1 << 25  # made at a time: 128 MB in fp32
 
 
 class Answer(NamedTuple):
-    """Tokens of a prompt and its answer, which begins at ``start``, 1 or more."""
+    """Tokens of a prompt and its answer."""
 
     ids: np.ndarray  # int32 [size]
-    start: int
+    start: int  # of the answer, 1 or more
 
     @property
     def size(self) -> int:
@@ -80,7 +79,7 @@ class ImplicitScorer(Scorer):
         check_beta(beta)
         for name in ("pooling", "normalize", "sigmoid"):
             if name in options:
-                raise ValueError(f"{name} is an option of reward models, and a policy has no head")
+                raise ValueError(f"{name} is an option of reward models: a policy has no such head")
         self.reference, self.beta = reference, beta
         super().__init__(model, tokenizer, **options)
         given = {name: options.get(name) for name in ("attention", "compile")}
@@ -90,10 +89,8 @@ class ImplicitScorer(Scorer):
             self._budget.tokens = min(self.max_tokens, patch.options.max_tokens)
         self.encoder.vocabulary = min(map(_vocabulary, (model, reference)))
         if not options.get("max_length"):
-            limits = filter(None, map(_longest, (model, reference)))
+            limits = filter(None, map(_most_positions, (model, reference)))
             self.encoder.max_length = min(limits, default=None)
-        same = {name: getattr(self.encoder, name) for name in ("system_prompt", "chat")}
-        self._uncut = Encoder(tokenizer, chat_template=options.get("chat_template"), **same)
 
     def _is_sharded(self) -> bool:
         return super()._is_sharded() or models.is_sharded(self.reference)
@@ -111,101 +108,88 @@ class ImplicitScorer(Scorer):
     # --- answers
 
     def _encode(self, window: list[list | RowError]) -> list[list[Answer] | RowError]:
-        flat = [c for row in window if isinstance(row, list) for c in row]
-        encoded = iter(self._uncut(flat))
-        out: list[list[Answer] | RowError] = []
-        for row in window:
-            if isinstance(row, list):
-                whole = [next(encoded) for _ in row]
-                row = first_error(whole) or self._answers(row, whole)
-            out.append(row)
-        return out
+        encoded = zip(window, super()._encode(window), strict=True)
+        return [x if isinstance(x, RowError) else self._answers(row, x) for row, x in encoded]
 
-    def _answers(self, row: list, whole: list[np.ndarray]) -> list[Answer] | RowError:
-        """The answers of a row; ``whole`` has all tokens of its conversations."""
-        kept = self.encoder(whole)
-        shared = min(_common(whole[0], other) for other in whole)
+    def _answers(self, row: list, kept: list[np.ndarray]) -> list[Answer] | RowError:
+        """The conversations of a row, of which ``kept`` are the tokens that fit."""
+        whole = kept
+        if max(ids.size for ids in kept) == self.encoder.max_length:  # some may be cut
+            encoder = copy.copy(self.encoder)
+            encoder.max_length = None
+            whole = encoder(row)
         try:
-            starts = [
-                shared if prompt is None else _common(prompt, ids)
-                for prompt, ids in zip(self._prompts(row), whole, strict=True)
-            ]
+            prompts = list(self._prompts(row))
         except RowError as error:
             return error
-        return first_error(kept) or [
-            Answer(ids, max(1, start - (uncut.size - ids.size)))
-            for ids, uncut, start in zip(kept, whole, starts, strict=True)
-        ]
+        answers = []
+        for ids, uncut, prompt in zip(kept, whole, prompts, strict=True):
+            start = _common(whole if prompt is None else [uncut, prompt])
+            answers.append(Answer(ids, max(1, start - (uncut.size - ids.size))))
+        return answers
 
     def _prompts(self, row: list) -> Iterator[np.ndarray | None]:
-        """Token ids of the prompt of each (prompt, response) tuple, None for the others."""
+        """Token ids of the prompts of (prompt, response) tuples, None for other conversations."""
         before = ids = None
         for conversation in row:
             prompt = _prompt(conversation)
             if prompt is not None and prompt != before:
-                before, ids = prompt, self._uncut.prompt(prompt)
+                before, ids = prompt, self.encoder.prompt(prompt)
             yield None if prompt is None else ids
 
     # --- likelihoods
 
     def _scores(self, rows: list[Answer]) -> np.ndarray:  # fp32 [len(rows)]
         self._count(rows)
+        self.stats.nodes += len(pack([row.ids for row in rows]))
         both = [self._log_likelihoods(model, rows) for model in (self.model, self.reference)]
         return implicit_reward(*map(torch.from_numpy, both), self.beta).float().numpy()
 
     def _log_likelihoods(self, model: nn.Module, rows: list[Answer]) -> np.ndarray:  # fp64 [B]
-        total = np.zeros(len(rows))
+        found = np.zeros(len(rows))
         with evaluating(model):
             packed = self._packed([row.ids for row in rows], patching.attached(model))
-            for run, which in ((self._run_packed, packed), (self._run_padded, ~packed)):
+            for run, which in ((self._run_packed, packed), (self._run_alone, ~packed)):
                 if which.any():
-                    some = [rows[i] for i in np.flatnonzero(which)]
-                    trie = pack([row.ids for row in some])
-                    if model is self.model:
-                        self.stats.nodes += len(trie)
-                    total[which] = run(model, some, trie)
-        return total
+                    found[which] = run(model, [rows[i] for i in np.flatnonzero(which)])
+        return found
 
-    def _run_packed(self, model: nn.Module, rows: list[Answer], trie: PackedTrie) -> list[float]:
-        """Log-likelihoods of the answers, each node of their trie run once."""
+    def _run_packed(self, model: nn.Module, rows: list[Answer]) -> list[float]:
+        """Log-likelihoods of answers, each node of their trie run once."""
+        trie = pack([row.ids for row in rows])
         paths = trie.paths()
-        parent, child = _edges(trie, rows, paths)
-        token = trie.input_ids[child]
+        parent = np.full(len(trie), -1)  # of the nodes of answers
+        for path, row in zip(paths, rows, strict=True):
+            parent[path[row.start :]] = path[row.start - 1 : -1]
+        nodes = np.argsort(parent, kind="stable")[np.count_nonzero(parent < 0) :]
         gain = np.zeros(len(trie))
 
         def take(piece: pieces.Piece, hidden: Tensor) -> None:
-            here = slice(*np.searchsorted(parent, [piece.start, piece.stop]))
-            if here.stop > here.start:
-                row = torch.from_numpy(parent[here] - piece.start)
-                gain[child[here]] = _log_probs(model, hidden, row, token[here])
+            bounds = np.searchsorted(parent[nodes], [piece.start, piece.stop])
+            here = nodes[slice(*bounds)]
+            if here.size:
+                before = torch.from_numpy(parent[here] - piece.start)
+                gain[here] = _log_probs(model, hidden, before, trie.input_ids[here])
             self._tell(model, piece.stop - piece.start, [rows[i] for i in piece.rows])
 
         stand_in = patching.attached(model).overrides[0]
         pieces.run(stand_in, trie, self._budget, take, prune=False)
         return [gain[path[row.start :]].sum() for path, row in zip(paths, rows, strict=True)]
 
-    def _run_padded(self, model: nn.Module, rows: list[Answer], trie: PackedTrie) -> list[float]:
-        """The same by the model's own forward, for what cannot run packed."""
-        total = np.zeros(len(rows))
-        equal = alike({i: (row.ids.tobytes(), row.start) for i, row in enumerate(rows)})
-        left = sorted(equal, key=lambda i: -rows[i].size)
-        limit = models.position_limit(model.config.get_text_config())
-        while left:
-            longest = rows[left[0]].size
-            fit = min(self.max_tokens, max(1, _LOGITS // _vocabulary(model))) // longest
-            batch = left[: max(1, fit) if longest < limit else 1]
-            some, slots = [rows[i] for i in batch], len(batch) * longest
-            found = self._budget.attempt(_padded_log_probs, model, some, size=slots)
-            if found is None:
-                continue
-            left = left[len(batch) :]
-            for i, log_likelihood in zip(batch, found, strict=True):
-                total[equal[i]] = log_likelihood
-            self._tell(model, slots, [rows[i] for first in batch for i in equal[first]])
-        return total
+    def _run_alone(self, model: nn.Module, rows: list[Answer]) -> np.ndarray:
+        """The same by the model's own forward, a row at a time, for what cannot run packed."""
+        found = np.zeros(len(rows))
+        keys = {i: (row.ids.tobytes(), row.start) for i, row in enumerate(rows)}
+        for equal in alike(keys).values():
+            row, one = rows[equal[0]], None
+            while one is None:
+                one = self._budget.attempt(_log_likelihood, model, row, size=row.size)
+            found[equal] = one
+            self._tell(model, row.size, [row] * len(equal))
+        return found
 
     def _tell(self, model: nn.Module, run: int, rows: list[Answer]) -> None:
-        """Count a micro-batch of ``run`` tokens that finished some rows of the policy's."""
+        """Count a micro-batch of the policy's."""
         if model is self.model:
             self._ran(run, len(rows), sum(row.size for row in rows))
 
@@ -222,48 +206,37 @@ def _prompt(conversation: Any) -> str | list | None:
     return prompt
 
 
+def _common(rows: list[np.ndarray]) -> int:
+    """How many tokens all rows begin with."""
+    least = min(row.size for row in rows)
+    differ = [row[:least] != rows[0][:least] for row in rows]
+    return int(np.append(np.any(differ, 0), True).argmax())
+
+
 def _vocabulary(model: nn.Module) -> int:
     return model.get_input_embeddings().num_embeddings
 
 
-def _longest(model: nn.Module) -> int | None:
+def _most_positions(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _common(left: np.ndarray, right: np.ndarray) -> int:
-    """How many tokens two sequences begin with alike."""
-    least = min(left.size, right.size)
-    differ = np.flatnonzero(left[:least] != right[:least])
-    return int(differ[0]) if differ.size else least
+def _log_probs(model: nn.Module, hidden: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability, fp64 ``[E]`` on the CPU, of each token; logits of some rows at a time.
 
-
-def _edges(
-    trie: PackedTrie, rows: list[Answer], paths: list[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:  # int64 [E], int64 [E]
-    """The nodes before the answers' tokens, rising, and the nodes of these tokens."""
-    before = np.full(len(trie), -1)
-    for path, row in zip(paths, rows, strict=True):
-        before[path[row.start :]] = path[row.start - 1 : -1]
-    child = np.flatnonzero(before >= 0)
-    child = child[np.argsort(before[child], kind="stable")]
-    return before[child], child
-
-
-def _log_probs(
-    model: nn.Module,
-    hidden: Tensor,  # [n, H]
-    row: Tensor,  # int64 [E], on the CPU, rising: the row of hidden before each token
-    token: Tensor,  # int64 [E], on the CPU
-) -> Tensor:  # fp64 [E], on the CPU
-    """Log-likelihood of each token; the logits of some rows are made at a time."""
-    used, place = row.unique_consecutive(return_inverse=True)
-    size = max(1, _LOGITS // _vocabulary(model))
-    found = []
-    for first in range(0, used.numel(), size):
-        here = (first <= place) & (place < first + size)
-        logits = _logits(model, hidden[used[first : first + size].to(hidden.device)])
-        at, wanted = (x.to(hidden.device) for x in (place[here] - first, token[here]))
-        found.append((logits[at, wanted] - logits.logsumexp(-1)[at]).cpu().double())
+    Args:
+        hidden: ``[n, H]``.
+        before: int64 ``[E]`` on the CPU, rising: the row of ``hidden`` that each token follows.
+        tokens: int64 ``[E]`` on the CPU.
+    """
+    device, found = hidden.device, []
+    used, place = before.unique_consecutive(return_inverse=True)
+    for rows in used.split(max(1, _LOGITS // _vocabulary(model))):
+        logits = _logits(model, hidden[rows.to(device)])
+        here = (rows[0] <= before) & (before <= rows[-1])
+        at = (place[here] - place[here][0]).to(device)
+        picked = logits[at, tokens[here].to(device)] - logits.logsumexp(-1)[at]
+        found.append(picked.cpu().double())
     return torch.cat(found)
 
 
@@ -284,21 +257,11 @@ class _Output(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-def _padded_log_probs(model: nn.Module, rows: list[Answer]) -> list[float]:
-    """Log-likelihoods of answers, the longest first, in one call of the model."""
-    device = models.device(model)
-    if rows[0].size >= models.position_limit(model.config.get_text_config()):
-        # a short call: it makes the model forget the rotary frequencies of longer rows
-        model(input_ids=torch.from_numpy(rows[0].ids[None, :2]).to(device), use_cache=False)
-    ids, mask = (x.to(device) for x in _pad([row.ids for row in rows]))
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+def _log_likelihood(model: nn.Module, row: Answer) -> float:
+    """Of one answer, by a call of the model."""
+    ids = torch.from_numpy(row.ids[None]).long().to(models.device(model))
+    if row.size >= models.position_limit(model.config.get_text_config()):
+        model(input_ids=ids[:, :2], use_cache=False)  # forgets rotary frequencies of longer rows
+    logits = model(input_ids=ids, use_cache=False).logits[0, row.start - 1 : -1]
     logits = logits.to(reference.wide(logits.dtype)).log_softmax(-1)
-    gain = logits.gather(-1, ids[:, 1:, None])[..., 0].cpu().double().numpy()
-    return [gain[i, row.start - 1 : row.size - 1].sum() for i, row in enumerate(rows)]
-
-
-def _pad(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:  # int64 [B, T], int64 [B, T]
-    """Token ids padded on the right, and their attention mask."""
-    ids = [torch.from_numpy(row).long() for row in rows]
-    mask = [torch.ones_like(row) for row in ids]
-    return nn.utils.rnn.pad_sequence(ids, True), nn.utils.rnn.pad_sequence(mask, True)
+    return logits.gather(1, ids[0, row.start :, None]).cpu().double().sum().item()
