@@ -1,4 +1,4 @@
-"""The files that RewardBench's ``rewardbench`` command leaves behind, for tools that read them.
+"""The files that RewardBench's ``rewardbench`` command writes, for tools that read them.
 
 ``{model}.json`` has the accuracy, ``{model}_outputs.jsonl`` a line for each row scored, and
 ``{model}_all.jsonl`` the scores alone. Rows that could not be scored are in none of them.
@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from rmfast.errors import RowError
 
 if TYPE_CHECKING:
-    from rmfast.data.encoding import Conversation, Encoder
+    from rmfast.data.encoding import Encoder
+    from rmfast.data.rows import Row
 
 
 class Files(contextlib.ExitStack):
-    """Writes them, row by row; use as a context manager.
+    """Writes the files row by row; a context manager.
 
     Args:
-        folder: where they go; made if it is not there.
-        model: the model's name as it was given, which becomes part of their names; of a path,
-            what leads out of ``folder`` is left out.
+        folder: made if it does not exist.
+        model: the model's name or path, the beginning of the files' names; parts of a path that
+            lead out of ``folder`` are left out.
         encoder: makes the texts that were scored.
         save_all: write ``{model}_all.jsonl`` too.
     """
@@ -35,107 +35,63 @@ class Files(contextlib.ExitStack):
         super().__init__()
         path = PurePath(model)
         inside = [part for part in path.parts if part not in (path.anchor, "..")] or ["model"]
-        self.stem = Path(folder, *inside)
-        self.stem.parent.mkdir(parents=True, exist_ok=True)
-        self.encoder = encoder
-        self.results: list[float] = []
-        self._outputs = self._open("_outputs.jsonl")
-        self._all = self._open("_all.jsonl") if save_all else None
+        self.stem = str(Path(folder, *inside))
+        Path(self.stem).parent.mkdir(parents=True, exist_ok=True)
+        self.encoder, self.results = encoder, []
+        endings = ["_outputs.jsonl", "_all.jsonl"] if save_all else ["_outputs.jsonl"]
+        paths = [Path(self.stem + ending) for ending in endings]
+        self.files = [self.enter_context(path.open("w", encoding="utf-8")) for path in paths]
 
-    def _open(self, ending: str) -> Any:
-        return self.enter_context(self._path(ending).open("w", encoding="utf-8"))
+    def add(self, row: Row, scores: list[float], credit: float) -> None:
+        """Write a row, with its ``scores`` (chosen first) and its ``credit``.
 
-    def _path(self, ending: str) -> Path:
-        return self.stem.with_name(self.stem.name + ending)
-
-    def add(
-        self,
-        record: dict[str, Any],
-        prompt: Any,
-        chosen: Sequence[Conversation],
-        rejected: Sequence[Conversation],
-        scores: Sequence[float],
-        credit: float,
-    ) -> None:
-        """A row.
-
-        Args:
-            record: its columns, which follow what is computed.
-            prompt: text or messages, or None.
-            chosen, rejected: conversations.
-            scores: of chosen, then of rejected.
-            credit: as :func:`rmfast.evaluate.measures.credits` has it. A pair's result is 1 or 0, a tie
-                being 0; a group's is its credit, as in RewardBench 2.
+        :func:`rmfast.evaluate.measures.credits` defines the credit. The result of a pair is 1 or 0,
+        and 0 for a tie; that of a group is its credit, as in RewardBench 2.
         """
-        pair = len(chosen) == len(rejected) == 1
-        result = int(credit == 1) if pair else credit
-        count = len(chosen)
+        count, text = len(row.chosen), self.encoder.text
+        pair = count == len(row.rejected) == 1
+        self.results.append(int(credit == 1) if pair else credit)
         line = {
-            "prompt": self._prompt(prompt, chosen[0]),
-            "results": result,
-            "scores_chosen": _only(list(scores[:count])),
-            "scores_rejected": _only(list(scores[count:])),
-            "text_chosen": _only([self.encoder.text(side) for side in chosen]),
-            "text_rejected": _only([self.encoder.text(side) for side in rejected]),
+            "prompt": self._prompt(row),
+            "results": self.results[-1],
+            "scores_chosen": single(scores[:count]),
+            "scores_rejected": single(scores[count:]),
+            "text_chosen": single([text(answer) for answer in row.chosen]),
+            "text_rejected": single([text(answer) for answer in row.rejected]),
         }
-        _write(self._outputs, {**line, **{k: v for k, v in record.items() if k not in line}})
-        if self._all is not None:
-            _write(
-                self._all, {"chosen": line["scores_chosen"], "rejected": line["scores_rejected"]}
-            )
-        self.results.append(result)
+        alone = {"chosen": line["scores_chosen"], "rejected": line["scores_rejected"]}
+        whole = {**line, **{k: v for k, v in row.record.items() if k not in line}}
+        for file, values in zip(self.files, (whole, alone), strict=False):
+            file.write(json.dumps(values, ensure_ascii=False, default=str) + "\n")
 
-    def _prompt(self, prompt: Any, chosen: Conversation) -> Any:
-        """The prompt as the chat template has it; as it came where the template will not."""
+    def _prompt(self, row: Row) -> Any:
+        """The prompt in the chat template, or as it is where the template refuses it."""
+        prompt, first = row.prompt, row.chosen[0]
         if prompt is None:
-            if not isinstance(chosen, list) or len(chosen) < 2:
+            if not isinstance(first, list) or len(first) < 2:
                 return ""
-            prompt = chosen[:-1]
-        alone = prompt
-        if isinstance(prompt, str) and self.encoder.chat is not False:
-            alone = [{"role": "user", "content": prompt}]
+            prompt = first[:-1]
+        chat = isinstance(prompt, str) and self.encoder.chat is not False
         try:
-            return self.encoder.text(alone)
+            return self.encoder.text([{"role": "user", "content": prompt}] if chat else prompt)
         except RowError:
             return prompt
 
-    def finish(
-        self,
-        *,
-        model: str,
-        ref_model: str | None,
-        tokenizer: str,
-        chat_template: str | None,
-        subsets: dict[str, float] | None,
-    ) -> list[Path]:
-        """Write ``{model}.json``.
+    def finish(self, subsets: dict[str, float] | None, **about: str | None) -> list[Path]:
+        """Write ``{model}.json``, and return the paths of all files.
 
         Args:
             subsets: accuracy by subset, as ``extra_results``.
-
-        Returns:
-            Paths of all files written.
+            about: ``model``, ``ref_model``, ``tokenizer`` and ``chat_template``, in this order.
         """
         count = len(self.results)
-        about = {
-            "accuracy": sum(self.results) / count if count else None,
-            "num_prompts": count,
-            "model": model,
-            "ref_model": ref_model,
-            "tokenizer": tokenizer,
-            "chat_template": chat_template,
-            "extra_results": subsets,
-        }
-        path = self._path(".json")
-        path.write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
-        more = [Path(file.name) for file in (self._outputs, self._all) if file is not None]
-        return [path, *more]
+        accuracy = sum(self.results) / count if count else None
+        summary = {"accuracy": accuracy, "num_prompts": count, **about, "extra_results": subsets}
+        path = Path(self.stem + ".json")
+        path.write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
+        return [path, *(Path(file.name) for file in self.files)]
 
 
-def _only(values: list[Any]) -> Any:
-    """One answer stands for itself."""
+def single(values: list[Any]) -> Any:
+    """The value where there is one, else the list."""
     return values[0] if len(values) == 1 else values
-
-
-def _write(file: Any, line: dict[str, Any]) -> None:
-    file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
