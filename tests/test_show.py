@@ -72,16 +72,21 @@ def test_table_of_nothing():
     assert "nan" not in text and re.search(r"^chosen wins +0 +0 +0 +0 +-", text, re.MULTILINE)
 
 
-def test_figure(groups, tmp_path):
-    out = show.figure(groups, "a model")
-    margins, reliability, accuracy, length = out.axes
+def test_figure_of_margins(pairs):
+    margins, reliability = show.figure(pairs, "a model").axes
     heights = [bar.get_height() for bar in margins.patches]
-    assert heights == groups["margin"]["histogram"]["counts"]
+    assert heights == pairs["margin"]["histogram"]["counts"]
+    filled = [row["right"] for row in pairs["calibration"]["bins"] if row["n"]]
+    assert [bar.get_height() for bar in reliability.patches] == filled
+
+
+def test_figure_of_subsets(groups, tmp_path):
+    out = show.figure(groups, "a model")
+    accuracy, reliability = out.axes
     filled = [row for row in groups["calibration"]["bins"] if row["n"]]
     assert [bar.get_height() for bar in reliability.patches] == [row["right"] for row in filled]
     tallies = [groups["rows"], *groups["subsets"].values()]
     assert [bar.get_width() for bar in accuracy.patches] == [t["accuracy"] for t in tallies]
-    assert length.patches[0].get_height() == groups["length"]["longer_wins"]
     out.savefig(tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert (
@@ -94,7 +99,7 @@ def test_figure_of_nothing_and_of_many_subsets():
     many = Judged()
     for i in range(60):
         many.add([1, 0], [2, 3], subset=f"{i:02}")
-    axes = show.figure(measures.summarise(many), "").axes[2]
+    axes = show.figure(measures.summarise(many), "").axes[0]
     assert len(axes.patches) == 41
     assert axes.get_xlabel() == "and 20 more subsets"
 
