@@ -44,10 +44,10 @@ class Answer(NamedTuple):
 class ImplicitScorer(Scorer):
     """Scores conversations by how much likelier a policy finds an answer than its reference does.
 
-    Rows, windows and options are a :class:`rmfast.Scorer`'s. The prompt of a (prompt, response)
-    tuple ends where the chat template would have the model go on. The prompt of other conversations
-    is what all conversations of their row begin with, so a row of one such conversation scores 0.
-    ``stats`` counts what the policy runs; the reference runs the same.
+    It is called as :class:`rmfast.Scorer` is. The prompt of a (prompt, response) tuple ends where
+    the chat template would have the model go on. The prompt of other conversations is what all
+    conversations of their row begin with, so a row of one such conversation scores 0. ``stats``
+    counts what the policy runs; the reference runs the same.
 
     Args:
         model: the policy, a causal language model; patched in place.
@@ -85,11 +85,12 @@ class ImplicitScorer(Scorer):
         given = {name: options.get(name) for name in ("attention", "compile")}
         patch = patching.repatch(reference, **given)
         self._patches.append((reference, patch))
-        if options.get("max_tokens") is None and patch.options.max_tokens:
+        if not options.get("max_tokens") and patch.options.max_tokens:
             self._budget.tokens = min(self.max_tokens, patch.options.max_tokens)
-        self.encoder.vocabulary = min(map(_vocabulary, (model, reference)))
+        self.encoder.vocabulary = min(self.encoder.vocabulary, _vocabulary(reference))
         if not options.get("max_length"):
-            limits = filter(None, map(_most_positions, (model, reference)))
+            limit = getattr(reference.config.get_text_config(), "max_position_embeddings", None)
+            limits = filter(None, (self.encoder.max_length, limit))
             self.encoder.max_length = min(limits, default=None)
 
     def _is_sharded(self) -> bool:
@@ -122,9 +123,9 @@ class ImplicitScorer(Scorer):
             prompts = list(self._prompts(row))
         except RowError as error:
             return error
-        answers = []
+        answers, shared = [], _common(whole)
         for ids, uncut, prompt in zip(kept, whole, prompts, strict=True):
-            start = _common(whole if prompt is None else [uncut, prompt])
+            start = shared if prompt is None else _common([uncut, prompt])
             answers.append(Answer(ids, max(1, start - (uncut.size - ids.size))))
         return answers
 
@@ -217,18 +218,13 @@ def _vocabulary(model: nn.Module) -> int:
     return model.get_input_embeddings().num_embeddings
 
 
-def _most_positions(model: nn.Module) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _log_probs(model: nn.Module, hidden: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability, fp64 ``[E]`` on the CPU, of each token; logits of some rows at a time.
-
-    Args:
-        hidden: ``[n, H]``.
-        before: int64 ``[E]`` on the CPU, rising: the row of ``hidden`` that each token follows.
-        tokens: int64 ``[E]`` on the CPU.
-    """
+def _log_probs(
+    model: nn.Module,
+    hidden: Tensor,  # [n, H]
+    before: Tensor,  # int64 [E], rising, on the CPU: the row of hidden that each token follows
+    tokens: Tensor,  # int64 [E], on the CPU
+) -> Tensor:  # fp64 [E], on the CPU
+    """Log-probability of each token. Logits are made of some rows at a time."""
     device, found = hidden.device, []
     used, place = before.unique_consecutive(return_inverse=True)
     for rows in used.split(max(1, _LOGITS // _vocabulary(model))):

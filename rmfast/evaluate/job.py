@@ -257,7 +257,7 @@ class _RowFiles(contextlib.ExitStack):
         self.args, self.scores, self.rewardbench = args, None, None
         try:
             if args.scores is not None:
-                file = Path(args.scores).open("w", encoding="utf-8")
+                file = open(args.scores, "w", encoding="utf-8")  # noqa: SIM115 (the stack closes it)
                 self.scores = self.enter_context(file)
             if args.rewardbench_files:
                 files = rewardbench.Files(args.output_dir, args.model, encoder, args.save_all)

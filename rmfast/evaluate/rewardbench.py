@@ -23,8 +23,8 @@ class Files(contextlib.ExitStack):
 
     Args:
         folder: made if it does not exist.
-        model: the model's name or path, the beginning of the files' names; parts of a path that
-            lead out of ``folder`` are left out.
+        model: name or path, which the files' names begin with; parts that lead out of ``folder``
+            are left out.
         encoder: makes the texts that were scored.
         save_all: write ``{model}_all.jsonl`` too.
     """
@@ -38,19 +38,18 @@ class Files(contextlib.ExitStack):
         self.stem = str(Path(folder, *inside))
         Path(self.stem).parent.mkdir(parents=True, exist_ok=True)
         self.encoder, self.results = encoder, []
-        endings = ["_outputs.jsonl", "_all.jsonl"] if save_all else ["_outputs.jsonl"]
+        endings = ("_outputs.jsonl", "_all.jsonl")[: 1 + save_all]
         paths = [Path(self.stem + ending) for ending in endings]
         self.files = [self.enter_context(path.open("w", encoding="utf-8")) for path in paths]
 
     def add(self, row: Row, scores: list[float], credit: float) -> None:
-        """Write a row, with its ``scores`` (chosen first) and its ``credit``.
+        """Write a row, with its scores (chosen first) and :func:`rmfast.evaluate.measures.credit`.
 
-        :func:`rmfast.evaluate.measures.credits` defines the credit. The result of a pair is 1 or 0,
-        and 0 for a tie; that of a group is its credit, as in RewardBench 2.
+        The result of a pair is 1, or 0 for a tie too; that of a group is its credit, as in
+        RewardBench 2.
         """
         count, text = len(row.chosen), self.encoder.text
-        pair = count == len(row.rejected) == 1
-        self.results.append(int(credit == 1) if pair else credit)
+        self.results.append(credit if len(scores) > 2 else int(credit == 1))
         line = {
             "prompt": self._prompt(row),
             "results": self.results[-1],
