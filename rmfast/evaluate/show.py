@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_NAME, _CELL, _BAR = 24, 9, 40  # characters: least width of columns, width of the histogram
+_BAR = 40  # characters
 _LEVELS = ("easy", "normal", "hard", "mean")
 _STYLES = ("concise", "detailed", "Markdown")
 _DRAWN = 40  # subsets in the picture
@@ -29,14 +29,12 @@ def table(summary: dict[str, Any]) -> str:
     return "\n\n".join("\n".join(part) for part in parts)
 
 
-def _grid(*rows: list[str], indent: int = 0) -> Iterator[str]:
+def _grid(rows: list[list[str]], indent: str = "") -> Iterator[str]:
     """Cells below one another: names, in the first column, on the left, the others on the right."""
-    columns = zip(*rows, strict=True)
-    first, *others = (max(map(len, column)) for column in columns)
-    first, others = max(first, _NAME), [max(width + 2, _CELL) for width in others]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *cells in rows:
-        line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))
-        yield f"{'':{indent}}{name:{first}}{line}".rstrip()
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        yield indent + "   ".join([name.ljust(widths[0]), *right]).rstrip()
 
 
 def _accuracy(summary: dict[str, Any]) -> Iterator[str]:
@@ -52,7 +50,7 @@ def _accuracy(summary: dict[str, Any]) -> Iterator[str]:
         interval = " - ".join(map(_share, tally.get("interval") or ()))
         shares = [_share(tally[key]) for key in ("accuracy", "accuracy_ties_shared")]
         rows.append([name, *counts, shares[0], interval, shares[1]])
-    yield from _grid(*rows)
+    yield from _grid(rows)
     if groups:
         yield f"mean over rows of the pairs won: {_share(summary['pairs']['row_mean'])}"
 
@@ -100,7 +98,7 @@ def _calibration(calibration: dict[str, Any]) -> Iterator[str]:
         if one["n"]:
             cells = f"{one['n']:,}", f"{one['confidence']:.3f}", f"{one['right']:.3f}"
             rows.append([f"{one['from']:.3f} - {one['to']:.3f}", *cells])
-    yield from _grid(*rows, indent=2)
+    yield from _grid(rows, "  ")
 
 
 def _rm_bench(found: dict[str, Any]) -> Iterator[str]:
@@ -108,11 +106,11 @@ def _rm_bench(found: dict[str, Any]) -> Iterator[str]:
     rows = [["", *_LEVELS]]
     for name, levels in (("all", found), *found["subsets"].items()):
         rows.append([name, *(_share(levels[key]) for key in _LEVELS)])
-    yield from _grid(*rows, indent=2)
+    yield from _grid(rows, "  ")
     rows = [["chosen, against rejected:", *_STYLES]]
     for name, shares in zip(_STYLES, found["matrix"], strict=True):
         rows.append([name, *map(_share, shares)])
-    yield from _grid(*rows, indent=2)
+    yield from _grid(rows, "  ")
 
 
 def _share(value: float | None) -> str:
