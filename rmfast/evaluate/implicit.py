@@ -163,11 +163,10 @@ class ImplicitScorer(Scorer):
         for path, row in zip(paths, rows, strict=True):
             parent[path[row.start :]] = path[row.start - 1 : -1]
         nodes = np.argsort(parent, kind="stable")[np.count_nonzero(parent < 0) :]
-        gain = np.zeros(len(trie))
+        rising, gain = parent[nodes], np.zeros(len(trie))
 
         def take(piece: pieces.Piece, hidden: Tensor) -> None:
-            bounds = np.searchsorted(parent[nodes], [piece.start, piece.stop])
-            here = nodes[slice(*bounds)]
+            here = nodes[slice(*np.searchsorted(rising, [piece.start, piece.stop]))]
             if here.size:
                 before = torch.from_numpy(parent[here] - piece.start)
                 gain[here] = _log_probs(model, hidden, before, trie.input_ids[here])
@@ -178,7 +177,7 @@ class ImplicitScorer(Scorer):
         return [gain[path[row.start :]].sum() for path, row in zip(paths, rows, strict=True)]
 
     def _run_alone(self, model: nn.Module, rows: list[Answer]) -> np.ndarray:
-        """The same by the model's own forward, a row at a time, for what cannot run packed."""
+        """Log-likelihoods of answers that cannot run packed, by a call of the model for each."""
         found = np.zeros(len(rows))
         keys = {i: (row.ids.tobytes(), row.start) for i, row in enumerate(rows)}
         for equal in alike(keys).values():
@@ -196,15 +195,13 @@ class ImplicitScorer(Scorer):
 
 
 def _prompt(conversation: Any) -> str | list | None:
-    """What stands before the response of a (prompt, response) tuple; None: nothing does."""
+    """The prompt of a (prompt, response) tuple; None where it is not such a tuple."""
     if not isinstance(conversation, tuple) or len(conversation) != 2:
         return None
     prompt, response = conversation
-    if isinstance(prompt, (int, np.integer)):  # token ids
-        return None
-    if isinstance(response, list) and response[0]["role"] in ("system", "user"):
-        return None  # the response is the whole conversation
-    return prompt
+    whole = isinstance(response, list) and response[0]["role"] in ("system", "user")
+    token_ids = isinstance(prompt, (int, np.integer))
+    return None if whole or token_ids else prompt
 
 
 def _common(rows: list[np.ndarray]) -> int:
@@ -237,7 +234,7 @@ def _log_probs(
 
 
 def _logits(model: nn.Module, hidden: Tensor) -> Tensor:  # [S, H] -> [S, V]
-    """What the model's own forward makes of its backbone's output, which is put in."""
+    """Logits by the model's own forward, which is given ``hidden`` as its backbone's output."""
     ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
     output = _Output(last_hidden_state=hidden[None])
     with forward.giving(patching.attached(model).overrides[0], output):
@@ -254,7 +251,7 @@ class _Output(BaseModelOutputWithPast):
 
 
 def _log_likelihood(model: nn.Module, row: Answer) -> float:
-    """Of one answer, by a call of the model."""
+    """Log-likelihood of one answer, by a call of the model."""
     ids = torch.from_numpy(row.ids[None]).long().to(models.device(model))
     if row.size >= models.position_limit(model.config.get_text_config()):
         model(input_ids=ids[:, :2], use_cache=False)  # forgets rotary frequencies of longer rows
