@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 _BAR = 40  # characters
 _LEVELS = ("easy", "normal", "hard", "mean")
 _STYLES = ("concise", "detailed", "Markdown")
-_DRAWN = 40  # subsets in the picture
 
 
 def table(summary: dict[str, Any]) -> str:
     """The figures as plain text."""
+    ece, log_loss = (_number(summary["calibration"][name]) for name in ("ece", "log_loss"))
+    calibration = f"expected calibration error {ece}, log loss {log_loss}"
     parts = [_accuracy(summary), _margin(summary), _length(summary["length"])]
-    parts.append(_calibration(summary["calibration"]))
+    parts.append([f"calibration of σ(margin): {calibration}"])
     if summary["rm_bench"] is not None:
         parts.append(_rm_bench(summary["rm_bench"]))
     return "\n\n".join("\n".join(part) for part in parts)
@@ -38,14 +39,15 @@ def _grid(rows: list[list[str]], indent: str = "") -> Iterator[str]:
 
 
 def _accuracy(summary: dict[str, Any]) -> Iterator[str]:
-    groups, macro = summary["groups"], summary.get("macro")
-    tallies = {"best answer is chosen" if groups else "chosen wins": summary["rows"]}
-    tallies |= summary.get("subsets", {})
-    tallies |= {"mean of subsets": macro} if macro else {}
-    tallies |= {"pairs": summary["pairs"]} if groups else {}
+    groups = summary["groups"]
+    tallies = [("best answer is chosen" if groups else "chosen wins", summary["rows"])]
+    if "subsets" in summary:
+        tallies += [*summary["subsets"].items(), ("mean of subsets", summary["macro"])]
+    if groups:
+        tallies.append(("pairs", summary["pairs"]))
     counted = ("n", "wins", "ties", "losses")
     rows = [["", *counted, "accuracy", "95 % interval", "ties shared"]]
-    for name, tally in tallies.items():
+    for name, tally in tallies:
         counts = [f"{tally[key]:,}" if key in tally else "" for key in counted]
         interval = " - ".join(map(_share, tally.get("interval") or ()))
         shares = [_share(tally[key]) for key in ("accuracy", "accuracy_ties_shared")]
@@ -86,19 +88,6 @@ def _length(length: dict[str, Any]) -> Iterator[str]:
     ):
         pearson, spearman = (_number(length[key][name]) for name in ("pearson", "spearman"))
         yield f"  correlation of {pair}: Pearson {pearson}, Spearman {spearman}"
-
-
-def _calibration(calibration: dict[str, Any]) -> Iterator[str]:
-    yield (
-        f"calibration of σ(margin): expected calibration error {_number(calibration['ece'])}, "
-        f"log loss {_number(calibration['log_loss'])}"
-    )
-    rows = [["confidence", "pairs", "mean", "right"]]
-    for one in calibration["bins"]:
-        if one["n"]:
-            cells = f"{one['n']:,}", f"{one['confidence']:.3f}", f"{one['right']:.3f}"
-            rows.append([f"{one['from']:.3f} - {one['to']:.3f}", *cells])
-    yield from _grid(rows, "  ")
 
 
 def _rm_bench(found: dict[str, Any]) -> Iterator[str]:
@@ -147,15 +136,12 @@ def _figure(title: str, width: float, height: float) -> Figure:
 
 
 def figure(summary: dict[str, Any], title: str) -> Figure:
-    """Accuracy by subset, or the histogram of margins where there are none; reliability."""
-    subsets = summary.get("subsets", {})
-    drawn = _figure(title, 12, max(5, 2 + 0.3 * min(len(subsets), _DRAWN)))
-    first, second = drawn.subplots(1, 2)
-    if subsets:
-        _draw_accuracy(first, {"all": summary["rows"], **subsets})
-    else:
-        _draw_margins(first, summary["margin"])
-    _draw_reliability(second, summary["calibration"])
+    """Histogram of margins, with the accuracy above it, and reliability diagram."""
+    drawn = _figure(title, 12, 5)
+    margins, reliability = drawn.subplots(1, 2)
+    margins.set_title(f"accuracy {_share(summary['rows']['accuracy'])}")
+    _draw_margins(margins, summary["margin"])
+    _draw_reliability(reliability, summary["calibration"])
     return drawn
 
 
@@ -186,7 +172,7 @@ def curve(lines: list[dict[str, Any]], title: str) -> Figure:
 
 
 def _draw_margins(axes: Axes, margin: dict[str, Any]) -> None:
-    axes.set(title="margins", xlabel="chosen - rejected", ylabel="pairs")
+    axes.set(xlabel="margin (chosen - rejected)", ylabel="pairs")
     if not margin["n"]:
         return
     edges, counts = margin["histogram"]["edges"], margin["histogram"]["counts"]
@@ -195,21 +181,6 @@ def _draw_margins(axes: Axes, margin: dict[str, Any]) -> None:
     axes.bar(edges[:-1], counts, widths, align="edge", color=colours, edgecolor="white")
     axes.axvline(margin["mean"], color="black", linestyle="--", label=f"mean {margin['mean']:.3g}")
     axes.legend()
-
-
-def _draw_accuracy(axes: Axes, tallies: dict[str, Any]) -> None:
-    axes.set(title="accuracy, with its 95 % interval", xlim=(0, 1))
-    left_out = len(tallies) - _DRAWN - 1
-    if left_out > 0:
-        axes.set_xlabel(f"and {left_out} more subsets")
-    drawn = dict(itertools.islice(tallies.items(), _DRAWN + 1))
-    names = [f"{name} ({tally['n']:,})" for name, tally in drawn.items()]
-    shares = [tally["accuracy"] for tally in drawn.values()]
-    ends = zip(*(tally["interval"] for tally in drawn.values()), strict=True)
-    errors = [[abs(a - b) for a, b in zip(end, shares, strict=True)] for end in ends]
-    axes.barh(names, shares, xerr=errors, color="tab:blue", alpha=0.7, capsize=3)
-    axes.invert_yaxis()
-    axes.axvline(0.5, color="grey", linestyle=":")
 
 
 def _draw_reliability(axes: Axes, calibration: dict[str, Any]) -> None:
