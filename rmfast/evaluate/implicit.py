@@ -41,7 +41,67 @@ class Answer(NamedTuple):
         return self.ids.size
 
 
-class ImplicitScorer(Scorer):
+class LikelihoodScorer(Scorer):
+    """Scores conversations by the log-likelihoods of their answers; a part of ImplicitScorer."""
+
+    _level = "backbone"
+
+    def _check_hooks(self, patch: patching.Patch) -> None:
+        """Any hook may stay: logits come from the model's own forward."""
+
+    @staticmethod
+    def _check(model: nn.Module) -> None:
+        if not models.can_generate(model):
+            raise ValueError(
+                f"{type(model).__name__} is no causal language model: an implicit reward needs two"
+            )
+
+    def _scores(self, rows: list[Answer]) -> np.ndarray:  # fp64 [len(rows)]
+        self._count(rows)
+        self.stats.nodes += len(pack([row.ids for row in rows]))
+        found = np.zeros(len(rows))
+        packed = self._packed([row.ids for row in rows])
+        with evaluating(self.model):
+            for run, which in ((self._run_packed, packed), (self._run_alone, ~packed)):
+                if which.any():
+                    found[which] = run([rows[i] for i in np.flatnonzero(which)])
+        return found
+
+    def _run_packed(self, rows: list[Answer]) -> list[float]:
+        """Log-likelihoods of answers, each node of their trie run once."""
+        trie = pack([row.ids for row in rows])
+        paths = trie.paths()
+        parent = np.full(len(trie), -1)  # of the nodes of answers
+        for path, row in zip(paths, rows, strict=True):
+            parent[path[row.start :]] = path[row.start - 1 : -1]
+        nodes = np.argsort(parent, kind="stable")[np.count_nonzero(parent < 0) :]
+        rising, gain = parent[nodes], np.zeros(len(trie))
+
+        def take(piece: pieces.Piece, hidden: Tensor) -> None:
+            here = nodes[slice(*np.searchsorted(rising, [piece.start, piece.stop]))]
+            if here.size:
+                before = torch.from_numpy(parent[here] - piece.start)
+                gain[here] = _log_probs(self.model, hidden, before, trie.input_ids[here])
+            done = [rows[i].size for i in piece.rows]
+            self._ran(piece.stop - piece.start, len(done), sum(done))
+
+        pieces.run(self._forward, trie, self._budget, take, prune=False)
+        return [gain[path[row.start :]].sum() for path, row in zip(paths, rows, strict=True)]
+
+    def _run_alone(self, rows: list[Answer]) -> np.ndarray:
+        """Log-likelihoods of answers that cannot run packed, by a call of the model for each."""
+        found = np.zeros(len(rows))
+        keys = {i: (row.ids.tobytes(), row.start) for i, row in enumerate(rows)}
+        for equal in alike(keys).values():
+            row, one = rows[equal[0]], None
+            while one is None:
+                one = self._budget.attempt(_log_likelihood, self.model, row, size=row.size)
+            found[equal] = one
+            self._ran(row.size, len(equal), row.size * len(equal))
+        return found
+
+
+class ImplicitScorer(LikelihoodScorer):
     """Scores conversations by how much likelier a policy finds an answer than its reference does.
 
     It is called as :class:`rmfast.Scorer` is. The prompt of a (prompt, response) tuple ends where
@@ -64,8 +124,6 @@ class ImplicitScorer(Scorer):
             ``beta`` that is not above 0.
     """
 
-    _level = "backbone"
-
     def __init__(
         self,
         model: nn.Module,
@@ -75,38 +133,31 @@ class ImplicitScorer(Scorer):
         beta: float = 0.1,
         **options: Any,
     ) -> None:
-        self._check(reference)
         check_beta(beta)
         for name in ("pooling", "normalize", "sigmoid"):
             if name in options:
                 raise ValueError(f"{name} is an option of reward models: a policy has no such head")
         self.reference, self.beta = reference, beta
         super().__init__(model, tokenizer, **options)
-        given = {name: options.get(name) for name in ("attention", "compile")}
-        patch = patching.repatch(reference, **given)
-        self._patches.append((reference, patch))
-        if not options.get("max_tokens") and patch.options.max_tokens:
-            self._budget.tokens = min(self.max_tokens, patch.options.max_tokens)
-        self.encoder.vocabulary = min(self.encoder.vocabulary, _vocabulary(reference))
-        if not options.get("max_length"):
-            limit = getattr(reference.config.get_text_config(), "max_position_embeddings", None)
-            limits = filter(None, (self.encoder.max_length, limit))
-            self.encoder.max_length = min(limits, default=None)
+        limited = options.get("max_tokens") is not None
+        options["max_tokens"] = self.max_tokens
+        self._other = other = LikelihoodScorer(reference, tokenizer, **options)
+        self._patches += other._patches
+        limit = other._patch.options.max_tokens
+        if limit and not limited:
+            self._budget.tokens = min(self.max_tokens, limit)
+        other._budget = self._budget
+        encoders = (self.encoder, other.encoder)
+        self.encoder.vocabulary = min(encoder.vocabulary for encoder in encoders)
+        limits = filter(None, (encoder.max_length for encoder in encoders))
+        self.encoder.max_length = min(limits, default=None)
 
     def _is_sharded(self) -> bool:
         return super()._is_sharded() or models.is_sharded(self.reference)
 
-    def _check_hooks(self, patch: patching.Patch) -> None:
-        """Any hook may stay: logits come from the model's own forward."""
-
-    @staticmethod
-    def _check(model: nn.Module) -> None:
-        if not models.can_generate(model):
-            raise ValueError(
-                f"{type(model).__name__} is no causal language model: an implicit reward needs two"
-            )
-
-    # --- answers
+    def _scores(self, rows: list[Answer]) -> np.ndarray:  # fp32 [len(rows)]
+        both = super()._scores(rows), self._other._scores(rows)
+        return implicit_reward(*map(torch.from_numpy, both), self.beta).float().numpy()
 
     def _encode(self, window: list[list | RowError]) -> list[list[Answer] | RowError]:
         encoded = zip(window, super()._encode(window), strict=True)
@@ -137,61 +188,6 @@ class ImplicitScorer(Scorer):
             if prompt is not None and prompt != before:
                 before, ids = prompt, self.encoder.prompt(prompt)
             yield None if prompt is None else ids
-
-    # --- likelihoods
-
-    def _scores(self, rows: list[Answer]) -> np.ndarray:  # fp32 [len(rows)]
-        self._count(rows)
-        self.stats.nodes += len(pack([row.ids for row in rows]))
-        both = [self._log_likelihoods(model, rows) for model in (self.model, self.reference)]
-        return implicit_reward(*map(torch.from_numpy, both), self.beta).float().numpy()
-
-    def _log_likelihoods(self, model: nn.Module, rows: list[Answer]) -> np.ndarray:  # fp64 [B]
-        found = np.zeros(len(rows))
-        with evaluating(model):
-            packed = self._packed([row.ids for row in rows], patching.attached(model))
-            for run, which in ((self._run_packed, packed), (self._run_alone, ~packed)):
-                if which.any():
-                    found[which] = run(model, [rows[i] for i in np.flatnonzero(which)])
-        return found
-
-    def _run_packed(self, model: nn.Module, rows: list[Answer]) -> list[float]:
-        """Log-likelihoods of answers, each node of their trie run once."""
-        trie = pack([row.ids for row in rows])
-        paths = trie.paths()
-        parent = np.full(len(trie), -1)  # of the nodes of answers
-        for path, row in zip(paths, rows, strict=True):
-            parent[path[row.start :]] = path[row.start - 1 : -1]
-        nodes = np.argsort(parent, kind="stable")[np.count_nonzero(parent < 0) :]
-        rising, gain = parent[nodes], np.zeros(len(trie))
-
-        def take(piece: pieces.Piece, hidden: Tensor) -> None:
-            here = nodes[slice(*np.searchsorted(rising, [piece.start, piece.stop]))]
-            if here.size:
-                before = torch.from_numpy(parent[here] - piece.start)
-                gain[here] = _log_probs(model, hidden, before, trie.input_ids[here])
-            self._tell(model, piece.stop - piece.start, [rows[i] for i in piece.rows])
-
-        stand_in = patching.attached(model).overrides[0]
-        pieces.run(stand_in, trie, self._budget, take, prune=False)
-        return [gain[path[row.start :]].sum() for path, row in zip(paths, rows, strict=True)]
-
-    def _run_alone(self, model: nn.Module, rows: list[Answer]) -> np.ndarray:
-        """Log-likelihoods of answers that cannot run packed, by a call of the model for each."""
-        found = np.zeros(len(rows))
-        keys = {i: (row.ids.tobytes(), row.start) for i, row in enumerate(rows)}
-        for equal in alike(keys).values():
-            row, one = rows[equal[0]], None
-            while one is None:
-                one = self._budget.attempt(_log_likelihood, model, row, size=row.size)
-            found[equal] = one
-            self._tell(model, row.size, [row] * len(equal))
-        return found
-
-    def _tell(self, model: nn.Module, run: int, rows: list[Answer]) -> None:
-        """Count a micro-batch of the policy's."""
-        if model is self.model:
-            self._ran(run, len(rows), sum(row.size for row in rows))
 
 
 def _prompt(conversation: Any) -> str | list | None:
