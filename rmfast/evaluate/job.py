@@ -254,14 +254,21 @@ class _RowFiles(contextlib.ExitStack):
 
     def __init__(self, args: EvalOptions, encoder: Encoder) -> None:
         super().__init__()
-        self.args, self.scores, self.rewardbench = args, None, None
+        self.args, self.encoder = args, encoder
+        self.results: list[float] = []  # of RewardBench's rows
+        self.stem = rewardbench.stem(args.output_dir, args.model)
+        paths = {} if args.scores is None else {"scores": Path(args.scores)}
+        if args.rewardbench_files:
+            paths["outputs"] = Path(f"{self.stem}_outputs.jsonl")
+        if args.save_all:
+            paths["all"] = Path(f"{self.stem}_all.jsonl")
         try:
-            if args.scores is not None:
-                file = open(args.scores, "w", encoding="utf-8")  # noqa: SIM115 (the stack closes it)
-                self.scores = self.enter_context(file)
             if args.rewardbench_files:
-                files = rewardbench.Files(args.output_dir, args.model, encoder, args.save_all)
-                self.rewardbench = self.enter_context(files)
+                paths["outputs"].parent.mkdir(parents=True, exist_ok=True)
+            self.files = {
+                name: self.enter_context(path.open("w", encoding="utf-8"))
+                for name, path in paths.items()
+            }
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
 
@@ -272,30 +279,36 @@ class _RowFiles(contextlib.ExitStack):
         for name, side in (("chosen", slice(count)), ("rejected", slice(count, None))):
             line[name] = rewardbench.single(scores[side])
             line[f"{name}_tokens"] = rewardbench.single(scored.lengths[side].tolist())
-        self._write(line)
-        if self.rewardbench is not None:
-            self.rewardbench.add(row, scores, float(measures.credit(scored.scores, count)))
+        self._write("scores", line)
+        if "outputs" in self.files:
+            output = rewardbench.output(row, scores, self.encoder)
+            self.results.append(output["results"])
+            self._write("outputs", output)
+            self._write("all", {name: output[f"scores_{name}"] for name in ("chosen", "rejected")})
 
     def error(self, number: int, error: RowError) -> None:
-        self._write({"line": number, "error": error.reason, "kind": error.kind})
+        self._write("scores", {"line": number, "error": error.reason, "kind": error.kind})
 
-    def _write(self, line: dict[str, Any]) -> None:
-        if self.scores is not None:
-            self.scores.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def _write(self, name: str, line: dict[str, Any]) -> None:
+        if name in self.files:
+            self.files[name].write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> list[Path]:
-        """Write RewardBench's summary, and return the paths of the files."""
-        args = self.args
-        paths = [] if args.scores is None else [Path(args.scores)]
-        if self.rewardbench is not None:
-            parts = summary.get("subsets")
-            paths += self.rewardbench.finish(
-                subsets=parts and {name: tally["accuracy"] for name, tally in parts.items()},
-                model=args.model,
-                ref_model=args.ref_model,
-                tokenizer=args.tokenizer or args.model,
-                chat_template=args.chat_template,
-            )
+        """Write RewardBench's summary, and return the paths of all files."""
+        args, count, subsets = self.args, len(self.results), summary.get("subsets")
+        paths = [Path(file.name) for file in self.files.values()]
+        if "outputs" in self.files:
+            about = {
+                "accuracy": sum(self.results) / count,
+                "num_prompts": count,
+                "model": args.model,
+                "ref_model": args.ref_model,
+                "tokenizer": args.tokenizer or args.model,
+                "chat_template": args.chat_template,
+                "extra_results": subsets and {name: x["accuracy"] for name, x in subsets.items()},
+            }
+            paths.append(Path(f"{self.stem}.json"))
+            paths[-1].write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
         return paths
 
 
