@@ -133,6 +133,7 @@ class ImplicitScorer(LikelihoodScorer):
         beta: float = 0.1,
         **options: Any,
     ) -> None:
+        self._check(reference)
         check_beta(beta)
         for name in ("pooling", "normalize", "sigmoid"):
             if name in options:
