@@ -1,11 +1,11 @@
-# make setup | demo | test | test-pins | test-oldest | test-gpu-pins | bench | gpu | clean
+# make setup | demo | docs | test | test-pins | test-oldest | test-gpu-pins | bench | gpu | clean
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # a test file at a time, in three processes of one thread each: two cores are then never idle
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile
 
-.PHONY: setup demo test test-pins test-oldest test-gpu-pins bench gpu clean
+.PHONY: setup demo docs test test-pins test-oldest test-gpu-pins bench gpu clean
 
 setup: .venv/.complete
 
@@ -23,9 +23,13 @@ setup: .venv/.complete
 demo: setup
 	$(BIN)/rmfast demo
 
-test: setup
+docs: setup # into build/docs
+	$(BIN)/mkdocs build --strict
+
+test: setup docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels # processes of their own: see its conftest.py
 	HF_HUB_OFFLINE=1 $(PYTEST) --ignore=tests/kernels
 

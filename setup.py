@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 INIT = (HERE / "rmfast" / "__init__.py").read_text(encoding="utf-8")
 README = HERE / "README.md"
 
+DOCS = ["mkdocs", "mkdocstrings[python]"]
 DATA = ["datasets", "pyarrow"]  # Parquet; folders and the hub
 EVAL = ["matplotlib"]
 LIGER = ["liger-kernel"]  # for a GPU
@@ -19,10 +20,13 @@ GPU = ["accelerate", "hypothesis", "peft", "pyarrow", "pytest", "pytest-timeout"
 TEST = [
     "gguf",
     *DATA,
+    *DOCS,
     *EVAL,
     *RAY,
     *(f"{name}; python_version >= '3.11'" if name.startswith("trl") else name for name in TRAIN),
     "hypothesis",
+    "import-linter",
+    "mypy",
     "peft",
     "pytest",
     "pytest-benchmark",
@@ -53,17 +57,19 @@ setup(
         "rmfast.kernels",
         "rmfast.benchmarks",
     ],
+    package_data={"rmfast": ["py.typed"], "rmfast.demo": ["pairs.jsonl.gz"]},
     package_dir={"rmfast.kernels": "kernels", "rmfast.benchmarks": "benchmarks"},
-    package_data={"rmfast.demo": ["pairs.jsonl.gz"]},
     install_requires=[
         "numpy>=2.0.2",
         "torch>=2.9",
         "transformers>=5.13",  # older ones: wrong rotary frequencies after a long row
         "triton>=3.5; platform_system == 'Linux'",
+        "typer>=0.20",
     ],
     extras_require={
         "data": DATA,
         "demo": DEMO,
+        "docs": DOCS,
         "eval": EVAL,
         "gpu": GPU,  # what `make gpu` needs
         "liger": LIGER,

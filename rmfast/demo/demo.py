@@ -56,7 +56,7 @@ def run(options: DemoOptions) -> None:
 
 def _run(options: DemoOptions) -> None:
     start = time.perf_counter()
-    loading.quiet()
+    loading.silence_transformers()
     disable_progress_bars()
     job = _job(options)
     if options.output is not None:

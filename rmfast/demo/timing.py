@@ -82,7 +82,7 @@ def _wait(future: Future) -> tuple[float, float]:
 
 @functools.cache
 def _model(job: Job, patched: bool) -> nn.Module:
-    loading.quiet()
+    loading.silence_transformers()
     model = job.load().model
     return patch(model) if patched else model
 

@@ -83,7 +83,7 @@ def run(options: TrainOptions) -> int:
 def _run(options: TrainOptions) -> int:
     import datasets
 
-    loading.quiet()
+    loading.silence_transformers()
     datasets.disable_progress_bars()
     _check(options)
     template = read_template(options.chat_template)

@@ -123,7 +123,7 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _check_head(self, patch: patching.Patch) -> None:
         """An adapter that leaves the head as it was drawn learns next to nothing."""
-        head = getattr(patch.outer, "score", None)
+        head = getattr(patch.classifier, "score", None)
         adapted = hasattr(self.model, "peft_config") and head is not None
         if adapted and not any(p.requires_grad for p in head.parameters()):
             raise ValueError(
