@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from rmfast.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
 
 
 class Loaded(NamedTuple):
@@ -52,34 +56,50 @@ def load(
     Raises:
         UserError: it cannot be loaded, or would give random scores; the message says why.
     """
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     device = usable_device(device)
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
-    options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    labels = {"num_labels": 1} if task == "reward" and is_adapter(name) else {}
     auto = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
-    try:
-        if (Path(name) / "adapter_config.json").is_file():
-            options |= {} if task == "causal" else {"num_labels": 1}
-            model, missing, _ = load_adapter(
-                name, auto, trust_remote_code=trust_remote_code, **options
-            )
-        else:
-            options |= remote
-            model, keys = auto.from_pretrained(name, output_loading_info=True, **options)
-            missing = sorted(keys["missing_keys"])
-        if tokenizer is not None:  # from a repository with revisions of its own
-            del remote["revision"]
-        found = AutoTokenizer.from_pretrained(tokenizer or name, **remote)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise UserError(f"{name} cannot be loaded: {error}") from None
+    model, found, missing, _ = read_checkpoint(name, auto, tokenizer, remote, dtype=dtype, **labels)
     if check:
         _refuse_random_scores(name, model, missing, task)
     return Loaded(model.to(device).eval(), found, missing)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether this is the folder of a PEFT adapter."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def read_checkpoint(
+    name: str, auto: Any, tokenizer: str | None, remote: dict[str, Any], **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str], list[str]]:
+    """The model of a checkpoint or of an adapter, and its tokenizer or another.
+
+    Args:
+        auto: one of transformers' auto classes.
+        remote: ``revision`` and ``trust_remote_code``.
+        options: more of ``from_pretrained``.
+
+    Returns:
+        Model, tokenizer, the parameters that the checkpoint lacks, and those that are not used.
+    """
+    from transformers import AutoTokenizer
+
+    code = {"trust_remote_code": remote["trust_remote_code"]}
+    try:
+        # another tokenizer, and an adapter's model, have revisions of their own
+        found = AutoTokenizer.from_pretrained(tokenizer or name, **(code if tokenizer else remote))
+        if is_adapter(name):
+            model, missing, unused = load_adapter(name, auto, **options, **code)
+        else:
+            model, keys = auto.from_pretrained(name, output_loading_info=True, **options, **remote)
+            missing, unused = sorted(keys["missing_keys"]), sorted(keys["unexpected_keys"])
+    except _UNREADABLE as error:
+        raise UserError(f"{name} cannot be loaded: {error}") from None
+    return model, found, missing, unused
 
 
 def load_adapter(

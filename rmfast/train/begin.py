@@ -12,20 +12,12 @@ import safetensors
 import torch
 
 from rmfast.errors import UserError
-from rmfast.loading import first_names, load_adapter, usable_device
+from rmfast.loading import first_names, is_adapter, read_checkpoint, usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_UNLOADABLE = (
-    OSError,
-    ValueError,
-    ImportError,
-    RuntimeError,
-    KeyError,
-    safetensors.SafetensorError,
-)
 # Tokens that no text holds, by their names: made for padding, or kept free by those who trained.
 _PADDING = re.compile(r"[<\[]\|?(finetune_right_)?pad(ding|_token)?(_id)?\|?[>\]]", re.I)
 _FREE = re.compile(r"reserved|unused|placeholder|dummy|<\|extra_\d+\|>|\[control_\d+\]", re.I)
@@ -107,16 +99,25 @@ def load_to_train(
             head, holds no safetensors, is an adapter without the head that it was trained with, or
             no pad token is to be had; the message says why.
     """
+    from transformers import AutoModelForSequenceClassification
+
     device = usable_device(device)
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
+    if is_adapter(name):
+        _refuse_lost_head(name)
+    else:
+        _refuse_several_labels(name, remote)
+    options = {"dtype": dtype, "num_labels": 1, "use_safetensors": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, tokens, missing, unused = _load(name, dtype, tokenizer, remote)
+        model, tokens, missing, unused = read_checkpoint(
+            name, AutoModelForSequenceClassification, tokenizer, remote, **options
+        )
     inside = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
     if inside:
         raise UserError(
-            f"{name} has no {first_names(inside)}: more than a head would be random; name the checkpoint "
-            "of a language model, or of a reward model"
+            f"{name} has no {first_names(inside)}: more than a head would be random; name the "
+            "checkpoint of a language model, or of a reward model"
         )
     std = _new_head(model, missing, seed)
     pad, source, warnings = _pad(model, tokens)
@@ -128,33 +129,6 @@ def load_to_train(
         )
     start = Start(name, missing, std, unused, pad, source, warnings)
     return Started(model.to(device).eval(), tokens, start)
-
-
-def _load(
-    name: str, dtype: str, tokenizer: str | None, remote: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str], list[str]]:
-    """Model and tokenizer, the parameters that are missing, and those that are not used."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    auto, code = AutoModelForSequenceClassification, remote["trust_remote_code"]
-    options = {
-        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-        "num_labels": 1,
-        "use_safetensors": True,
-    }
-    try:
-        if (Path(name) / "adapter_config.json").is_file():
-            _refuse_lost_head(name)
-            model, missing, unused = load_adapter(name, auto, trust_remote_code=code, **options)
-        else:
-            _one_label(name, AutoConfig.from_pretrained(name, **remote))
-            model, found = auto.from_pretrained(name, output_loading_info=True, **options, **remote)
-            missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-        other = {"trust_remote_code": code} if tokenizer else remote
-        tokens = AutoTokenizer.from_pretrained(tokenizer or name, **other)
-    except _UNLOADABLE as error:
-        raise UserError(f"{name} cannot be loaded: {error}") from None
-    return model, tokens, missing, unused
 
 
 def _refuse_lost_head(name: str) -> None:
@@ -173,8 +147,14 @@ def _refuse_lost_head(name: str) -> None:
         )
 
 
-def _one_label(name: str, config: Any) -> None:
-    kinds = getattr(config, "architectures", None) or []
+def _refuse_several_labels(name: str, remote: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, **remote)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name} cannot be loaded: {error}") from None
+    kinds = config.architectures or []
     if any(kind.endswith("Classification") for kind in kinds) and config.num_labels != 1:
         raise UserError(
             f"{name} is a classifier with num_labels={config.num_labels}: a reward model has one "
