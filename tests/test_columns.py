@@ -118,7 +118,7 @@ BAD_ROWS = [
     ({"prompt": "p", "responses": {"a": 1}}, '"responses" must be a list of responses, not an obj'),
     ({"prompt": "p", "responses": ["r", ""]}, '"responses" item 1 is empty'),
     ({"prompt": "p", "responses": ["r", 7]}, '"responses" item 1 must be text or a list of messa'),
-    ({"chosen": "c", "rejected": [BAD]}, '"chosen" and "rejected" must both be text, or both'),
+    ({"chosen": "c", "rejected": [BAD]}, '"chosen", "rejected" must all be text, or all be lists'),
     ({"chosen": "c", "rejected": None}, '"rejected" must be text or a list of messages, not null'),
     ({"chosen": "c", "rejected": "r", "prompt": 3}, '"prompt" must be text or a list of messages'),
 ]

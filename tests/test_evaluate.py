@@ -466,7 +466,7 @@ def test_rows_are_read_as_what_they_are():
         ({"subset": ["a"]}, '"subset" must be a name, not a list'),
         (
             {"prompt": None, "rejected": [{"role": "user", "content": "x"}]},
-            '"chosen" and "rejected" must both be text, or both messages',
+            '"chosen", "rejected" must all be text, or all be lists of messages',
         ),
     ],
 )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from rmfast.data.records import Pair
-from rmfast.data.values import Conversation as Messages
-from rmfast.data.values import checked
-from rmfast.errors import DataError, RowError
+from rmfast.data.values import Messages, checked
+from rmfast.errors import DataError, RowError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,23 @@ if TYPE_CHECKING:
 
 Conversation = str | Messages | tuple[str | Messages, str | Messages] | Sequence[int] | Tensor
 ON_OVERLONG = ("error", "skip", "truncate_left")
+
+
+def read_template(path: str | None) -> str | None:
+    """The chat template in a file, as ``--chat-template`` names it; None where nothing is named.
+
+    Raises:
+        UserError: there is no such file, or it is not text.
+    """
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--chat-template {path}: not a text file with a Jinja template (names of FastChat's "
+            f"templates are not known here): {error}"
+        ) from None
 
 
 class Encoder:

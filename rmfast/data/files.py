@@ -12,19 +12,19 @@ import contextlib
 import csv
 import gzip
 import itertools
+import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from rmfast.data.values import kind_of, parse_json
+from rmfast.data.values import kind_of, parse_json, why_not_unicode
 from rmfast.errors import DataError, RowError
 
 if TYPE_CHECKING:
     import pyarrow
-
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -33,10 +33,8 @@ FORMATS = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
-
-
 KINDS = ".jsonl, .jsonl.gz, .csv, .csv.gz or .parquet"
-LONGEST = 64 << 20  # bytes of a line, and characters of a CSV cell
+_LONGEST_CELL = 64 << 20  # characters of CSV: a quote that is never closed ends there
 _BATCH = 1024  # rows of Parquet in memory
 
 
@@ -74,6 +72,7 @@ class Reader:
         name: configuration of a data set.
         split: split of a data set.
         limit: stop after so many records.
+        lists: a file may also be one list of JSON objects, which is read whole.
 
     Attributes:
         format: ``"jsonl"``, ``"csv"``, ``"parquet"`` or ``"dataset"``.
@@ -93,246 +92,40 @@ class Reader:
         name: str | None = None,
         split: str = "train",
         limit: int | None = None,
+        lists: bool = False,
     ) -> None:
         self.source, self.limit = str(source), limit
-        self._open = _choose(self.source, name, split)
-        self.format: str = self._open.format
-        self.columns: list[str] | None = self._open.columns
-        self.schema: pyarrow.Schema | None = self._open.schema
-        self.total: int | None = self._open.total
-        self.unit: str = self._open.unit
+        self._file = _open(self.source, name, split, lists)
+        self.format: str = self._file.format
+        self.columns: list[str] | None = self._file.columns
+        self.schema: pyarrow.Schema | None = self._file.schema
+        self.total: int | None = self._file.total
+        self.unit: str = self._file.unit
         if limit is not None and self.unit == "row" and self.total is not None:
             self.total = min(self.total, limit)
 
     def identity(self) -> dict[str, Any]:
         """What tells this input from another, or from itself before somebody changed it."""
-        return self._open.identity()
+        return self._file.identity()
 
     def read(self, skip: int = 0) -> Iterator[Record]:
         """The records after the first ``skip``, which are passed over without a look inside."""
         stop = None if self.limit is None else max(0, self.limit - skip)
-        return itertools.islice(self._open.read(skip), stop)
+        return itertools.islice(self._file.read(skip), stop)
 
 
-def _choose(source: str, name: str | None, split: str) -> Any:
+def _open(source: str, name: str | None, split: str, lists: bool) -> Any:
     found = file_format(source)
     if os.path.isfile(source):
         if found is None:
             raise DataError(f"{source}: its name must end with {KINDS}, to say what it is")
         kind, gzipped = found
-        with _system_errors(source):
-            return _Parquet(source) if kind == "parquet" else _TEXT[kind](source, gzipped)
+        if kind == "parquet":
+            return _Parquet(source)
+        return _Csv(source, gzipped) if kind == "csv" else _JsonLines(source, gzipped, lists)
     if found is not None or not (os.path.isdir(source) or re.fullmatch(r"[\w./-]+", source)):
         raise DataError(f"{source}: no such file")
     return _DataSet(source, name, split)
-
-
-@contextlib.contextmanager
-def _system_errors(source: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read: {error.strerror or error}") from None
-
-
-class _Lines:
-    """The lines of a file, as bytes. None is longer than LONGEST: such a one is passed over.
-
-    Raises:
-        RowError: from ``next``, for a line too long, and for damage to a gzip file, which ends it.
-            The next call goes on.
-        DataError: the system cannot read on.
-    """
-
-    def __init__(self, path: str, gzipped: bool) -> None:
-        self.path, self.number, self._ended, self._bytes = path, 0, False, 0
-        with _system_errors(path):
-            self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
-        self._text = gzip.GzipFile(fileobj=self._file) if gzipped else self._file
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> bytes:
-        line = self._readline()
-        if not line:
-            raise StopIteration
-        self.number += 1
-        if self.number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if len(line) <= LONGEST or line.endswith(b"\n"):
-            return line
-        while (line := self._readline()) and not line.endswith(b"\n"):
-            pass
-        raise RowError(f"a line of more than {LONGEST:,} bytes")
-
-    def _readline(self) -> bytes:
-        if self._ended:
-            return b""
-        with _system_errors(self.path):
-            try:
-                line = self._text.readline(LONGEST + 1)
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                self._ended = True
-                self.number += 1
-                raise RowError(f"damaged gzip file, nothing after this is read: {error}") from None
-        self._bytes += len(line)
-        return line
-
-    @property
-    def position(self) -> int:
-        return self._bytes if self._text is self._file else self._file.tell()
-
-    def close(self) -> None:
-        self._text.close()
-        self._file.close()
-
-
-class _Text:
-    """A file of lines."""
-
-    format: str
-    columns: list[str] | None = None
-    schema = None
-    unit = "B"
-
-    def __init__(self, path: str, gzipped: bool) -> None:
-        self.path, self.gzipped = path, gzipped
-        self.total = os.path.getsize(path)
-        self._begin()
-
-    def _begin(self) -> None:
-        """Look at the beginning of the file."""
-        raise NotImplementedError
-
-    def lines(self) -> contextlib.closing[_Lines]:
-        return contextlib.closing(_Lines(self.path, self.gzipped))
-
-    def identity(self) -> dict[str, Any]:
-        return _file_identity(self.path)
-
-
-def _file_identity(path: str) -> dict[str, Any]:
-    about = os.stat(path)
-    return {"path": os.path.abspath(path), "size": about.st_size, "time": about.st_mtime_ns}
-
-
-class _JsonLines(_Text):
-    format = "jsonl"
-
-    def _begin(self) -> None:
-        with self.lines() as lines:
-            first = b""
-            with contextlib.suppress(RowError):  # told with its line when that is read
-                first = next((line.strip() for line in lines if line.strip()), b"")
-        if first == b"[" or (first.startswith(b"[{") and not first.endswith(b"]")):
-            raise DataError(
-                f"{self.path} is one list of JSON: write each record on a line of its own, "
-                f"such as with: jq -c '.[]' {self.path}"
-            )
-
-    def read(self, skip: int) -> Iterator[Record]:
-        with self.lines() as lines:
-            while True:
-                line, problem = None, None
-                try:
-                    line = next(lines).strip()
-                except StopIteration:
-                    return
-                except RowError as error:
-                    problem = error
-                if line == b"":
-                    continue
-                if skip > 0:
-                    skip -= 1
-                    continue
-                yield Record(lines.number, *self._parse(line, problem, lines.position))
-
-    def _parse(self, line: bytes | None, problem: RowError | None, position: int) -> tuple:
-        if problem is not None:
-            return problem, position
-        try:
-            value = parse_json(line)
-        except RowError as error:
-            return error, position
-        if not isinstance(value, dict):
-            problem = RowError(f"a line must be a JSON object, this is {kind_of(value)}")
-            return problem, position
-        return value, position, line
-
-
-class _Csv(_Text):
-    format = "csv"
-
-    def _begin(self) -> None:
-        with self.lines() as lines:
-            try:
-                self.columns = next(filter(None, self._rows(lines)), [])
-            except (RowError, csv.Error) as error:
-                raise DataError(f"{self.path}:1: no header can be read: {error}") from None
-        if not _is_utf8(self.columns):
-            raise DataError(f"{self.path}:1: the header is not UTF-8")
-        _no_name_twice(self.path, self.columns)
-
-    @staticmethod
-    def _rows(lines: _Lines) -> Iterator[list[str]]:
-        csv.field_size_limit(max(LONGEST, csv.field_size_limit()))  # one for the whole process
-        # a generator would end with the first line that raises, a map goes on
-        return csv.reader(map(_decoded, lines), strict=True)
-
-    def read(self, skip: int) -> Iterator[Record]:
-        with self.lines() as lines:
-            rows = self._rows(lines)
-            next(filter(None, rows), None)
-            while True:
-                number = lines.number + 1
-                cells, problem = None, None
-                try:
-                    cells = next(rows)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    problem = RowError(f"not CSV: {error}")
-                except RowError as error:
-                    problem = error
-                if cells == []:
-                    continue
-                if skip > 0:
-                    skip -= 1
-                    continue
-                yield Record(number, *self._check(cells, problem, lines.position))
-
-    def _check(self, cells: list[str] | None, problem: RowError | None, position: int) -> tuple:
-        if problem is not None:
-            return problem, position
-        if len(cells) != len(self.columns):
-            problem = RowError(f"{len(cells)} cells, and the header names {len(self.columns)}")
-            return problem, position
-        if not _is_utf8(cells):
-            return RowError("not UTF-8"), position
-        return dict(zip(self.columns, cells, strict=True)), position, cells
-
-
-_TEXT = {"jsonl": _JsonLines, "csv": _Csv}
-
-
-def _decoded(line: bytes) -> str:
-    """What is not UTF-8 becomes half surrogates, which UTF-8 cannot hold: to be found row by row"""
-    return line.decode("utf-8", "surrogateescape")
-
-
-def _is_utf8(cells: list[str]) -> bool:
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _no_name_twice(source: str, names: list[str]) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f'{source}: two columns are named "{twice}"')
 
 
 def need(library: str, what: str) -> None:
@@ -347,31 +140,188 @@ def need(library: str, what: str) -> None:
         raise DataError(f"{what} needs {library}: pip install 'rmfast[data]'")
 
 
-class _Parquet:
+class _File:
+    """A file, of whatever format."""
+
+    columns: list[str] | None = None
+    schema: pyarrow.Schema | None = None
+    total: int | None
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def identity(self) -> dict[str, Any]:
+        stat = os.stat(self.path)
+        return {"path": os.path.abspath(self.path), "size": stat.st_size, "time": stat.st_mtime_ns}
+
+    def name_columns(self, names: list[str]) -> None:
+        double = next((name for name in names if names.count(name) > 1), None)
+        if double is not None:
+            raise DataError(f'{self.path}: two columns are named "{double}"')
+        self.columns = names
+
+
+# --- files of lines
+
+
+class _Text(_File):
+    """Subclasses have ``rows``, which numbers rows of text, and ``parse``, which reads one."""
+
+    unit = "B"
+
+    def __init__(self, path: str, gzipped: bool) -> None:
+        super().__init__(path)
+        self.gzipped = gzipped
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[tuple[BinaryIO, Iterator[bytes]]]:
+        """The file as it is on disk, and its lines."""
+        try:
+            self.total = os.path.getsize(self.path)
+            with open(self.path, "rb") as file:
+                yield file, _lines(gzip.GzipFile(fileobj=file) if self.gzipped else file)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+
+    def read(self, skip: int) -> Iterator[Record]:
+        with self.opened() as (file, lines):
+            for number, raw in itertools.islice(self.rows(lines), skip, None):
+                value = raw
+                if not isinstance(raw, RowError):
+                    try:
+                        value = self.parse(raw)
+                    except RowError as error:
+                        value = error
+                raw = None if isinstance(value, RowError) else raw
+                yield Record(number, value, file.tell(), raw)
+
+
+def _lines(file: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines without a byte order mark; a RowError where a gzip file is damaged, at the end."""
+    try:
+        for number, line in enumerate(file):
+            yield line if number else line.removeprefix(codecs.BOM_UTF8)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RowError(f"damaged gzip file, nothing after this is read: {error}") from None
+
+
+class _JsonLines(_Text):
+    format = "jsonl"
+
+    def __init__(self, path: str, gzipped: bool, lists: bool) -> None:
+        super().__init__(path, gzipped)
+        self.list: list[Any] | None = None
+        with self.opened() as (_, lines):
+            _, first = next(self.rows(lines), (0, b""))
+        if isinstance(first, RowError):  # told with its line when that is read
+            return
+        if lists and not gzipped and first.startswith(b"["):
+            self.list = self._parse_list()
+        elif first == b"[" or (first.startswith(b"[{") and not first.endswith(b"]")):
+            raise DataError(
+                f"{path} is one list of JSON: write each record on a line of its own, "
+                f"such as with: jq -c '.[]' {path}"
+            )
+
+    def _parse_list(self) -> list[Any]:
+        try:
+            return json.loads(Path(self.path).read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.path}: a list of JSON that cannot be read: {error}") from None
+
+    def read(self, skip: int) -> Iterator[Record]:
+        if self.list is None:
+            yield from super().read(skip)
+            return
+        for number, value in enumerate(self.list[skip:], start=skip + 1):
+            if not isinstance(value, dict):
+                value = RowError(f"an item must be a JSON object, this is {kind_of(value)}")
+            yield Record(number, value, None)
+
+    def rows(self, lines: Iterator[bytes]) -> Iterator[tuple[int, bytes | RowError]]:
+        number = 0
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line := line.strip():
+                    yield number, line
+        except RowError as error:
+            yield number + 1, error
+
+    parse = staticmethod(parse_json)
+
+
+class _Csv(_Text):
+    format = "csv"
+
+    def __init__(self, path: str, gzipped: bool) -> None:
+        super().__init__(path, gzipped)
+        with self.opened() as (_, lines):
+            number, header = next(self._all_rows(lines), (1, []))
+        if isinstance(header, RowError):
+            raise DataError(f"{path}:{number}: no header can be read: {header}")
+        if why_not_unicode("".join(header)) is not None:
+            raise DataError(f"{path}:{number}: the header is not UTF-8")
+        self.name_columns(header)
+
+    def rows(self, lines: Iterator[bytes]) -> Iterator[tuple[int, list[str] | RowError]]:
+        return itertools.islice(self._all_rows(lines), 1, None)
+
+    @staticmethod
+    def _all_rows(lines: Iterator[bytes]) -> Iterator[tuple[int, list[str] | RowError]]:
+        """Rows that are not empty, the header too.
+
+        Bytes that are not UTF-8 become half surrogates, which are looked for row by row.
+        """
+        csv.field_size_limit(max(_LONGEST_CELL, csv.field_size_limit()))  # of the whole process
+        text = (line.decode("utf-8", "surrogateescape") for line in lines)
+        rows = csv.reader(text, strict=True)
+        while True:
+            number = rows.line_num + 1
+            try:
+                row: Any = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                row = RowError(f"not CSV: {error}")
+            except RowError as error:
+                row = error
+            if row != []:
+                yield number, row
+
+    def parse(self, cells: list[str]) -> dict[str, str]:
+        if len(cells) != len(self.columns):
+            raise RowError(f"{len(cells)} cells, and the header names {len(self.columns)}")
+        if why_not_unicode("".join(cells)) is not None:
+            raise RowError("not UTF-8")
+        return dict(zip(self.columns, cells, strict=True))
+
+
+# --- Parquet and data sets
+
+
+class _Parquet(_File):
     format = "parquet"
     unit = "row"
 
     def __init__(self, path: str) -> None:
+        super().__init__(path)
         need("pyarrow", path)
         import pyarrow
 
-        self.path = path
         try:
             with self._opened() as file:
                 self.schema = file.schema_arrow
                 self.total = file.metadata.num_rows
         except pyarrow.ArrowException as error:
             raise DataError(f"{path}: not Parquet that can be read: {error}") from None
-        self.columns = self.schema.names
-        _no_name_twice(path, self.columns)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        self.name_columns(self.schema.names)
 
     def _opened(self) -> Any:
         from pyarrow import parquet
 
         return parquet.ParquetFile(self.path)
-
-    def identity(self) -> dict[str, Any]:
-        return _file_identity(self.path)
 
     def read(self, skip: int) -> Iterator[Record]:
         import pyarrow
@@ -385,10 +335,7 @@ class _Parquet:
                     continue
                 try:
                     for batch in file.iter_batches(_BATCH, row_groups=[group]):
-                        if number + batch.num_rows <= skip:
-                            number += batch.num_rows
-                            continue
-                        for i, value in enumerate(_records(batch)):
+                        for i, value in enumerate(_values(batch)):
                             number += 1
                             if number > skip:
                                 raw = None if isinstance(value, RowError) else (batch, i)
@@ -397,25 +344,21 @@ class _Parquet:
                     raise DataError(f"{self.path}: damaged after row {number}: {error}") from None
 
 
-def _records(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | RowError]:
-    columns = [_values(name, batch.column(i)) for i, name in enumerate(batch.schema.names)]
-    for row in zip(*columns, strict=True):
-        problem = next((value for value in row if isinstance(value, RowError)), None)
-        yield problem or dict(zip(batch.schema.names, row, strict=True))
-
-
-def _values(name: str, column: pyarrow.Array) -> list[Any]:
+def _values(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | RowError]:
     try:
-        return column.to_pylist()
+        return batch.to_pylist()
     except (ValueError, OverflowError):  # a time beyond Python's, text that is not UTF-8
-        return [_value(name, scalar) for scalar in column]
+        return [_value(batch, i) for i in range(batch.num_rows)]
 
 
-def _value(name: str, scalar: pyarrow.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except (ValueError, OverflowError) as error:
-        return RowError(f'"{name}" cannot be read: {error}')
+def _value(batch: pyarrow.RecordBatch, i: int) -> dict[str, Any] | RowError:
+    value = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            value[name] = column[i].as_py()
+        except (ValueError, OverflowError) as error:
+            return RowError(f'"{name}" cannot be read: {error}')
+    return value
 
 
 class _DataSet:
@@ -430,37 +373,40 @@ class _DataSet:
         import datasets
 
         self.source, self.name, self.split = source, name, split
-        try:
-            if any((Path(source) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        saved = any((Path(source) / x).is_file() for x in ("state.json", "dataset_dict.json"))
+        with self._errors("neither a file nor a data set that can be loaded"):
+            if saved:
                 data = datasets.load_from_disk(source)
                 if isinstance(data, datasets.DatasetDict):
                     data = data[split]
                 self.total = data.num_rows
-                data = data.to_iterable_dataset()
+                self.data = data.to_iterable_dataset()
             else:
-                data = datasets.load_dataset(source, name, split=split, streaming=True)
-                about = (data.info.splits or {}).get(split)
-                self.total = about.num_examples if about is not None else None
-        except Exception as error:  # of the hub, the network, the files: the kinds are many
+                self.data = datasets.load_dataset(source, name, split=split, streaming=True)
+                info = (self.data.info.splits or {}).get(split)
+                self.total = info.num_examples if info is not None else None
+        self.columns = self.data.column_names
+
+    @contextlib.contextmanager
+    def _errors(self, problem: str) -> Iterator[None]:
+        """Whatever the hub, the network or the files raise, as one error."""
+        try:
+            yield
+        except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"{source}: neither a file nor a data set that can be loaded: {reason[:400]}"
-            ) from None
-        self.data = data
-        self.columns = data.column_names
+            raise DataError(f"{self.source}: {problem}: {reason[:400]}") from None
 
     def identity(self) -> dict[str, Any]:
         source = os.path.abspath(self.source) if os.path.isdir(self.source) else self.source
         return {"path": source, "name": self.name, "split": self.split}
 
     def read(self, skip: int) -> Iterator[Record]:
-        number = skip
-        try:
-            for value in self.data.skip(skip):
-                number += 1
-                yield Record(number, dict(value), number)
-        except Exception as error:  # as above; GeneratorExit is none
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"{self.source}: reading stopped after row {number}: {reason[:400]}"
-            ) from None
+        number, rows = skip, iter(())
+        with self._errors(f"reading stopped after row {skip}"):
+            rows = iter(self.data.skip(skip))
+        for number in itertools.count(skip + 1):
+            with self._errors(f"reading stopped after row {number - 1}"):
+                value = next(rows, None)
+            if value is None:
+                return
+            yield Record(number, dict(value), number)

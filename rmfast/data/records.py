@@ -1,4 +1,4 @@
-"""Preference data in memory: pairs, ranked groups, and what was dropped."""
+"""Preference data in memory: pairs and ranked groups, and what was dropped."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rmfast.data.values import Conversation
+from rmfast.data.values import TURN, Messages
 from rmfast.errors import RowError
 
 if TYPE_CHECKING:
@@ -24,17 +24,17 @@ class Pair:
         rejected: the same kind.
         prompt: what comes before both, or None where both already begin with it.
         margin: by how much the chosen answer is to score higher (Llama 2, arXiv 2307.09288, eq. 2);
-            None: not said.
+            None: not known.
         where: where the pair is from, for messages: ``file:line``.
     """
 
-    chosen: str | Conversation
-    rejected: str | Conversation
-    prompt: str | Conversation | None = None
+    chosen: str | Messages
+    rejected: str | Messages
+    prompt: str | Messages | None = None
     margin: float | None = None
     where: str = field(default="", compare=False)
 
-    def whole(self) -> tuple[str, str] | tuple[Conversation, Conversation]:
+    def whole(self) -> tuple[str, str] | tuple[Messages, Messages]:
         """Chosen and rejected with the prompt before them."""
         if self.prompt is None:
             return self.chosen, self.rejected
@@ -43,6 +43,13 @@ class Pair:
     def question(self) -> str:
         """What both sides begin with, as a key: pairs of one prompt have the same."""
         return _question(self.prompt, [self.chosen, self.rejected])
+
+    def columns(self, apart: bool) -> dict[str, Any]:
+        """The pair as a row for TRL, with the prompt in a column of its own or in the answers."""
+        row = {"prompt": self.prompt} if apart else {}
+        sides = (self.chosen, self.rejected) if apart else self.whole()
+        row |= dict(zip(("chosen", "rejected"), sides, strict=True))
+        return row if self.margin is None else {**row, "margin": float(self.margin)}
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,12 @@ class Group:
         where: where the group is from, for messages: ``file:line``.
     """
 
-    responses: list[str] | list[Conversation]
+    responses: list[str] | list[Messages]
     ranks: list[float]
-    prompt: str | Conversation | None = None
+    prompt: str | Messages | None = None
     where: str = field(default="", compare=False)
 
-    def whole(self) -> list[str] | list[Conversation]:
+    def whole(self) -> list[str] | list[Messages]:
         """The responses with the prompt before them."""
         if self.prompt is None:
             return self.responses
@@ -71,8 +78,14 @@ class Group:
         """What all responses begin with, as a key."""
         return _question(self.prompt, self.responses)
 
+    def columns(self, apart: bool) -> dict[str, Any]:
+        """The group as a row for rmfast's trainer, as :meth:`Pair.columns`."""
+        row = {"prompt": self.prompt} if apart else {}
+        row["responses"] = self.responses if apart else self.whole()
+        return {**row, "ranks": [float(rank) for rank in self.ranks]}
 
-def _question(prompt: str | Conversation | None, sides: Sequence[str | Conversation]) -> str:
+
+def _question(prompt: str | Messages | None, sides: Sequence[str | Messages]) -> str:
     if prompt is not None:
         return json.dumps(prompt)
     same = 0
@@ -84,6 +97,41 @@ def _question(prompt: str | Conversation | None, sides: Sequence[str | Conversat
     if isinstance(shared, str):  # answers may begin with the same words: back to the line break
         shared = shared[: shared.rfind("\n") + 1] or shared
     return json.dumps(shared)
+
+
+# --- records from which nothing can be learnt
+
+
+def is_blank(answer: Any, prompt: Any = None) -> bool:
+    """Whether an answer (text, messages or token ids) is missing: its last turn has no text."""
+    if isinstance(answer, str):
+        if prompt is None and TURN.match(answer):
+            answer = TURN.split(answer)[-1]
+        return not answer.strip()
+    if answer and isinstance(answer[-1], dict):
+        content = answer[-1].get("content")
+        return isinstance(content, str) and not content.strip()
+    return not answer
+
+
+def useless_pair(chosen: Any, rejected: Any, prompt: Any = None) -> str:
+    """Why nothing can be learnt from a pair; empty where something can."""
+    if is_blank(chosen, prompt) or is_blank(rejected, prompt):
+        return "empty response"
+    return "identical chosen and rejected" if chosen == rejected else ""
+
+
+def useless_group(answers: Sequence[Any], numbers: Sequence[float]) -> str:
+    """Why nothing can be learnt from answers with ranks or ratings; empty where something can."""
+    if len(answers) < 2:
+        return "fewer than two responses"
+    if len(set(numbers)) == 1:
+        return "all responses tied"
+    same = all(answer == answers[0] for answer in answers)
+    return "all responses the same" if same else ""
+
+
+# --- many records
 
 
 @dataclass(frozen=True)
@@ -118,13 +166,12 @@ class Preferences:
     @property
     def conversational(self) -> bool:
         """Whether the answers are messages, for which a tokenizer needs a chat template."""
-        one = self.records[0]
-        return not isinstance(one.responses[0] if isinstance(one, Group) else one.chosen, str)
+        return not isinstance(self.records[0].whole()[0], str)
 
     def __str__(self) -> str:
-        of = "messages" if self.conversational else "text"
+        content = "messages" if self.conversational else "text"
         kind = self.kind if len(self) > 1 else self.kind[:-1]
-        lines = [f"{self.source}: {len(self):,} {kind} of {of}, from {self.rows:,} rows"]
+        lines = [f"{self.source}: {len(self):,} {kind} of {content}, from {self.rows:,} rows"]
         if isinstance(self.records[0], Group):
             sizes = [len(group.responses) for group in self.records]
             least, most = min(sizes), max(sizes)
@@ -150,44 +197,26 @@ class Preferences:
         need("datasets", "a data set")
         import datasets
 
-        records = self.records
-        if self.kind == "groups":
-            columns = {"responses": [x.responses for x in records]}
-            whole = {"responses": [x.whole() for x in records]}
-        else:
-            columns = {"chosen": [x.chosen for x in records]}
-            columns["rejected"] = [x.rejected for x in records]
-            chosen, rejected = zip(*(x.whole() for x in records), strict=True)
-            whole = {"chosen": list(chosen), "rejected": list(rejected)}
-        if all(x.prompt is not None for x in records):
-            columns = {"prompt": [x.prompt for x in records], **columns}
-        else:
-            columns = whole
-        if self.kind == "groups":
-            columns["ranks"] = [[float(rank) for rank in x.ranks] for x in records]
-        elif records[0].margin is not None:
-            columns["margin"] = [float(x.margin) for x in records]
-        return datasets.Dataset.from_dict(columns)
+        apart = all(record.prompt is not None for record in self.records)
+        return datasets.Dataset.from_list([record.columns(apart) for record in self.records])
 
 
-def _check_like(first: Pair | Group, record: Pair | Group) -> None:
+def check_alike(first: Pair | Group, record: Pair | Group) -> None:
     """Trainers look at the first record to see what all are.
 
     Raises:
-        RowError: they are of different kinds.
+        RowError: the records are of different kinds.
     """
-    one, other = _about(first), _about(record)
-    for mine, firsts in zip(other, one, strict=True):
-        if mine != firsts:
-            raise RowError(f"{mine}, and the first one ({first.where}) {firsts}")
+    for trait, expected in zip(_traits(record), _traits(first), strict=True):
+        if trait != expected:
+            raise RowError(f"{trait}, and the first one ({first.where}) {expected}")
 
 
-def _about(record: Pair | Group) -> tuple[str, str, str]:
+def _traits(record: Pair | Group) -> tuple[str, str, str]:
     group = isinstance(record, Group)
-    side = record.responses[0] if group else record.chosen
     return (
         "is a group of responses" if group else "is a pair",
-        "is text" if isinstance(side, str) else "is messages",
+        "is text" if isinstance(record.whole()[0], str) else "is messages",
         "has no margin" if group or record.margin is None else "has a margin",
     )
 
