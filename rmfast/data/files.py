@@ -26,14 +26,8 @@ from rmfast.errors import DataError, RowError
 if TYPE_CHECKING:
     import pyarrow
 
-FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
 KINDS = ".jsonl, .jsonl.gz, .csv, .csv.gz or .parquet"
+_ENDINGS = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "csv": "csv"}
 _LONGEST_CELL = 64 << 20  # characters of CSV: a quote that is never closed ends there
 _BATCH = 1024  # rows of Parquet in memory
 
@@ -58,74 +52,10 @@ class Record(NamedTuple):
 def file_format(path: str | Path) -> tuple[str, bool] | None:
     """``"jsonl"``, ``"csv"`` or ``"parquet"``, and whether gzip is around it; None: neither."""
     name = str(path).lower()
-    gzipped = name.endswith(".gz")
-    kind = FORMATS.get(os.path.splitext(name.removesuffix(".gz"))[1])
-    return None if kind is None or (kind == "parquet" and gzipped) else (kind, gzipped)
-
-
-class Reader:
-    """The records of a file, a folder or a data set on the hub, as often as wanted.
-
-    Args:
-        source: a file (JSON lines or CSV, ``.gz`` too, or Parquet); or what ``datasets`` loads: a
-            folder, or a name on the hub.
-        name: configuration of a data set.
-        split: split of a data set.
-        limit: stop after so many records.
-        lists: a file may also be one list of JSON objects, which is read whole.
-
-    Attributes:
-        format: ``"jsonl"``, ``"csv"``, ``"parquet"`` or ``"dataset"``.
-        columns: names of the columns, where they are known before the first row.
-        schema: Arrow schema of a Parquet file, else None.
-        total: what ``Record.position`` goes up to, or None.
-        unit: of ``total`` and ``position``: ``"B"`` of the file as it is on disk, or ``"row"``.
-
-    Raises:
-        DataError: there is no such file or data set, or not a row of it can be read.
-    """
-
-    def __init__(
-        self,
-        source: str | Path,
-        *,
-        name: str | None = None,
-        split: str = "train",
-        limit: int | None = None,
-        lists: bool = False,
-    ) -> None:
-        self.source, self.limit = str(source), limit
-        self._file = _open(self.source, name, split, lists)
-        self.format: str = self._file.format
-        self.columns: list[str] | None = self._file.columns
-        self.schema: pyarrow.Schema | None = self._file.schema
-        self.total: int | None = self._file.total
-        self.unit: str = self._file.unit
-        if limit is not None and self.unit == "row" and self.total is not None:
-            self.total = min(self.total, limit)
-
-    def identity(self) -> dict[str, Any]:
-        """What tells this input from another, or from itself before somebody changed it."""
-        return self._file.identity()
-
-    def read(self, skip: int = 0) -> Iterator[Record]:
-        """The records after the first ``skip``, which are passed over without a look inside."""
-        stop = None if self.limit is None else max(0, self.limit - skip)
-        return itertools.islice(self._file.read(skip), stop)
-
-
-def _open(source: str, name: str | None, split: str, lists: bool) -> Any:
-    found = file_format(source)
-    if os.path.isfile(source):
-        if found is None:
-            raise DataError(f"{source}: its name must end with {KINDS}, to say what it is")
-        kind, gzipped = found
-        if kind == "parquet":
-            return _Parquet(source)
-        return _Csv(source, gzipped) if kind == "csv" else _JsonLines(source, gzipped, lists)
-    if found is not None or not (os.path.isdir(source) or re.fullmatch(r"[\w./-]+", source)):
-        raise DataError(f"{source}: no such file")
-    return _DataSet(source, name, split)
+    if name.endswith(".parquet"):
+        return "parquet", False
+    kind = _ENDINGS.get(os.path.splitext(name.removesuffix(".gz"))[1][1:])
+    return None if kind is None else (kind, name.endswith(".gz"))
 
 
 def need(library: str, what: str) -> None:
@@ -140,64 +70,114 @@ def need(library: str, what: str) -> None:
         raise DataError(f"{what} needs {library}: pip install 'rmfast[data]'")
 
 
-class _File:
-    """A file, of whatever format."""
+class Reader:
+    """The records of a file, a folder or a data set on the hub, as often as wanted.
 
+    Args:
+        source: a file (JSON lines or CSV, ``.gz`` too, or Parquet); or what ``datasets`` loads: a
+            folder, or a name on the hub.
+        name, split: configuration and split of a data set.
+        limit: stop after so many records.
+        lists: a file may be one list of JSON objects, too; such a one is read whole.
+
+    Attributes:
+        format: ``"jsonl"``, ``"csv"``, ``"parquet"`` or ``"dataset"``.
+        columns: names of the columns, where they are known before the first row.
+        schema: Arrow schema of a Parquet file, else None.
+        total: what ``Record.position`` goes up to, or None.
+        unit: of ``total`` and ``position``: ``"B"`` of the file as it is on disk, or ``"row"``.
+
+    Raises:
+        DataError: there is no such file or data set, or not a row of it can be read.
+    """
+
+    format: str
     columns: list[str] | None = None
     schema: pyarrow.Schema | None = None
-    total: int | None
+    total: int | None = None
+    unit = "row"
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __new__(cls, source: str | Path, **_: Any) -> Reader:
+        source, found = str(source), file_format(source)
+        if os.path.isfile(source):
+            if found is None:
+                raise DataError(f"{source}: its name must end with {KINDS}, to say what it is")
+            classes = {"jsonl": _JsonLines, "csv": _Csv, "parquet": _Parquet}
+            return super().__new__(classes[found[0]])
+        if found is not None or not (os.path.isdir(source) or re.fullmatch(r"[\w./-]+", source)):
+            raise DataError(f"{source}: no such file")
+        return super().__new__(_DataSet)
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        name: str | None = None,
+        split: str = "train",
+        limit: int | None = None,
+        lists: bool = False,
+    ) -> None:
+        self.source, self.name, self.split = str(source), name, split
+        self.limit, self.lists = limit, lists
+        self._begin()
+        double = next((x for x in self.columns or () if self.columns.count(x) > 1), None)
+        if double is not None:
+            raise DataError(f'{source}: two columns are named "{double}"')
+        if limit is not None and self.unit == "row" and self.total is not None:
+            self.total = min(self.total, limit)
 
     def identity(self) -> dict[str, Any]:
-        stat = os.stat(self.path)
-        return {"path": os.path.abspath(self.path), "size": stat.st_size, "time": stat.st_mtime_ns}
+        """What tells this input from another, or from itself before somebody changed it."""
+        stat = os.stat(self.source)
+        path = os.path.abspath(self.source)
+        return {"path": path, "size": stat.st_size, "time": stat.st_mtime_ns}
 
-    def name_columns(self, names: list[str]) -> None:
-        double = next((name for name in names if names.count(name) > 1), None)
-        if double is not None:
-            raise DataError(f'{self.path}: two columns are named "{double}"')
-        self.columns = names
+    def read(self, skip: int = 0) -> Iterator[Record]:
+        """The records after the first ``skip``, which are passed over without a look inside."""
+        stop = None if self.limit is None else max(0, self.limit - skip)
+        return itertools.islice(self._records(skip), stop)
+
+    def _begin(self) -> None:
+        """Look at what is known before the first row."""
+        raise NotImplementedError
+
+    def _records(self, skip: int) -> Iterator[Record]:
+        raise NotImplementedError
 
 
-# --- files of lines
+# --- text
 
 
-class _Text(_File):
-    """Subclasses have ``rows``, which numbers rows of text, and ``parse``, which reads one."""
+class _Text(Reader):
+    """A class below has ``_rows``, the numbered rows of lines, and ``_parse``, the value of one."""
 
     unit = "B"
 
-    def __init__(self, path: str, gzipped: bool) -> None:
-        super().__init__(path)
-        self.gzipped = gzipped
-
     @contextlib.contextmanager
-    def opened(self) -> Iterator[tuple[BinaryIO, Iterator[bytes]]]:
+    def _opened(self) -> Iterator[tuple[BinaryIO, Iterator[bytes]]]:
         """The file as it is on disk, and its lines."""
         try:
-            self.total = os.path.getsize(self.path)
-            with open(self.path, "rb") as file:
-                yield file, _lines(gzip.GzipFile(fileobj=file) if self.gzipped else file)
+            with open(self.source, "rb") as file:
+                self.total = os.path.getsize(self.source)
+                gzipped = self.source.lower().endswith(".gz")
+                yield file, _lines(gzip.GzipFile(fileobj=file) if gzipped else file)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+            raise DataError(f"{self.source}: cannot be read: {error.strerror or error}") from None
 
-    def read(self, skip: int) -> Iterator[Record]:
-        with self.opened() as (file, lines):
-            for number, raw in itertools.islice(self.rows(lines), skip, None):
-                value = raw
-                if not isinstance(raw, RowError):
-                    try:
-                        value = self.parse(raw)
-                    except RowError as error:
-                        value = error
-                raw = None if isinstance(value, RowError) else raw
-                yield Record(number, value, file.tell(), raw)
+    def _records(self, skip: int) -> Iterator[Record]:
+        with self._opened() as (file, lines):
+            for number, row in itertools.islice(self._rows(lines), skip, None):
+                try:
+                    if isinstance(row, RowError):
+                        raise row
+                    record = Record(number, self._parse(row), file.tell(), row)
+                except RowError as error:
+                    record = Record(number, error, file.tell())
+                yield record
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines without a byte order mark; a RowError where a gzip file is damaged, at the end."""
+    """The lines without a byte order mark; at last a RowError where a gzip file is damaged."""
     try:
         for number, line in enumerate(file):
             yield line if number else line.removeprefix(codecs.BOM_UTF8)
@@ -207,38 +187,37 @@ def _lines(file: Iterable[bytes]) -> Iterator[bytes]:
 
 class _JsonLines(_Text):
     format = "jsonl"
+    _list: list[Any] | None = None
+    _parse = staticmethod(parse_json)
 
-    def __init__(self, path: str, gzipped: bool, lists: bool) -> None:
-        super().__init__(path, gzipped)
-        self.list: list[Any] | None = None
-        with self.opened() as (_, lines):
-            _, first = next(self.rows(lines), (0, b""))
-        if isinstance(first, RowError):  # told with its line when that is read
+    def _begin(self) -> None:
+        with self._opened() as (_, lines):
+            _, first = next(self._rows(lines), (0, b""))
+        if isinstance(first, RowError):  # it comes with its line when that is read
             return
-        if lists and not gzipped and first.startswith(b"["):
-            self.list = self._parse_list()
+        if self.lists and first.startswith(b"["):
+            try:
+                self._list = json.loads(Path(self.source).read_text(encoding="utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{self.source}: a list of JSON that cannot be read: {error}"
+                ) from None
         elif first == b"[" or (first.startswith(b"[{") and not first.endswith(b"]")):
             raise DataError(
-                f"{path} is one list of JSON: write each record on a line of its own, "
-                f"such as with: jq -c '.[]' {path}"
+                f"{self.source} is one list of JSON: write each record on a line of its own, "
+                f"such as with: jq -c '.[]' {self.source}"
             )
 
-    def _parse_list(self) -> list[Any]:
-        try:
-            return json.loads(Path(self.path).read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.path}: a list of JSON that cannot be read: {error}") from None
-
-    def read(self, skip: int) -> Iterator[Record]:
-        if self.list is None:
-            yield from super().read(skip)
+    def _records(self, skip: int) -> Iterator[Record]:
+        if self._list is None:
+            yield from super()._records(skip)
             return
-        for number, value in enumerate(self.list[skip:], start=skip + 1):
+        for number, value in enumerate(self._list[skip:], start=skip + 1):
             if not isinstance(value, dict):
                 value = RowError(f"an item must be a JSON object, this is {kind_of(value)}")
             yield Record(number, value, None)
 
-    def rows(self, lines: Iterator[bytes]) -> Iterator[tuple[int, bytes | RowError]]:
+    def _rows(self, lines: Iterator[bytes]) -> Iterator[tuple[int, bytes | RowError]]:
         number = 0
         try:
             for number, line in enumerate(lines, start=1):
@@ -247,38 +226,32 @@ class _JsonLines(_Text):
         except RowError as error:
             yield number + 1, error
 
-    parse = staticmethod(parse_json)
-
 
 class _Csv(_Text):
     format = "csv"
 
-    def __init__(self, path: str, gzipped: bool) -> None:
-        super().__init__(path, gzipped)
-        with self.opened() as (_, lines):
+    def _begin(self) -> None:
+        with self._opened() as (_, lines):
             number, header = next(self._all_rows(lines), (1, []))
         if isinstance(header, RowError):
-            raise DataError(f"{path}:{number}: no header can be read: {header}")
+            raise DataError(f"{self.source}:{number}: no header can be read: {header}")
         if why_not_unicode("".join(header)) is not None:
-            raise DataError(f"{path}:{number}: the header is not UTF-8")
-        self.name_columns(header)
+            raise DataError(f"{self.source}:{number}: the header is not UTF-8")
+        self.columns = header
 
-    def rows(self, lines: Iterator[bytes]) -> Iterator[tuple[int, list[str] | RowError]]:
+    def _rows(self, lines: Iterator[bytes]) -> Iterator[tuple[int, list[str] | RowError]]:
         return itertools.islice(self._all_rows(lines), 1, None)
 
     @staticmethod
     def _all_rows(lines: Iterator[bytes]) -> Iterator[tuple[int, list[str] | RowError]]:
-        """Rows that are not empty, the header too.
-
-        Bytes that are not UTF-8 become half surrogates, which are looked for row by row.
-        """
+        """The rows with the header, without those that are empty."""
         csv.field_size_limit(max(_LONGEST_CELL, csv.field_size_limit()))  # of the whole process
-        text = (line.decode("utf-8", "surrogateescape") for line in lines)
-        rows = csv.reader(text, strict=True)
+        # bytes that are not UTF-8 become half surrogates, which are looked for row by row
+        rows = csv.reader((x.decode("utf-8", "surrogateescape") for x in lines), strict=True)
         while True:
-            number = rows.line_num + 1
+            number, row = rows.line_num + 1, None
             try:
-                row: Any = next(rows)
+                row = next(rows)
             except StopIteration:
                 return
             except csv.Error as error:
@@ -288,7 +261,7 @@ class _Csv(_Text):
             if row != []:
                 yield number, row
 
-    def parse(self, cells: list[str]) -> dict[str, str]:
+    def _parse(self, cells: list[str]) -> dict[str, str]:
         if len(cells) != len(self.columns):
             raise RowError(f"{len(cells)} cells, and the header names {len(self.columns)}")
         if why_not_unicode("".join(cells)) is not None:
@@ -299,31 +272,26 @@ class _Csv(_Text):
 # --- Parquet and data sets
 
 
-class _Parquet(_File):
+class _Parquet(Reader):
     format = "parquet"
-    unit = "row"
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        need("pyarrow", path)
+    def _begin(self) -> None:
+        need("pyarrow", self.source)
         import pyarrow
 
         try:
             with self._opened() as file:
-                self.schema = file.schema_arrow
-                self.total = file.metadata.num_rows
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{path}: not Parquet that can be read: {error}") from None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-        self.name_columns(self.schema.names)
+                self.schema, self.total = file.schema_arrow, file.metadata.num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{self.source}: not Parquet that can be read: {error}") from None
+        self.columns = self.schema.names
 
     def _opened(self) -> Any:
         from pyarrow import parquet
 
-        return parquet.ParquetFile(self.path)
+        return parquet.ParquetFile(self.source)
 
-    def read(self, skip: int) -> Iterator[Record]:
+    def _records(self, skip: int) -> Iterator[Record]:
         import pyarrow
 
         number = 0
@@ -341,7 +309,8 @@ class _Parquet(_File):
                                 raw = None if isinstance(value, RowError) else (batch, i)
                                 yield Record(number, value, number, raw)
                 except (pyarrow.ArrowException, OSError) as error:
-                    raise DataError(f"{self.path}: damaged after row {number}: {error}") from None
+                    reason = f"damaged after row {number}: {error}"
+                    raise DataError(f"{self.source}: {reason}") from None
 
 
 def _values(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | RowError]:
@@ -361,34 +330,30 @@ def _value(batch: pyarrow.RecordBatch, i: int) -> dict[str, Any] | RowError:
     return value
 
 
-class _DataSet:
+class _DataSet(Reader):
     """A data set of the hub, or a folder, row by row as it comes in."""
 
     format = "dataset"
-    unit = "row"
-    schema = None
 
-    def __init__(self, source: str, name: str | None, split: str) -> None:
-        need("datasets", f"{source}: a data set")
+    def _begin(self) -> None:
+        need("datasets", f"{self.source}: a data set")
         import datasets
 
-        self.source, self.name, self.split = source, name, split
-        saved = any((Path(source) / x).is_file() for x in ("state.json", "dataset_dict.json"))
-        with self._errors("neither a file nor a data set that can be loaded"):
-            if saved:
-                data = datasets.load_from_disk(source)
-                if isinstance(data, datasets.DatasetDict):
-                    data = data[split]
-                self.total = data.num_rows
-                self.data = data.to_iterable_dataset()
+        saved = [Path(self.source) / name for name in ("state.json", "dataset_dict.json")]
+        with self._told("neither a file nor a data set that can be loaded"):
+            if any(file.is_file() for file in saved):
+                data = datasets.load_from_disk(self.source)
+                data = data[self.split] if isinstance(data, datasets.DatasetDict) else data
+                self.data, self.total = data.to_iterable_dataset(), data.num_rows
             else:
-                self.data = datasets.load_dataset(source, name, split=split, streaming=True)
-                info = (self.data.info.splits or {}).get(split)
+                options = {"split": self.split, "streaming": True}
+                self.data = datasets.load_dataset(self.source, self.name, **options)
+                info = (self.data.info.splits or {}).get(self.split)
                 self.total = info.num_examples if info is not None else None
         self.columns = self.data.column_names
 
     @contextlib.contextmanager
-    def _errors(self, problem: str) -> Iterator[None]:
+    def _told(self, problem: str) -> Iterator[None]:
         """Whatever the hub, the network or the files raise, as one error."""
         try:
             yield
@@ -397,15 +362,13 @@ class _DataSet:
             raise DataError(f"{self.source}: {problem}: {reason[:400]}") from None
 
     def identity(self) -> dict[str, Any]:
-        source = os.path.abspath(self.source) if os.path.isdir(self.source) else self.source
-        return {"path": source, "name": self.name, "split": self.split}
+        path = os.path.abspath(self.source) if os.path.isdir(self.source) else self.source
+        return {"path": path, "name": self.name, "split": self.split}
 
-    def read(self, skip: int) -> Iterator[Record]:
-        number, rows = skip, iter(())
-        with self._errors(f"reading stopped after row {skip}"):
-            rows = iter(self.data.skip(skip))
+    def _records(self, skip: int) -> Iterator[Record]:
+        rows = iter(self.data.skip(skip))
         for number in itertools.count(skip + 1):
-            with self._errors(f"reading stopped after row {number - 1}"):
+            with self._told(f"reading stopped after row {number - 1}"):
                 value = next(rows, None)
             if value is None:
                 return

@@ -15,8 +15,35 @@ if TYPE_CHECKING:
     import datasets
 
 
+class _Record:
+    """Answers to one prompt; ``answers`` are without it, where it is given."""
+
+    answers: Sequence[str] | Sequence[Messages]
+    prompt: str | Messages | None
+
+    def whole(self) -> Any:
+        """The answers with the prompt before them; a pair's as a tuple, a group's as a list."""
+        if self.prompt is None:
+            return self.answers
+        return type(self.answers)(self.prompt + answer for answer in self.answers)
+
+    def question(self) -> str:
+        """What all answers begin with, as a key: records of one prompt have the same."""
+        if self.prompt is not None:
+            return json.dumps(self.prompt)
+        same = 0
+        for column in zip(*self.answers, strict=False):
+            if any(item != column[0] for item in column):
+                break
+            same += 1
+        shared = self.answers[0][:same]
+        if isinstance(shared, str):  # answers may begin with the same words: back to the line break
+            shared = shared[: shared.rfind("\n") + 1] or shared
+        return json.dumps(shared)
+
+
 @dataclass(frozen=True)
-class Pair:
+class Pair(_Record):
     """Two answers, of which the first is preferred.
 
     Attributes:
@@ -34,33 +61,19 @@ class Pair:
     margin: float | None = None
     where: str = field(default="", compare=False)
 
-    def whole(self) -> tuple[str, str] | tuple[Messages, Messages]:
-        """Chosen and rejected with the prompt before them."""
-        if self.prompt is None:
-            return self.chosen, self.rejected
-        return self.prompt + self.chosen, self.prompt + self.rejected
-
-    def question(self) -> str:
-        """What both sides begin with, as a key: pairs of one prompt have the same."""
-        return _question(self.prompt, [self.chosen, self.rejected])
-
-    def columns(self, apart: bool) -> dict[str, Any]:
-        """The pair as a row for TRL, with the prompt in a column of its own or in the answers."""
-        row = {"prompt": self.prompt} if apart else {}
-        sides = (self.chosen, self.rejected) if apart else self.whole()
-        row |= dict(zip(("chosen", "rejected"), sides, strict=True))
-        return row if self.margin is None else {**row, "margin": float(self.margin)}
+    @property
+    def answers(self) -> tuple[str, str] | tuple[Messages, Messages]:
+        return self.chosen, self.rejected
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(_Record):
     """K >= 2 answers to one prompt, in an order of preference.
 
     Attributes:
-        responses: text, or messages, without the prompt where ``prompt`` is given.
+        responses: text or messages, without the prompt where ``prompt`` is given.
         ranks: a number for each response; lower is better, equal is a tie.
-        prompt: what comes before each, or None where all already begin with it.
-        where: where the group is from, for messages: ``file:line``.
+        prompt, where: as for :class:`Pair`.
     """
 
     responses: list[str] | list[Messages]
@@ -68,35 +81,9 @@ class Group:
     prompt: str | Messages | None = None
     where: str = field(default="", compare=False)
 
-    def whole(self) -> list[str] | list[Messages]:
-        """The responses with the prompt before them."""
-        if self.prompt is None:
-            return self.responses
-        return [self.prompt + response for response in self.responses]
-
-    def question(self) -> str:
-        """What all responses begin with, as a key."""
-        return _question(self.prompt, self.responses)
-
-    def columns(self, apart: bool) -> dict[str, Any]:
-        """The group as a row for rmfast's trainer, as :meth:`Pair.columns`."""
-        row = {"prompt": self.prompt} if apart else {}
-        row["responses"] = self.responses if apart else self.whole()
-        return {**row, "ranks": [float(rank) for rank in self.ranks]}
-
-
-def _question(prompt: str | Messages | None, sides: Sequence[str | Messages]) -> str:
-    if prompt is not None:
-        return json.dumps(prompt)
-    same = 0
-    for column in zip(*sides, strict=False):
-        if any(item != column[0] for item in column):
-            break
-        same += 1
-    shared = sides[0][:same]
-    if isinstance(shared, str):  # answers may begin with the same words: back to the line break
-        shared = shared[: shared.rfind("\n") + 1] or shared
-    return json.dumps(shared)
+    @property
+    def answers(self) -> list[str] | list[Messages]:
+        return self.responses
 
 
 # --- records from which nothing can be learnt
@@ -166,7 +153,7 @@ class Preferences:
     @property
     def conversational(self) -> bool:
         """Whether the answers are messages, for which a tokenizer needs a chat template."""
-        return not isinstance(self.records[0].whole()[0], str)
+        return not isinstance(self.records[0].answers[0], str)
 
     def __str__(self) -> str:
         content = "messages" if self.conversational else "text"
@@ -198,7 +185,17 @@ class Preferences:
         import datasets
 
         apart = all(record.prompt is not None for record in self.records)
-        return datasets.Dataset.from_list([record.columns(apart) for record in self.records])
+        rows = []
+        for record in self.records:
+            answers = record.answers if apart else record.whole()
+            row = {"prompt": record.prompt} if apart else {}
+            if isinstance(record, Group):
+                row |= {"responses": answers, "ranks": [float(rank) for rank in record.ranks]}
+            else:
+                row |= {"chosen": answers[0], "rejected": answers[1]}
+                row |= {} if record.margin is None else {"margin": float(record.margin)}
+            rows.append(row)
+        return datasets.Dataset.from_list(rows)
 
 
 def check_alike(first: Pair | Group, record: Pair | Group) -> None:
@@ -216,7 +213,7 @@ def _traits(record: Pair | Group) -> tuple[str, str, str]:
     group = isinstance(record, Group)
     return (
         "is a group of responses" if group else "is a pair",
-        "is text" if isinstance(record.whole()[0], str) else "is messages",
+        "is text" if isinstance(record.answers[0], str) else "is messages",
         "has no margin" if group or record.margin is None else "has a margin",
     )
 
