@@ -80,7 +80,7 @@ class Encoder:
             self.template = chat_template or tokenizer.chat_template
             self.bos = tokenizer.bos_token_id
             # of text; the tokens of a template say for themselves
-            self.adds_bos = self.bos is not None and self._tokens(["a"], True)[0][:1] == [self.bos]
+            self.adds_bos = self.bos is not None and self.bos in self._ids(["a"], False)[0][:1]
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[np.ndarray | RowError]:
         """int32 token ids of each conversation, or why it has none.
@@ -88,18 +88,19 @@ class Encoder:
         Raises:
             DataError: a tokenizer or a chat template is needed and there is none.
         """
-        out: list[Any] = []
+        encoded: list[Any] = []
         for conversation in conversations:
             try:
-                out.append(self._prepare(conversation))
+                encoded.append(self._prepare(conversation))
             except RowError as error:
-                out.append(error)
+                encoded.append(error)
         for templated in (False, True):
-            where = [i for i, x in enumerate(out) if isinstance(x, tuple) and x[1] is templated]
-            ids = self._tokens([out[i][0] for i in where], not templated) if where else []
-            for i, tokens in zip(where, ids, strict=True):
-                out[i] = self._one_bos(tokens, templated)
-        return [x if isinstance(x, RowError) else self._fit(x) for x in out]
+            text = {
+                i: x[0] for i, x in enumerate(encoded) if isinstance(x, tuple) and x[1] is templated
+            }
+            for i, ids in zip(text, self._ids([*text.values()], templated), strict=True):
+                encoded[i] = ids
+        return [x if isinstance(x, RowError) else self._fit(x) for x in encoded]
 
     def text(self, conversation: Conversation) -> str:
         """What is tokenised of text or messages, or decoded from token ids.
@@ -121,12 +122,11 @@ class Encoder:
             RowError, DataError: as above.
         """
         checked("the prompt", prompt)
-        if isinstance(prompt, str):
-            if self.chat is False:
-                return self._one_bos(self._tokens([self._plain(prompt)[0]], True)[0], False)
-            prompt = [{"role": "user", "content": prompt}]
-        text, _ = self._render(prompt, add_generation_prompt=True)
-        return self._one_bos(self._tokens([text], False)[0], True)
+        if isinstance(prompt, str) and self.chat is False:
+            text, templated = self._plain(prompt)
+        else:
+            text, templated = self._render(_turn("user", prompt), add_generation_prompt=True)
+        return self._ids([text], templated)[0]
 
     def pair(self, pair: Pair) -> tuple[list[int], list[int]]:
         """Token ids of chosen and of rejected, text prompts put before text as it is.
@@ -162,19 +162,18 @@ class Encoder:
         return text, False
 
     def _answered(self, prompt: Any, response: Any) -> tuple[str, bool]:
-        for name, part in (("prompt", prompt), ("response", response)):
-            checked(f"the {name}", part)
+        checked("the prompt", prompt)
+        checked("the response", response)
         if self.chat is False:
             if not (isinstance(prompt, str) and isinstance(response, str)):
                 raise RowError("messages need the chat template: do not read them as plain text")
             return self._plain(prompt + response)
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        if isinstance(response, str):
-            response = [{"role": "assistant", "content": response}]
-        elif response[: len(prompt)] == prompt or response[0]["role"] in ("system", "user"):
-            prompt = []  # the response is the whole conversation
-        return self._render(prompt + response)
+        prompt = _turn("user", prompt)
+        if isinstance(response, list) and (
+            response[: len(prompt)] == prompt or response[0]["role"] in ("system", "user")
+        ):
+            return self._render(response)  # it is the whole conversation
+        return self._render(prompt + _turn("assistant", response))
 
     def _render(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[str, bool]:
         checked("the list of messages", messages)
@@ -202,23 +201,25 @@ class Encoder:
         if self.tokenizer is None:
             raise DataError("text and messages need a tokenizer: pass one, or token ids")
 
-    def _tokens(self, texts: list[str], special: bool) -> list[list[int]]:
+    def _ids(self, texts: list[str], templated: bool) -> list[np.ndarray]:
+        """int32 token ids of texts, with one BOS each, or none where text has none."""
+        if not texts:
+            return []
         self._need_tokenizer()
-        return self.tokenizer(
+        rows = self.tokenizer(
             texts,
-            add_special_tokens=special,
+            add_special_tokens=not templated,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-
-    def _one_bos(self, tokens: list[int], templated: bool) -> np.ndarray:
-        if self.bos is not None:
-            while tokens[:2] == [self.bos, self.bos]:
+        for i, tokens in enumerate(rows):
+            while self.bos is not None and tokens[:2] == [self.bos, self.bos]:
                 tokens = tokens[1:]
             if templated and self.adds_bos and tokens[:1] != [self.bos]:
                 tokens = [self.bos, *tokens]
-        return np.array(tokens, np.int32)
+            rows[i] = np.array(tokens, np.int32)
+        return rows
 
     def _fit(self, ids: np.ndarray) -> np.ndarray | RowError:
         if not ids.size:
@@ -237,6 +238,11 @@ class Encoder:
             "'skip' or 'truncate_left'",
             "overlong",
         )
+
+
+def _turn(role: str, content: str | Messages) -> Messages:
+    """Messages as they are, text as one."""
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
 def _token_ids(value: Any) -> np.ndarray:

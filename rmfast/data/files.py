@@ -137,19 +137,12 @@ class Reader:
         stop = None if self.limit is None else max(0, self.limit - skip)
         return itertools.islice(self._records(skip), stop)
 
-    def _begin(self) -> None:
-        """Look at what is known before the first row."""
-        raise NotImplementedError
 
-    def _records(self, skip: int) -> Iterator[Record]:
-        raise NotImplementedError
-
-
-# --- text
+# A class for each format: _begin looks at what is known before the first row, _records reads rows
 
 
 class _Text(Reader):
-    """A class below has ``_rows``, the numbered rows of lines, and ``_parse``, the value of one."""
+    """Of lines, of which _rows makes numbered rows, and _parse a value of each."""
 
     unit = "B"
 
@@ -267,9 +260,6 @@ class _Csv(_Text):
         if why_not_unicode("".join(cells)) is not None:
             raise RowError("not UTF-8")
         return dict(zip(self.columns, cells, strict=True))
-
-
-# --- Parquet and data sets
 
 
 class _Parquet(Reader):

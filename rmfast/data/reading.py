@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,8 +156,7 @@ class _Reader:
                 raise ValueError(f"{name} must be one of {', '.join(SHAPES)}, got {value!r}")
         self.ratings, self.ranks, self.margins, self.rating = ratings, ranks, margins, rating
         self.chat, self.cells = chat, cells
-        prompts = ("prompt", "instruction")
-        self.values = RowReader(prompts=prompts, cells=cells, empty=True)
+        self.values = RowReader(cells=cells, empty=True)
 
     def read(self, record: Any, where: str) -> tuple[list[Any], list[str]]:
         """The records of a row, none if it says nothing, and a reason for each thing left out.
@@ -183,8 +183,12 @@ class _Reader:
         names = ", ".join(map(str, record)) or "none"
         raise RowError(f"has the fields {names}; understood are {_UNDERSTOOD}")
 
+    def _reader(self, record: dict[str, Any]) -> RowReader:
+        prompt = "instruction" if not record.get("prompt") else "prompt"
+        return replace(self.values, columns={"prompt": prompt})
+
     def _pair(self, record: dict[str, Any], where: str) -> Pair:
-        prompt, (chosen, rejected) = self._turns(self.values.read(record, "pair"))
+        prompt, (chosen, rejected) = self._turns(self._reader(record).read(record, "pair"))
         if reason := useless_pair(chosen, rejected, prompt):
             raise _Dropped(reason)
         margin = None
@@ -206,7 +210,7 @@ class _Reader:
         answers, numbers, rated = self._numbered(name, record)
         if self.margins and not rated:
             raise RowError("has ranks, of which no margins can be made: leave margins off")
-        row = self.values.row(record, self.values.answers(name, answers))
+        row = self._reader(record).row(record, self.values.answers(name, answers))
         prompt, answers = self._turns(row, rated)
         kept = [i for i, answer in enumerate(answers) if not is_blank(answer, prompt)]
         reasons += ["empty response among several"] * (len(answers) - len(kept))
@@ -270,11 +274,11 @@ class _Reader:
 
     def _turns(self, row: Row, rated: bool = False) -> tuple[Any, list[Any]]:
         """The prompt, or None, and the answers; all of text or all of messages."""
-        prompt, answers = row.prompt, list(row.answers.values())
+        prompt, answers = row.prompt, [answer for _, answer in row.answers]
         text = all(isinstance(x, str) for x in answers)
         if prompt is None:
             turns = self.chat and text
-            return None, [_dialogue(*x) for x in row.answers.items()] if turns else answers
+            return None, [_dialogue(*x) for x in row.answers] if turns else answers
         if not (text and isinstance(prompt, str)):
             return _messages(prompt, row.answers)
         dialogue = TURN.match(prompt)
@@ -296,13 +300,15 @@ def _turn(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 
-def _messages(prompt: str | Messages, sides: dict[str, Any]) -> tuple[Any, list[Messages]]:
+def _messages(
+    prompt: str | Messages, named: list[tuple[str, Any]]
+) -> tuple[Messages | None, list[Messages]]:
     """Prompt and answers as messages; no prompt where the answers begin with it."""
     text = isinstance(prompt, str)
     prompt = [_turn("user", prompt)] if text else prompt
-    answers = [[_turn("assistant", x)] if isinstance(x, str) else x for x in sides.values()]
+    answers = [[_turn("assistant", x)] if isinstance(x, str) else x for _, x in named]
     if text and any(x and x[0]["role"] in ("system", "user") for x in answers):
-        for name, answer in zip(sides, answers, strict=True):
+        for (name, _), answer in zip(named, answers, strict=True):
             if prompt[0] not in answer[:2]:  # a system message may come first
                 raise RowError(f'{name} is a whole conversation that does not have "prompt"')
         return None, answers

@@ -7,7 +7,7 @@ what is wrong with one is told in the same words.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,22 +35,22 @@ class Row:
         record: the columns it was read from.
         prompt: text or messages; None where the answers begin with it.
         prompt_column: where the prompt is from.
-        answers: text or messages, by what each is called in an error, such as ``"chosen" item 1``.
+        answers: text or messages, each after what it is called in an error: ``"chosen" item 1``.
         preferred: so many answers, the first ones, are chosen; the others are rejected.
         subset: its name, or None.
     """
 
     record: Mapping[str, Any]
     prompt: str | Messages | None
-    prompt_column: str | None
-    answers: dict[str, str | Messages]
+    prompt_column: str
+    answers: list[tuple[str, Any]]
     preferred: int = 0
     subset: str | None = None
 
     @property
     def conversations(self) -> list[Any]:
         """The answers; each as a tuple with the prompt, where there is one."""
-        answers = list(self.answers.values())
+        answers = [answer for _, answer in self.answers]
         return answers if self.prompt is None else [(self.prompt, answer) for answer in answers]
 
     @property
@@ -70,7 +70,6 @@ class RowReader:
 
     Attributes:
         columns: the column of each field (``prompt``, ``chosen``, …) that has another name.
-        prompts: columns that may hold the prompt of a pair or of ranked answers; the first counts.
         cells: every value is text, as in CSV: prompts and answers may be messages as JSON, and
             numbers are written out.
         lists: ``chosen`` and ``rejected`` may each be a list of answers.
@@ -78,7 +77,6 @@ class RowReader:
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
-    prompts: tuple[str, ...] = ("prompt",)
     cells: bool = False
     lists: bool = False
     empty: bool = False
@@ -94,52 +92,56 @@ class RowReader:
                 it seems to belong to the prompt.
         """
         if kind == "pair":
-            sides = [self._side(x, record) for x in ("chosen", "rejected")]
-            return self.row(record, sides[0] | sides[1], len(sides[0]))
-        name = self.column(kind)
+            chosen, rejected = (self._side(x, record) for x in ("chosen", "rejected"))
+            return self.row(record, [*chosen, *rejected], len(chosen))
+        name = self.columns.get(kind, kind)
         value = _value(name, record)
         if kind == "response":
-            return self._prompted(record, {f'"{name}"': self.conversation(f'"{name}"', value)})
+            answer = self.conversation(f'"{name}"', value)
+            return self.row(record, [(f'"{name}"', answer)], needs_prompt=True)
         if kind == "responses":
-            return self._prompted(record, self.answers(name, self.items(name, value, "responses")))
+            answers = self.answers(name, self.items(name, value, "responses"))
+            return self.row(record, answers, needs_prompt=True)
         if kind == "messages":
             value = self.items(name, value, "messages")
         elif not isinstance(value, str):
             raise RowError(f'"{name}" must be text, not {kind_of(value)}')
-        return Row(record, None, None, {f'"{name}"': _without_nulls(checked(f'"{name}"', value))})
+        return Row(record, None, "", [(name, _without_nulls(checked(f'"{name}"', value)))])
 
-    def row(self, record: Mapping[str, Any], answers: dict[str, Any], preferred: int = 0) -> Row:
-        """The row of answers that were read already, with the prompt if the record has one."""
-        prompts = [self.columns["prompt"]] if "prompt" in self.columns else self.prompts
-        name = next((x for x in prompts if record.get(x) not in (None, "", [])), None)
-        self._refuse_unread(record, _INSTEAD if name is None else _BESIDE)
-        subset = self._subset(record) if "subset" in self.columns else None
-        if name is not None:
-            prompt = self.conversation(f'"{name}"', record[name])
-            return Row(record, prompt, name, answers, preferred, subset)
-        if len({isinstance(answer, str) for answer in answers.values()}) > 1:
-            raise RowError(f"{', '.join(answers)} must all be text, or all be lists of messages")
-        return Row(record, None, None, answers, preferred, subset)
+    def row(
+        self,
+        record: Mapping[str, Any],
+        answers: list[tuple[str, Any]],
+        preferred: int = 0,
+        needs_prompt: bool = False,
+    ) -> Row:
+        """The row of answers that were read already."""
+        name, prompt = self.columns.get("prompt", "prompt"), None
+        if needs_prompt or record.get(name) not in (None, "", []):
+            prompt = self.conversation(f'"{name}"', _value(name, record))
+        elif len({isinstance(answer, str) for _, answer in answers}) > 1:
+            names = ", ".join(name for name, _ in answers)
+            raise RowError(f"{names} must all be text, or all be lists of messages")
+        for unread in _INSTEAD if prompt is None else _BESIDE:
+            if record.get(unread) and unread not in self.columns.values():
+                raise RowError(
+                    f'has "{unread}", which seems to belong to the prompt and is not read: put it '
+                    'into "prompt", or take the column away'
+                )
+        return Row(record, prompt, name, answers, preferred, self._subset(record))
 
-    def _prompted(self, record: Mapping[str, Any], answers: dict[str, Any]) -> Row:
-        """The row of answers that need a prompt."""
-        name = self.column("prompt")
-        prompt = self.conversation(f'"{name}"', _value(name, record))
-        self._refuse_unread(record, _BESIDE)
-        return Row(record, prompt, name, answers)
-
-    def _side(self, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    def _side(self, name: str, record: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """Chosen or rejected: an answer, or several."""
-        name = self.column(name)
+        name = self.columns.get(name, name)
         value = _value(name, record)
         if self.lists and self.cells:
             value = parse_list(value, lambda x: x and isinstance(x[0], (str, dict, list)))
         if self.lists and isinstance(value, list) and value and not isinstance(value[0], dict):
             return self.answers(name, value)
-        return {f'"{name}"': self.conversation(f'"{name}"', value)}
+        return [(f'"{name}"', self.conversation(f'"{name}"', value))]
 
     def _subset(self, record: Mapping[str, Any]) -> str | None:
-        name = self.columns["subset"]
+        name = self.columns.get("subset")
         subset = record.get(name)
         if isinstance(subset, (dict, list)):
             raise RowError(f'"{name}" must be a name, not {kind_of(subset)}')
@@ -147,19 +149,7 @@ class RowReader:
             raise RowError(f'"{name}" {reason}')
         return None if subset in (None, "") else str(subset)
 
-    def _refuse_unread(self, record: Mapping[str, Any], names: Collection[str]) -> None:
-        for name in names:
-            if record.get(name) and name not in self.columns.values():
-                raise RowError(
-                    f'has "{name}", which seems to belong to the prompt and is not read: put it '
-                    'into "prompt", or take the column away'
-                )
-
     # --- values
-
-    def column(self, name: str) -> str:
-        """The column of a field."""
-        return self.columns.get(name, name)
 
     def conversation(self, name: str, value: Any) -> str | Messages:
         """Text or messages, called ``name`` in an error."""
@@ -167,10 +157,10 @@ class RowReader:
             value = parse_list(value, lambda x: x and why_not_text_or_messages(x) is None)
         return _without_nulls(checked(name, value, self.empty))
 
-    def answers(self, name: str, items: list[Any]) -> dict[str, Any]:
-        """Answers by what they are called in an error."""
+    def answers(self, name: str, items: list[Any]) -> list[tuple[str, Any]]:
+        """Several answers, each after what it is called in an error."""
         names = [f'"{name}" item {i}' for i in range(len(items))]
-        return {x: self.conversation(x, item) for x, item in zip(names, items, strict=True)}
+        return [(x, self.conversation(x, item)) for x, item in zip(names, items, strict=True)]
 
     def items(self, name: str, value: Any, what: str = "numbers") -> list[Any]:
         """A list, which text may be as JSON."""
@@ -190,28 +180,6 @@ class RowReader:
         if reason is not None:
             raise RowError(f"{name} {reason}")
         return float(value)
-
-
-def read_row(
-    record: Mapping[str, Any],
-    *,
-    prompt: str = "prompt",
-    chosen: str = "chosen",
-    rejected: str = "rejected",
-    subset: str = "subset",
-    cells: bool = False,
-) -> Row:
-    """A row with chosen and rejected answers, several of each if they are lists.
-
-    Args:
-        prompt, chosen, rejected, subset: names of columns.
-        cells: see :class:`RowReader`.
-
-    Raises:
-        RowError: see :meth:`RowReader.read`.
-    """
-    columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "subset": subset}
-    return RowReader(columns, cells=cells, lists=True).read(record, "pair")
 
 
 def _value(name: str, record: Mapping[str, Any]) -> Any:

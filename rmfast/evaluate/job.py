@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rmfast import loading
 from rmfast.data.encoding import read_template
 from rmfast.data.files import Reader
-from rmfast.data.rows import Row, read_row
+from rmfast.data.rows import Row, RowReader
 from rmfast.errors import RowError, UserError
 from rmfast.evaluate import measures, rewardbench, show
 from rmfast.evaluate.options import EvalOptions
@@ -163,8 +163,8 @@ class _Source:
         reader = Reader(args.input, lists=True, **options)
         self.records = reader.read()
         names = ("prompt", "chosen", "rejected", "subset")
-        self.columns = {name: getattr(args, f"{name}_column") for name in names}
-        self.columns["cells"] = reader.format == "csv"
+        columns = {name: getattr(args, f"{name}_column") for name in names}
+        self.rows = RowReader(columns, cells=reader.format == "csv", lists=True)
         self.waiting: collections.deque[tuple[int, Row | None]] = collections.deque()
 
     def __iter__(self) -> Iterator[list[Conversation] | RowError]:
@@ -172,7 +172,7 @@ class _Source:
             try:
                 if isinstance(record.value, RowError):
                     raise record.value
-                row = read_row(record.value, **self.columns)
+                row = self.rows.read(record.value, "pair")
             except RowError as error:
                 self.waiting.append((record.number, None))
                 yield error
