@@ -17,7 +17,6 @@ from rmfast.data.values import (
     kind_of,
     parse_list,
     why_not_number,
-    why_not_text_or_messages,
     why_not_unicode,
 )
 from rmfast.errors import RowError
@@ -135,7 +134,7 @@ class RowReader:
         name = self.columns.get(name, name)
         value = _value(name, record)
         if self.lists and self.cells:
-            value = parse_list(value, lambda x: x and isinstance(x[0], (str, dict, list)))
+            value = parse_list(value, lambda x: x and isinstance(x[0], (str, list)))
         if self.lists and isinstance(value, list) and value and not isinstance(value[0], dict):
             return self.answers(name, value)
         return [(f'"{name}"', self.conversation(f'"{name}"', value))]
@@ -154,7 +153,7 @@ class RowReader:
     def conversation(self, name: str, value: Any) -> str | Messages:
         """Text or messages, called ``name`` in an error."""
         if self.cells:
-            value = parse_list(value, lambda x: x and why_not_text_or_messages(x) is None)
+            value = parse_list(value, lambda x: x and isinstance(x[0], dict) and "role" in x[0])
         return _without_nulls(checked(name, value, self.empty))
 
     def answers(self, name: str, items: list[Any]) -> list[tuple[str, Any]]:
