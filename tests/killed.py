@@ -21,11 +21,12 @@ import torch
 from processes import status
 from pyarrow import parquet
 
-from rmfast import loading
+from rmfast import loading, resume
 from rmfast.score import job as score_job
-from rmfast.score import output, scorer
+from rmfast.score import scorer
 
-WATCHED = {module.__file__ for module in (output, score_job)}
+FOLDER = Path(score_job.__file__).parent
+WATCHED = {str(file) for file in FOLDER.glob("*.py")} - {scorer.__file__} | {resume.__file__}
 forked = functools.partial(processes.forked, watched=WATCHED)
 
 

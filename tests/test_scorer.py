@@ -21,6 +21,7 @@ from rmfast import Scorer
 from rmfast.data import Pair
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
+from rmfast.score import scorer
 from rmfast.score.scorer import evaluating
 
 TALK = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "yes"}]
@@ -256,9 +257,7 @@ def test_what_the_model_was_patched_with_stays():
 
 
 def test_a_limit_of_none_is_none_of_the_scorers(monkeypatch):
-    from rmfast.score import memory
-
-    monkeypatch.setattr(memory, "_most_tokens", lambda device, probe: 77)
+    monkeypatch.setattr(scorer, "_most_tokens", lambda device, probe: 77)
     for limit, most in ((None, 77), (0, 77), (50, 50)):
         model = rmfast.patch(tiny.model("llama"), max_tokens=limit)
         assert Scorer(model).max_tokens == most
