@@ -145,6 +145,7 @@ class _Text(Reader):
     """Of lines, of which _rows makes numbered rows, and _parse a value of each."""
 
     unit = "B"
+    _headers = 0  # rows before the first record
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[BinaryIO, Iterator[bytes]]]:
@@ -159,7 +160,7 @@ class _Text(Reader):
 
     def _records(self, skip: int) -> Iterator[Record]:
         with self._opened() as (file, lines):
-            for number, row in itertools.islice(self._rows(lines), skip, None):
+            for number, row in itertools.islice(self._rows(lines), self._headers + skip, None):
                 try:
                     if isinstance(row, RowError):
                         raise row
@@ -192,9 +193,8 @@ class _JsonLines(_Text):
             try:
                 self._list = json.loads(Path(self.source).read_text(encoding="utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{self.source}: a list of JSON that cannot be read: {error}"
-                ) from None
+                problem = f"a list of JSON that cannot be read: {error}"
+                raise DataError(f"{self.source}: {problem}") from None
         elif first == b"[" or (first.startswith(b"[{") and not first.endswith(b"]")):
             raise DataError(
                 f"{self.source} is one list of JSON: write each record on a line of its own, "
@@ -222,10 +222,11 @@ class _JsonLines(_Text):
 
 class _Csv(_Text):
     format = "csv"
+    _headers = 1
 
     def _begin(self) -> None:
         with self._opened() as (_, lines):
-            number, header = next(self._all_rows(lines), (1, []))
+            number, header = next(self._rows(lines), (1, []))
         if isinstance(header, RowError):
             raise DataError(f"{self.source}:{number}: no header can be read: {header}")
         if why_not_unicode("".join(header)) is not None:
@@ -233,26 +234,20 @@ class _Csv(_Text):
         self.columns = header
 
     def _rows(self, lines: Iterator[bytes]) -> Iterator[tuple[int, list[str] | RowError]]:
-        return itertools.islice(self._all_rows(lines), 1, None)
-
-    @staticmethod
-    def _all_rows(lines: Iterator[bytes]) -> Iterator[tuple[int, list[str] | RowError]]:
-        """The rows with the header, without those that are empty."""
         csv.field_size_limit(max(_LONGEST_CELL, csv.field_size_limit()))  # of the whole process
         # bytes that are not UTF-8 become half surrogates, which are looked for row by row
         rows = csv.reader((x.decode("utf-8", "surrogateescape") for x in lines), strict=True)
         while True:
-            number, row = rows.line_num + 1, None
+            number = rows.line_num + 1
             try:
-                row = next(rows)
+                if cells := next(rows):
+                    yield number, cells
             except StopIteration:
                 return
             except csv.Error as error:
-                row = RowError(f"not CSV: {error}")
+                yield number, RowError(f"not CSV: {error}")
             except RowError as error:
-                row = error
-            if row != []:
-                yield number, row
+                yield number, error
 
     def _parse(self, cells: list[str]) -> dict[str, str]:
         if len(cells) != len(self.columns):

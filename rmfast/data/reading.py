@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,8 @@ def preferences(
         ValueError: an unknown option.
     """
     label, cells, rows = _rows(source, name, split, limit)
-    reader = _Reader(ratings, ranks, margins, rating, chat, cells)
+    row_reader = RowReader(cells=cells, empty=True)
+    reader = _Reader(ratings, ranks, margins, rating, chat, row_reader)
     records: list[Any] = []
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -139,24 +140,22 @@ class _Dropped(Exception):
     """A row that says nothing; the reason is its argument."""
 
 
+@dataclass(frozen=True)
 class _Reader:
     """Makes pairs or groups of rows; the options are those of :func:`preferences`."""
 
-    def __init__(
-        self,
-        ratings: str,
-        ranks: str,
-        margins: bool,
-        rating: str | None,
-        chat: bool | None,
-        cells: bool,
-    ) -> None:
-        for name, value in (("ratings", ratings), ("ranks", ranks)):
+    ratings: str
+    ranks: str
+    margins: bool
+    rating: str | None
+    chat: bool | None
+    row_reader: RowReader
+
+    def __post_init__(self) -> None:
+        for name in ("ratings", "ranks"):
+            value = getattr(self, name)
             if value not in SHAPES:
                 raise ValueError(f"{name} must be one of {', '.join(SHAPES)}, got {value!r}")
-        self.ratings, self.ranks, self.margins, self.rating = ratings, ranks, margins, rating
-        self.chat, self.cells = chat, cells
-        self.values = RowReader(cells=cells, empty=True)
 
     def read(self, record: Any, where: str) -> tuple[list[Any], list[str]]:
         """The records of a row, none if it says nothing, and a reason for each thing left out.
@@ -169,7 +168,7 @@ class _Reader:
         if not isinstance(record, Mapping):
             kind = kind_of(record)
             raise RowError(f"must be an object, with a value for each column, not {kind}")
-        missing = (None, "") if self.cells else (None,)
+        missing = (None, "") if self.row_reader.cells else (None,)
         record = {name: value for name, value in record.items() if value not in missing}
         reasons: list[str] = []
         try:
@@ -183,20 +182,20 @@ class _Reader:
         names = ", ".join(map(str, record)) or "none"
         raise RowError(f"has the fields {names}; understood are {_UNDERSTOOD}")
 
-    def _reader(self, record: dict[str, Any]) -> RowReader:
+    def _reader_of(self, record: dict[str, Any]) -> RowReader:
         prompt = "instruction" if not record.get("prompt") else "prompt"
-        return replace(self.values, columns={"prompt": prompt})
+        return replace(self.row_reader, columns={"prompt": prompt})
 
     def _pair(self, record: dict[str, Any], where: str) -> Pair:
-        prompt, (chosen, rejected) = self._turns(self._reader(record).read(record, "pair"))
+        prompt, (chosen, rejected) = self._turns(self._reader_of(record).read(record, "pair"))
         if reason := useless_pair(chosen, rejected, prompt):
             raise _Dropped(reason)
         margin = None
         if "margin" in record:
-            margin = self.values.number('"margin"', record["margin"])
+            margin = self.row_reader.number('"margin"', record["margin"])
         elif self.margins:
             better, worse = (
-                self.values.number(f'"{name}"', record.get(name))
+                self.row_reader.number(f'"{name}"', record.get(name))
                 for name in ("score_chosen", "score_rejected")
             )
             if better < worse:
@@ -210,7 +209,7 @@ class _Reader:
         answers, numbers, rated = self._numbered(name, record)
         if self.margins and not rated:
             raise RowError("has ranks, of which no margins can be made: leave margins off")
-        row = self._reader(record).row(record, self.values.answers(name, answers))
+        row = self._reader_of(record).row(record, self.row_reader.answers(name, answers))
         prompt, answers = self._turns(row, rated)
         kept = [i for i, answer in enumerate(answers) if not is_blank(answer, prompt)]
         reasons += ["empty response among several"] * (len(answers) - len(kept))
@@ -237,7 +236,7 @@ class _Reader:
 
     def _numbered(self, name: str, record: dict[str, Any]) -> tuple[list[Any], list[float], bool]:
         """Several answers, how good they are (more is better), and whether that is a rating."""
-        answers = self.values.items(name, record[name], "responses")
+        answers = self.row_reader.items(name, record[name], "responses")
         if any(isinstance(x, Mapping) and "role" not in x for x in answers):
             text, key = self._keys(name, answers)
             values = {f'"{name}" item {i}: "{key}"': x.get(key) for i, x in enumerate(answers)}
@@ -246,11 +245,11 @@ class _Reader:
             key = next((key for key in _NUMBERS if key in record), None)
             if key is None and answers:
                 raise RowError(f'"{name}" needs one of {", ".join(_NUMBERS)}')
-            items = [] if key is None else self.values.items(key, record[key])
+            items = [] if key is None else self.row_reader.items(key, record[key])
             values = {f'"{key}" item {i}': x for i, x in enumerate(items)}
         if len(values) != len(answers):
             raise RowError(f'"{key}" has {len(values)} numbers for {len(answers)} {name}')
-        numbers = [self.values.number(*x) for x in values.items()]
+        numbers = [self.row_reader.number(*x) for x in values.items()]
         ranked = key in ("rank", "ranks")
         return answers, [-x for x in numbers] if ranked else numbers, not ranked
 
