@@ -172,7 +172,7 @@ def test_csv_cells_may_be_long(tmp_path):
     "data, said",
     [
         (b"a,b,a\n1,2,3", 'two columns are named "a"'),
-        (b"\xff,b\n", "the header is not UTF-8"),
+        (b"\xff,b\n", "no header can be read: not UTF-8"),
         (b'"a"b\n', "no header can be read"),
     ],
 )

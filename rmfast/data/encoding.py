@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from rmfast.data.records import Pair
-from rmfast.data.values import Messages, checked
+from rmfast.data.values import Messages, check_conversation
 from rmfast.errors import DataError, RowError, UserError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Encoder:
         Raises:
             RowError, DataError: as above.
         """
-        checked("the prompt", prompt)
+        check_conversation("the prompt", prompt)
         if isinstance(prompt, str) and self.chat is False:
             text, templated = self._plain(prompt)
         else:
@@ -156,14 +156,14 @@ class Encoder:
         return _token_ids(conversation)
 
     def _plain(self, text: str) -> tuple[str, bool]:
-        checked("the text", text)
+        check_conversation("the text", text)
         if self.system_prompt is not None:
             raise RowError("a system prompt goes with messages, and this is plain text")
         return text, False
 
     def _answered(self, prompt: Any, response: Any) -> tuple[str, bool]:
-        checked("the prompt", prompt)
-        checked("the response", response)
+        check_conversation("the prompt", prompt)
+        check_conversation("the response", response)
         if self.chat is False:
             if not (isinstance(prompt, str) and isinstance(response, str)):
                 raise RowError("messages need the chat template: do not read them as plain text")
@@ -176,7 +176,7 @@ class Encoder:
         return self._render(prompt + _turn("assistant", response))
 
     def _render(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[str, bool]:
-        checked("the list of messages", messages)
+        check_conversation("the list of messages", messages)
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         self._need_tokenizer()

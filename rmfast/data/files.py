@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from rmfast.data.values import kind_of, parse_json, why_not_unicode
+from rmfast.data.values import kind_of, parse_json
 from rmfast.errors import DataError, RowError
 
 if TYPE_CHECKING:
@@ -229,21 +229,22 @@ class _Csv(_Text):
             number, header = next(self._rows(lines), (1, []))
         if isinstance(header, RowError):
             raise DataError(f"{self.source}:{number}: no header can be read: {header}")
-        if why_not_unicode("".join(header)) is not None:
-            raise DataError(f"{self.source}:{number}: the header is not UTF-8")
         self.columns = header
 
     def _rows(self, lines: Iterator[bytes]) -> Iterator[tuple[int, list[str] | RowError]]:
         csv.field_size_limit(max(_LONGEST_CELL, csv.field_size_limit()))  # of the whole process
-        # bytes that are not UTF-8 become half surrogates, which are looked for row by row
+        # bytes that are not UTF-8 become half surrogates, which cannot be encoded again
         rows = csv.reader((x.decode("utf-8", "surrogateescape") for x in lines), strict=True)
         while True:
             number = rows.line_num + 1
             try:
                 if cells := next(rows):
+                    "".join(cells).encode()
                     yield number, cells
             except StopIteration:
                 return
+            except UnicodeEncodeError:
+                yield number, RowError("not UTF-8")
             except csv.Error as error:
                 yield number, RowError(f"not CSV: {error}")
             except RowError as error:
@@ -252,8 +253,6 @@ class _Csv(_Text):
     def _parse(self, cells: list[str]) -> dict[str, str]:
         if len(cells) != len(self.columns):
             raise RowError(f"{len(cells)} cells, and the header names {len(self.columns)}")
-        if why_not_unicode("".join(cells)) is not None:
-            raise RowError("not UTF-8")
         return dict(zip(self.columns, cells, strict=True))
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from rmfast.data.values import (
     Messages,
-    checked,
+    check_conversation,
+    check_number,
+    check_text,
     kind_of,
     parse_list,
-    why_not_number,
-    why_not_unicode,
 )
 from rmfast.errors import RowError
 
@@ -105,7 +105,8 @@ class RowReader:
             value = self.items(name, value, "messages")
         elif not isinstance(value, str):
             raise RowError(f'"{name}" must be text, not {kind_of(value)}')
-        return Row(record, None, "", [(name, _without_nulls(checked(f'"{name}"', value)))])
+        value = _without_nulls(check_conversation(f'"{name}"', value))
+        return Row(record, None, "", [(f'"{name}"', value)])
 
     def row(
         self,
@@ -144,8 +145,8 @@ class RowReader:
         subset = record.get(name)
         if isinstance(subset, (dict, list)):
             raise RowError(f'"{name}" must be a name, not {kind_of(subset)}')
-        if isinstance(subset, str) and (reason := why_not_unicode(subset)) is not None:
-            raise RowError(f'"{name}" {reason}')
+        if isinstance(subset, str):
+            check_text(f'"{name}"', subset)
         return None if subset in (None, "") else str(subset)
 
     # --- values
@@ -154,7 +155,7 @@ class RowReader:
         """Text or messages, called ``name`` in an error."""
         if self.cells:
             value = parse_list(value, lambda x: x and isinstance(x[0], dict) and "role" in x[0])
-        return _without_nulls(checked(name, value, self.empty))
+        return _without_nulls(check_conversation(name, value, self.empty))
 
     def answers(self, name: str, items: list[Any]) -> list[tuple[str, Any]]:
         """Several answers, each after what it is called in an error."""
@@ -175,10 +176,7 @@ class RowReader:
         if self.cells and isinstance(value, str):
             with contextlib.suppress(ValueError):
                 value = float(value)
-        reason = why_not_number(value)
-        if reason is not None:
-            raise RowError(f"{name} {reason}")
-        return float(value)
+        return check_number(name, value)
 
 
 def _value(name: str, record: Mapping[str, Any]) -> Any:

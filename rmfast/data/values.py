@@ -48,60 +48,61 @@ def parse_list(value: Any, fits: Callable[[list], Any]) -> Any:
     return parsed if fits(parsed) else value
 
 
-def why_not_number(value: Any) -> str | None:
-    """What is wrong with a number, which must be finite; None: nothing."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return f"must be a number, not {kind_of(value)}"
-    try:
-        return None if math.isfinite(value) else f"must be a finite number, not {value}"
-    except OverflowError:
-        return "is too large a number"
-
-
-def why_not_text_or_messages(value: Any) -> str | None:
-    """What is wrong with text, or with a list of messages; None: nothing. Both may be empty."""
-    if isinstance(value, str):
-        return why_not_unicode(value)
-    if not isinstance(value, list):
-        return f"must be text or a list of messages, not {kind_of(value)}"
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            return f"message {i} must be an object with role and content, not {kind_of(message)}"
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                kind = kind_of(message[key]) if key in message else "missing"
-                return f'message {i}: "{key}" must be text, is {kind}'
-            reason = why_not_unicode(message[key])
-            if reason is not None:
-                return f'message {i}: "{key}" {reason}'
-    return None
-
-
-def checked(name: str, value: Any, empty: bool = False) -> Any:
-    """The value, which must be text or a list of messages.
+def check_number(name: str, value: Any) -> float:
+    """The value, which must be a finite number.
 
     Args:
         name: what the value is called in an error.
-        empty: the value may be empty.
 
     Raises:
-        RowError: the value is something else, or empty.
+        RowError: the value is something else.
     """
-    reason = why_not_text_or_messages(value)
-    if reason is None and not value and not empty:
-        reason = "is empty"
-    if reason is not None:
-        raise RowError(f"{name} {reason}")
-    return value
-
-
-def why_not_unicode(text: str) -> str | None:
-    """Where a text has half a surrogate pair, which UTF-8 cannot hold; None: nowhere."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise RowError(f"{name} must be a number, not {kind_of(value)}")
     try:
-        text.encode()
+        finite = math.isfinite(value)
+    except OverflowError:
+        raise RowError(f"{name} is too large a number") from None
+    if not finite:
+        raise RowError(f"{name} must be a finite number, not {value}")
+    return float(value)
+
+
+def check_text(name: str, value: Any) -> None:
+    """See that the value is text, and has no half of a surrogate pair, which UTF-8 cannot hold."""
+    if not isinstance(value, str):
+        raise RowError(f"{name} must be text, is {kind_of(value)}")
+    try:
+        value.encode()
     except UnicodeEncodeError as error:
-        return f"has half a surrogate pair at character {error.start}"
-    return None
+        reason = f"has half a surrogate pair at character {error.start}"
+        raise RowError(f"{name} {reason}") from None
+
+
+def check_conversation(name: str, value: Any, empty: bool = False) -> Any:
+    """The value, which must be text or a list of messages, and not empty but where it may be.
+
+    Raises:
+        RowError: it is not; the reason begins with ``name``.
+    """
+    if isinstance(value, str):
+        check_text(name, value)
+    elif not isinstance(value, list):
+        raise RowError(f"{name} must be text or a list of messages, not {kind_of(value)}")
+    else:
+        for i, message in enumerate(value):
+            if not isinstance(message, dict):
+                raise RowError(
+                    f"{name} message {i} must be an object with role and content, not "
+                    f"{kind_of(message)}"
+                )
+            for key in ("role", "content"):
+                if key not in message:
+                    raise RowError(f'{name} message {i}: "{key}" must be text, is missing')
+                check_text(f'{name} message {i}: "{key}"', message[key])
+    if not value and not empty:
+        raise RowError(f"{name} is empty")
+    return value
 
 
 def kind_of(value: Any) -> str:

@@ -21,7 +21,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 
 from rmfast.data.records import is_blank, useless_group, useless_pair
-from rmfast.data.values import why_not_number
+from rmfast.data.values import check_number
 from rmfast.packed import models, patching
 from rmfast.packed import step as packed_step
 from rmfast.train.batches import Collator, common, first_of
@@ -516,8 +516,8 @@ def _name_of(model: Any) -> str:
 
 def _why_not_pair(row: dict[str, Any], place: int) -> str:
     """Why a pair is dropped; nothing where it is not."""
-    if "margin" in row and (reason := why_not_number(row["margin"])) is not None:
-        raise ValueError(f"row {place}: margin {reason}")
+    if "margin" in row:
+        check_number(f"row {place}: margin", row["margin"])
     chosen, rejected = (row.get(f"{name}_ids", row.get(name)) for name in ("chosen", "rejected"))
     return useless_pair(chosen, rejected, row.get("prompt"))
 
@@ -528,8 +528,7 @@ def _why_not_group(row: dict[str, Any], place: int) -> str:
         count = "no" if ranks is None else len(ranks)
         raise ValueError(f"row {place}: {len(responses)} responses and {count} ranks")
     for rank in ranks:
-        if (reason := why_not_number(rank)) is not None:
-            raise ValueError(f"row {place}: each of ranks {reason}")
+        check_number(f"row {place}: each of ranks", rank)
     if len(responses) > LARGEST_GROUP:
         raise ValueError(
             f"row {place}: {len(responses)} responses, more than {LARGEST_GROUP}: split it"
