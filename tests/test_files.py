@@ -287,3 +287,17 @@ def test_a_changed_file_is_another(tmp_path):
     assert files.Reader(path).identity() == before
     os.utime(path, (1, 1))
     assert files.Reader(path).identity() != before
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_list_of_json_is_read_whole_if_it_may_be(tmp_path, name):
+    path = write(tmp_path, name, '\ufeff[\n  {"a": "é"}, 3,\n  {"a": 2}\n]'.encode())
+    first, (number, reason), last = told(path, lists=True)
+    assert (first, last) == ((1, {"a": "é"}), (3, {"a": 2}))
+    assert (number, reason) == (2, "an item must be a JSON object, this is a number")
+    check_skip(path, lists=True)
+    assert told(path, lists=True, limit=1) == [first]
+    with pytest.raises(DataError, match="a list of JSON that cannot be read"):
+        files.Reader(write(tmp_path, name, b"[1, 2"), lists=True)
+    lines = write(tmp_path, name, b'{"a": 1}\n[2]')
+    assert told(lines, lists=True)[0] == (1, {"a": 1})

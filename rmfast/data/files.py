@@ -142,7 +142,7 @@ class Reader:
 
 
 class _Text(Reader):
-    """Of lines, of which _rows makes numbered rows, and _parse a value of each."""
+    """A file of lines: ``_rows`` numbers its rows, ``_parse`` reads one."""
 
     unit = "B"
     _headers = 0  # rows before the first record
@@ -190,16 +190,20 @@ class _JsonLines(_Text):
         if isinstance(first, RowError):  # it comes with its line when that is read
             return
         if self.lists and first.startswith(b"["):
-            try:
-                self._list = json.loads(Path(self.source).read_text(encoding="utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                problem = f"a list of JSON that cannot be read: {error}"
-                raise DataError(f"{self.source}: {problem}") from None
+            self._list = self._parse_list()
         elif first == b"[" or (first.startswith(b"[{") and not first.endswith(b"]")):
             raise DataError(
                 f"{self.source} is one list of JSON: write each record on a line of its own, "
                 f"such as with: jq -c '.[]' {self.source}"
             )
+
+    def _parse_list(self) -> list[Any]:
+        try:
+            with self._opened() as (_, lines):
+                return json.loads(b"".join(lines).decode())
+        except (ValueError, RecursionError) as error:
+            problem = f"a list of JSON that cannot be read: {error}"
+            raise DataError(f"{self.source}: {problem}") from None
 
     def _records(self, skip: int) -> Iterator[Record]:
         if self._list is None:
