@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from rmfast.data.records import Pair
-from rmfast.data.values import Messages, check_conversation
+from rmfast.data.values import Messages, as_messages, check_conversation
 from rmfast.errors import DataError, RowError, UserError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Encoder:
         if isinstance(prompt, str) and self.chat is False:
             text, templated = self._plain(prompt)
         else:
-            text, templated = self._render(_turn("user", prompt), add_generation_prompt=True)
+            text, templated = self._render(as_messages("user", prompt), add_generation_prompt=True)
         return self._ids([text], templated)[0]
 
     def pair(self, pair: Pair) -> tuple[list[int], list[int]]:
@@ -168,12 +168,12 @@ class Encoder:
             if not (isinstance(prompt, str) and isinstance(response, str)):
                 raise RowError("messages need the chat template: do not read them as plain text")
             return self._plain(prompt + response)
-        prompt = _turn("user", prompt)
+        prompt = as_messages("user", prompt)
         if isinstance(response, list) and (
             response[: len(prompt)] == prompt or response[0]["role"] in ("system", "user")
         ):
             return self._render(response)  # it is the whole conversation
-        return self._render(prompt + _turn("assistant", response))
+        return self._render(prompt + as_messages("assistant", response))
 
     def _render(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[str, bool]:
         check_conversation("the list of messages", messages)
@@ -238,11 +238,6 @@ class Encoder:
             "'skip' or 'truncate_left'",
             "overlong",
         )
-
-
-def _turn(role: str, content: str | Messages) -> Messages:
-    """Messages as they are, text as one."""
-    return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
 def _token_ids(value: Any) -> np.ndarray:

@@ -20,7 +20,7 @@ from rmfast.data.records import (
     useless_pair,
 )
 from rmfast.data.rows import Row, RowReader
-from rmfast.data.values import TURN, Messages, kind_of
+from rmfast.data.values import TURN, Messages, as_messages, kind_of
 from rmfast.errors import DataError, RowError
 
 if TYPE_CHECKING:
@@ -285,18 +285,14 @@ class _Reader:
         if self.chat is False or not (self.chat or turns):
             return prompt, answers
         if not dialogue:
-            return [_turn("user", prompt)], [[_turn("assistant", x)] for x in answers]
+            return as_messages("user", prompt), [as_messages("assistant", x) for x in answers]
         before = _dialogue(f'"{row.prompt_column}"', prompt)
         if before[-1]["role"] == "assistant":  # where the answer begins
             if before.pop()["content"]:
                 raise RowError(
                     f'"{row.prompt_column}" ends within an answer: chat=True cannot part them'
                 )
-        return before, [[_turn("assistant", x.strip())] for x in answers]
-
-
-def _turn(role: str, text: str) -> dict[str, str]:
-    return {"role": role, "content": text}
+        return before, [as_messages("assistant", x.strip()) for x in answers]
 
 
 def _messages(
@@ -304,8 +300,8 @@ def _messages(
 ) -> tuple[Messages | None, list[Messages]]:
     """Prompt and answers as messages; no prompt where the answers begin with it."""
     text = isinstance(prompt, str)
-    prompt = [_turn("user", prompt)] if text else prompt
-    answers = [[_turn("assistant", x)] if isinstance(x, str) else x for _, x in named]
+    prompt = as_messages("user", prompt)
+    answers = [as_messages("assistant", x) for _, x in named]
     if text and any(x and x[0]["role"] in ("system", "user") for x in answers):
         for (name, _), answer in zip(named, answers, strict=True):
             if prompt[0] not in answer[:2]:  # a system message may come first
@@ -334,5 +330,5 @@ def _dialogue(name: str, text: str) -> Messages:
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += f"\n\n{content}"
         else:
-            turns.append(_turn(role, content))
+            turns += as_messages(role, content)
     return turns

@@ -15,6 +15,11 @@ Messages = list[dict[str, Any]]  # each with "role" and "content"
 TURN = re.compile(r"\n\n(Human|Assistant):")  # where a turn of HH-RLHF's dialogues begins
 
 
+def as_messages(role: str, content: str | Messages) -> Messages:
+    """Text as one message of ``role``; messages as they are."""
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
+
+
 def parse_json(line: bytes) -> dict[str, Any]:
     """The object of a line of JSON.
 
