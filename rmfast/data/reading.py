@@ -82,7 +82,8 @@ def preferences(
             become turns, as fits a model that was trained to chat; so do text prompts and answers.
             False: no text does, as fits a model without a chat template.
         strict: what would be left out is an error.
-        name, split: configuration and split of a data set that ``source`` names.
+        name: configuration of a data set that ``source`` names.
+        split: split of that data set.
         limit: stop after so many rows.
 
     Raises:

@@ -44,7 +44,7 @@ class Worker:
     def scorer(self) -> Scorer:
         """Made when it is used: what a constructor raises does not reach whoever called."""
         model, load, options = self._arguments
-        loading.quiet()
+        loading.silence_transformers()
         loaded = loading.load(model, **load)
         return Scorer(loaded.model, loaded.tokenizer, **options)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,24 @@ def padded(batch: Batch, pad_token_id: int) -> dict[str, Tensor]:
     }
 
 
+class Rows(NamedTuple):
+    """Where the scores of a packed batch come from.
+
+    Attributes:
+        scores: gives the scores ``[B]``, in fp32 (fp64 of fp64 models).
+        hidden: ``[N, H]``, the hidden states of the trie's nodes; None where only scores are known.
+        head: the linear head on them; None where it is not a bare one, or on another device.
+    """
+
+    scores: Callable[[], Tensor]
+    hidden: Tensor | None = None
+    head: nn.Linear | None = None
+
+
+# the sum of the losses [], the scores [B] and the metrics [6] of a batch
+Objective = Callable[[Rows, Batch], tuple[Tensor, Tensor, Tensor]]
+
+
 class Step:
     """A packed batch and what is minimised, for ``model(rmfast_step=step)`` on a patched model.
 
@@ -37,8 +56,8 @@ class Step:
     precision does. The batch is on the model's device already.
 
     Args:
-        batch: what :class:`Collator` returned.
-        objective: the loss.
+        batch: what :class:`rmfast.train.batches.Collator` returned.
+        objective: the loss, such as :class:`rmfast.train.objective.Objective`.
         count: what the sum over the batch is divided by: a number or a tensor ``[]``.
 
     Attributes:
@@ -47,7 +66,7 @@ class Step:
         metrics: ``[6]``, see :class:`rmfast.ops.PairwiseLoss`.
     """
 
-    def __init__(self, batch: Batch, objective: Any, count: Any = 1) -> None:
+    def __init__(self, batch: Batch, objective: Objective, count: Tensor | int = 1) -> None:
         self.batch, self.objective, self.count = batch, objective, count
         self.loss: Tensor | None = None
         self.scores: Tensor | None = None

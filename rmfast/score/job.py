@@ -55,7 +55,7 @@ def run(args: ScoreOptions, make_scorer: Callable[..., Any] | None = None) -> in
         UserError, DataError: it cannot run, or ``--strict`` met a bad row; the message is for the
             user.
     """
-    loading.quiet()
+    loading.silence_transformers()
     path = _output(args)
     reader = files.Reader(args.input, name=args.name, split=args.split, limit=args.limit)
     template = read_template(args.chat_template)

@@ -2,7 +2,7 @@
 
 Conversations are read and tokenised in a background thread, a window ahead. The conversations of a
 window become one token trie, which runs in micro-batches of so many trie nodes; what one of them
-has of a prefix that goes on in the next is carried over (:mod:`rmfast.pieces`).
+has of a prefix that goes on in the next is carried over (:mod:`rmfast.packed.pieces`).
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ class Scorer:
         window: conversations that are looked at together: prefixes meet within a window.
         normalize: ``(score - config.mean) / config.std``, as OpenRLHF stores them.
         sigmoid: ``1 / (1 + exp(-score))``, after ``normalize``.
-        attention, compile: as for :func:`rmfast.patch`; None: as the model was patched, ``"auto"``
-            and ``False`` if it was not.
+        attention: as for :func:`rmfast.patch`; None: as the model was patched, ``"auto"`` if it was
+            not.
+        compile: likewise; ``False`` if it was not.
         progress: show a bar; or a function that is called with the conversations and the tokens
             each micro-batch finished.
 
@@ -359,7 +360,7 @@ class Scorer:
 
     def _check_hooks(self, patch: patching.Patch) -> None:
         """Hooks around the model may change its scores, and run with its own forward alone."""
-        inside = set(patch.outer.modules()) - {patch.outer}
+        inside = set(patch.classifier.modules()) - {patch.classifier}
         for module in self.model.modules():
             if module not in inside and (module._forward_hooks or module._forward_pre_hooks):
                 raise Unservable("forward hooks on the model or on what wraps it")
@@ -383,7 +384,7 @@ class Scorer:
                 out[done] = scores[place, 0].cpu().double()
             self._ran(piece.stop - piece.start, done.size, int(lengths[done].sum()))
 
-        pieces.run(self._forward, trie, self._budget, take)
+        self._forward.run_pieces(trie, take, self._budget)
 
     def _run_padded(self, rows: list[np.ndarray], which: np.ndarray, out: Tensor) -> None:
         """What cannot run in pieces: by length, or so that prefixes meet in a batch."""
@@ -451,7 +452,7 @@ class Scorer:
         rows = list(draw(self.encoder.vocabulary or 2, size=size, dtype=np.int32))
         with evaluating(self.model):
             if self._packed(rows).all():
-                pieces.run(self._forward, pack(rows), pieces.Budget(tokens), lambda *_: None)
+                self._forward.run_pieces(pack(rows), lambda *_: None, pieces.Budget(tokens))
             elif self._pad is not None and self._level == "trie":
                 self._padded_scores(rows)
 
