@@ -19,7 +19,7 @@ from rmfast.data.records import (
     useless_group,
     useless_pair,
 )
-from rmfast.data.rows import Row, RowReader
+from rmfast.data.rows import Row, RowReader, check_record
 from rmfast.data.values import TURN, Messages, as_messages, kind_of
 from rmfast.errors import DataError, RowError
 
@@ -164,13 +164,8 @@ class _Reader:
         Raises:
             RowError: the row is not understood, or has something wrong in it.
         """
-        if isinstance(record, RowError):
-            raise record
-        if not isinstance(record, Mapping):
-            kind = kind_of(record)
-            raise RowError(f"must be an object, with a value for each column, not {kind}")
         missing = (None, "") if self.row_reader.cells else (None,)
-        record = {name: value for name, value in record.items() if value not in missing}
+        record = {k: v for k, v in check_record(record).items() if v not in missing}
         reasons: list[str] = []
         try:
             if "chosen" in record or "rejected" in record:

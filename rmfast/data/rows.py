@@ -80,16 +80,18 @@ class RowReader:
     lists: bool = False
     empty: bool = False
 
-    def read(self, record: Mapping[str, Any], kind: str) -> Row:
+    def read(self, record: Any, kind: str) -> Row:
         """The row that a record holds.
 
         Args:
+            record: a dict of columns; a RowError is raised as it is.
             kind: a key of :data:`rmfast.data.columns.CONVENTIONS`.
 
         Raises:
             RowError: a column is missing or empty, is not what it should be, or is not read though
                 it seems to belong to the prompt.
         """
+        record = check_record(record)
         if kind == "pair":
             chosen, rejected = (self._side(x, record) for x in ("chosen", "rejected"))
             return self.row(record, [*chosen, *rejected], len(chosen))
@@ -177,6 +179,16 @@ class RowReader:
             with contextlib.suppress(ValueError):
                 value = float(value)
         return check_number(name, value)
+
+
+def check_record(record: Any) -> Mapping[str, Any]:
+    """The record, which must be a dict of columns; a reader's RowError is raised."""
+    if isinstance(record, RowError):
+        raise record
+    if not isinstance(record, Mapping):
+        kind = kind_of(record)
+        raise RowError(f"must be an object, with a value for each column, not {kind}")
+    return record
 
 
 def _value(name: str, record: Mapping[str, Any]) -> Any:

@@ -164,8 +164,6 @@ class _Source:
     def __iter__(self) -> Iterator[list[Conversation] | RowError]:
         for record in self.records:
             try:
-                if isinstance(record.value, RowError):
-                    raise record.value
                 row = self.rows.read(record.value, "pair")
             except RowError as error:
                 self.waiting.append((record.number, None))
