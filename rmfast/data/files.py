@@ -123,7 +123,9 @@ class Reader:
         double = next((x for x in self.columns or () if self.columns.count(x) > 1), None)
         if double is not None:
             raise DataError(f'{source}: two columns are named "{double}"')
-        if limit is not None and self.unit == "row" and self.total is not None:
+        if self.unit == "B":
+            self.total = os.path.getsize(self.source)
+        elif limit is not None and self.total is not None:
             self.total = min(self.total, limit)
 
     def identity(self) -> dict[str, Any]:
@@ -152,7 +154,6 @@ class _Text(Reader):
         """The file as it is on disk, and its lines."""
         try:
             with open(self.source, "rb") as file:
-                self.total = os.path.getsize(self.source)
                 gzipped = self.source.lower().endswith(".gz")
                 yield file, _lines(gzip.GzipFile(fileobj=file) if gzipped else file)
         except OSError as error:
