@@ -1,4 +1,4 @@
-"""From what people score (messages, prompt and response, text, token ids) to token ids."""
+"""Token ids of conversations: messages, prompt and response, text, or token ids already."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_template(path: str | None) -> str | None:
 
 
 class Encoder:
-    """Token ids of conversations, each with one BOS at most, however its text came by it.
+    """Makes token ids of conversations, with at most one BOS each.
 
     Args:
         tokenizer: None where only token ids come.
@@ -79,7 +79,7 @@ class Encoder:
         if tokenizer is not None:
             self.template = chat_template or tokenizer.chat_template
             self.bos = tokenizer.bos_token_id
-            # of text; the tokens of a template say for themselves
+            # to text; a template writes its own special tokens
             self.adds_bos = self.bos is not None and self.bos in self._ids(["a"], False)[0][:1]
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[np.ndarray | RowError]:
@@ -202,7 +202,7 @@ class Encoder:
             raise DataError("text and messages need a tokenizer: pass one, or token ids")
 
     def _ids(self, texts: list[str], templated: bool) -> list[np.ndarray]:
-        """int32 token ids of texts, with one BOS each, or none where text has none."""
+        """int32 token ids of texts, with one BOS each if the tokenizer puts one before text."""
         if not texts:
             return []
         self._need_tokenizer()
@@ -223,7 +223,7 @@ class Encoder:
 
     def _fit(self, ids: np.ndarray) -> np.ndarray | RowError:
         if not ids.size:
-            return RowError("it comes out as no token at all")
+            return RowError("it has no tokens")
         if self.vocabulary is not None and (ids.min() < 0 or ids.max() >= self.vocabulary):
             wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]
             return RowError(f"token id {wrong}, and the model has embeddings for {self.vocabulary}")

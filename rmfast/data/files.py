@@ -1,6 +1,6 @@
 """Records from files: JSON lines, CSV, Parquet, and data sets through ``datasets``.
 
-A record is a row's columns as a dict. What cannot be read as one comes out as a
+A record is a row's columns as a dict. A row that cannot be read becomes a
 :class:`rmfast.data.RowError` in its place, and reading goes on. Nothing is read ahead: a file may
 be larger than memory.
 """
@@ -38,8 +38,8 @@ class Record(NamedTuple):
     Attributes:
         number: 1-based: the line it begins at (JSON lines, CSV), else the row.
         value: its columns, or why it cannot be read.
-        position: how far the reader is, against ``Reader.total``; None where nobody knows.
-        raw: what it was read from: a line of JSON (stripped), the cells of a CSV row, a
+        position: how far the reader is, of ``Reader.total``; None where that is unknown.
+        raw: its source: a line of JSON (stripped), the cells of a CSV row, a
             ``(RecordBatch, index)``; None for a data set and where ``value`` is an error.
     """
 
@@ -50,7 +50,7 @@ class Record(NamedTuple):
 
 
 def file_format(path: str | Path) -> tuple[str, bool] | None:
-    """``"jsonl"``, ``"csv"`` or ``"parquet"``, and whether gzip is around it; None: neither."""
+    """``"jsonl"``, ``"csv"`` or ``"parquet"``, and whether the file is gzipped; None: unknown."""
     name = str(path).lower()
     if name.endswith(".parquet"):
         return "parquet", False
@@ -58,8 +58,8 @@ def file_format(path: str | Path) -> tuple[str, bool] | None:
     return None if kind is None else (kind, name.endswith(".gz"))
 
 
-def need(library: str, what: str) -> None:
-    """See that an optional library is there.
+def need(library: str, purpose: str) -> None:
+    """Check that an optional library is installed.
 
     Raises:
         DataError: it is not; the message says how to install it.
@@ -67,28 +67,28 @@ def need(library: str, what: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(library) is None:
-        raise DataError(f"{what} needs {library}: pip install 'rmfast[data]'")
+        raise DataError(f"{purpose} needs {library}: pip install 'rmfast[data]'")
 
 
 class Reader:
-    """The records of a file, a folder or a data set on the hub, as often as wanted.
+    """Reads the records of a file, a folder or a data set on the hub, any number of times.
 
     Args:
         source: a file (JSON lines or CSV, ``.gz`` too, or Parquet); or what ``datasets`` loads: a
             folder, or a name on the hub.
         name, split: configuration and split of a data set.
         limit: stop after so many records.
-        lists: a file may be one list of JSON objects, too; such a one is read whole.
+        lists: a file may also be one list of JSON objects; it is read whole.
 
     Attributes:
         format: ``"jsonl"``, ``"csv"``, ``"parquet"`` or ``"dataset"``.
-        columns: names of the columns, where they are known before the first row.
+        columns: names of the columns, if they are known before the first row, else None.
         schema: Arrow schema of a Parquet file, else None.
         total: what ``Record.position`` goes up to, or None.
         unit: of ``total`` and ``position``: ``"B"`` of the file as it is on disk, or ``"row"``.
 
     Raises:
-        DataError: there is no such file or data set, or not a row of it can be read.
+        DataError: the file or data set does not exist, or cannot be opened.
     """
 
     format: str
@@ -129,18 +129,18 @@ class Reader:
             self.total = min(self.total, limit)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this input from another, or from itself before somebody changed it."""
+        """What identifies this input and its present content, for ``--resume``."""
         stat = os.stat(self.source)
         path = os.path.abspath(self.source)
         return {"path": path, "size": stat.st_size, "time": stat.st_mtime_ns}
 
     def read(self, skip: int = 0) -> Iterator[Record]:
-        """The records after the first ``skip``, which are passed over without a look inside."""
+        """The records after the first ``skip``, which are not parsed."""
         stop = None if self.limit is None else max(0, self.limit - skip)
         return itertools.islice(self._records(skip), stop)
 
 
-# A class for each format: _begin looks at what is known before the first row, _records reads rows
+# A class for each format: _begin finds what is known before the first row, _records reads the rows
 
 
 class _Text(Reader):
@@ -172,7 +172,7 @@ class _Text(Reader):
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines without a byte order mark; at last a RowError where a gzip file is damaged."""
+    """The lines without a byte order mark. Raises RowError where a gzip file is damaged."""
     try:
         for number, line in enumerate(file):
             yield line if number else line.removeprefix(codecs.BOM_UTF8)
@@ -188,7 +188,7 @@ class _JsonLines(_Text):
     def _begin(self) -> None:
         with self._opened() as (_, lines):
             _, first = next(self._rows(lines), (0, b""))
-        if isinstance(first, RowError):  # it comes with its line when that is read
+        if isinstance(first, RowError):  # _records reports it with its line
             return
         if self.lists and first.startswith(b"["):
             self._list = self._parse_list()
@@ -320,7 +320,7 @@ def _value(batch: pyarrow.RecordBatch, i: int) -> dict[str, Any] | RowError:
 
 
 class _DataSet(Reader):
-    """A data set of the hub, or a folder, row by row as it comes in."""
+    """A data set of the hub, or a folder, streamed."""
 
     format = "dataset"
 
@@ -329,7 +329,7 @@ class _DataSet(Reader):
         import datasets
 
         saved = [Path(self.source) / name for name in ("state.json", "dataset_dict.json")]
-        with self._told("neither a file nor a data set that can be loaded"):
+        with self._naming("neither a file nor a data set that can be loaded"):
             if any(file.is_file() for file in saved):
                 data = datasets.load_from_disk(self.source)
                 data = data[self.split] if isinstance(data, datasets.DatasetDict) else data
@@ -342,8 +342,8 @@ class _DataSet(Reader):
         self.columns = self.data.column_names
 
     @contextlib.contextmanager
-    def _told(self, problem: str) -> Iterator[None]:
-        """Whatever the hub, the network or the files raise, as one error."""
+    def _naming(self, problem: str) -> Iterator[None]:
+        """Turns whatever the hub, the network or the files raise into a DataError."""
         try:
             yield
         except Exception as error:
@@ -357,7 +357,7 @@ class _DataSet(Reader):
     def _records(self, skip: int) -> Iterator[Record]:
         rows = iter(self.data.skip(skip))
         for number in itertools.count(skip + 1):
-            with self._told(f"reading stopped after row {number - 1}"):
+            with self._naming(f"reading stopped after row {number - 1}"):
                 value = next(rows, None)
             if value is None:
                 return

@@ -1,4 +1,4 @@
-"""From the rows of data sets as they are published to :class:`Pair` and :class:`Group`."""
+"""Makes :class:`Pair` and :class:`Group` of the rows of published data sets."""
 
 from __future__ import annotations
 
@@ -63,8 +63,9 @@ def preferences(
     - ``responses`` with ``ratings`` or ``scores``, or with ``ranks`` (lower is better, equal ties);
     - ``answers``, objects with ``answer`` and ``rank``: berkeley-nest/Nectar.
 
-    A row is left out, and counted, if it says nothing: an empty response (of several responses only
-    that one), identical chosen and rejected, fewer than two responses, all tied or all the same.
+    A row is dropped, and counted, if nothing can be learnt from it: an empty response (of several
+    responses only that one), identical chosen and rejected, fewer than two responses, all tied or
+    all the same.
 
     Args:
         source: a file, folder or data set as :class:`rmfast.data.files.Reader` takes it, a
@@ -81,15 +82,15 @@ def preferences(
             answer joined as TRL does. True: dialogues (``"\\n\\nHuman: …\\n\\nAssistant: …"``)
             become turns, as fits a model that was trained to chat; so do text prompts and answers.
             False: no text does, as fits a model without a chat template.
-        strict: what would be left out is an error.
+        strict: raise an error where a row or a response would be dropped.
         name: configuration of a data set that ``source`` names.
         split: split of that data set.
         limit: stop after so many rows.
 
     Raises:
-        DataError: it cannot be read; no record comes out; or a row is not understood, has a value
-            of a wrong kind, NaN or infinity, ranks that do not match its responses, or is of
-            another kind than the first one. The message begins with the place of the row.
+        DataError: the source cannot be read or holds no preferences; or a row is not understood,
+            has a value of a wrong kind, NaN or infinity, ranks that do not match its responses, or
+            is of another kind than the first one. The message begins with the place of the row.
         ValueError: an unknown option.
     """
     label, cells, rows = _rows(source, name, split, limit)
@@ -138,7 +139,7 @@ def _rows(
 
 
 class _Dropped(Exception):
-    """A row that says nothing; the reason is its argument."""
+    """Nothing can be learnt from a row; the reason is the argument."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class _Reader:
                 raise ValueError(f"{name} must be one of {', '.join(SHAPES)}, got {value!r}")
 
     def read(self, record: Any, where: str) -> tuple[list[Any], list[str]]:
-        """The records of a row, none if it says nothing, and a reason for each thing left out.
+        """The records of a row, none if it is dropped, and the reason of everything dropped.
 
         Raises:
             RowError: the row is not understood, or has something wrong in it.
