@@ -17,6 +17,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback, TrainerCallback
 
 from rmfast import data, loading
+from rmfast.data.encoding import read_template
 from rmfast.data.records import Preferences
 from rmfast.demo import embedded, timing
 from rmfast.demo.options import DemoOptions
@@ -92,7 +93,7 @@ def _say(words: object) -> None:
 
 def _start(options: DemoOptions, job: timing.Job) -> tuple[begin.Started, Rows]:
     """The model, and the data as token ids; says what they are."""
-    template = training.read_template(options.chat_template)
+    template = read_template(options.chat_template)
     train, held_out = _preferences(options)
     started = job.load()
     if template is not None:

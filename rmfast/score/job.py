@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rmfast import loading, resume
 from rmfast.data import columns, files
+from rmfast.data.encoding import read_template
 from rmfast.errors import DataError, RowError, UserError
 from rmfast.resume import _saving, _told_to_stop, digest, model_identity, short
 from rmfast.score import output, parquet
@@ -57,7 +58,7 @@ def run(args: ScoreOptions, make_scorer: Callable[..., Any] | None = None) -> in
     loading.silence_transformers()
     path = _output(args)
     reader = files.Reader(args.input, name=args.name, split=args.split, limit=args.limit)
-    template = _template(args.chat_template)
+    template = read_template(args.chat_template)
     state = _begin(path, _settings(args, reader, template), args)
     if state.done:
         parquet.clean(path)
@@ -202,15 +203,6 @@ def _output(args: ScoreOptions) -> Path:
     if path.exists() and os.path.exists(args.input) and path.samefile(args.input):
         raise UserError(f"--output {path} is the input: give it another name")
     return path
-
-
-def _template(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat-template {path}: {error}") from None
 
 
 def _settings(args: ScoreOptions, reader: files.Reader, template: str | None) -> dict[str, Any]:

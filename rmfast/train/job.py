@@ -23,7 +23,7 @@ import torch
 
 from rmfast import data, loading
 from rmfast.arguments import flag
-from rmfast.data.encoding import Encoder
+from rmfast.data.encoding import Encoder, read_template
 from rmfast.data.records import Group, Pair, Preferences
 from rmfast.errors import DataError, RowError, UserError
 from rmfast.evaluate import show
@@ -140,16 +140,6 @@ def _check(options: TrainOptions) -> None:
             import peft  # noqa: F401 (found now, not after the data)
         except ImportError:
             raise UserError("--lora-rank needs PEFT: pip install peft") from None
-
-
-def read_template(path: str | None) -> str | None:
-    """The text of ``--chat-template``."""
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat-template {path}: {error}") from None
 
 
 def _resolved(options: TrainOptions) -> TrainOptions:
