@@ -30,7 +30,7 @@ from rmfast import data
 from rmfast.commands import main
 from rmfast.data.encoding import Encoder
 from rmfast.train import begin, fit, watch
-from rmfast.train import job as train_job
+from rmfast.train import rows as train_rows
 from rmfast.train.trainer import RewardConfig, RewardTrainer
 
 CAN_DRAW = watch._can_draw
@@ -184,7 +184,7 @@ def test_a_run_and_its_card(run, model, language_model, tmp_path, capsys, monkey
     else:
         pair = {"prompt": question + " ", "chosen": answer, "rejected": "Six."}
     encoder = Encoder(tokenizer)
-    row = train_job.tokens(data.preferences([pair]), encoder, tokenizer.eos_token)[0][0]
+    row = train_rows.tokens(data.preferences([pair]), encoder, tokenizer.eos_token)[0][0]
     with torch.inference_mode():
         want = loaded(torch.tensor([row["chosen_ids"].tolist()])).logits.item()
     assert scores[1] == pytest.approx(want, rel=1e-6)
@@ -250,7 +250,7 @@ def test_tokens_are_trls(model, tmp_path):
             net, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
         ).train_dataset
         encoder = Encoder(tokenizer, max_length=60)
-        ours, dropped = train_job.tokens(data.preferences(rows), encoder, tokenizer.eos_token)
+        ours, dropped = train_rows.tokens(data.preferences(rows), encoder, tokenizer.eos_token)
         names = [name for name in ours[0] if name != "ranks"]
         assert len(ours) == len(theirs) and dropped.total() == len(rows) - len(ours)
         for mine, other in zip(ours, theirs, strict=True):
@@ -262,11 +262,11 @@ def test_tokens_are_trls(model, tmp_path):
 
 def test_no_question_is_on_both_sides():
     found = data.preferences(pairs(60))
-    sides = train_job.hold_out(found, 0.25, 3)
+    sides = train_rows.hold_out(found, 0.25, 3)
     assert len(sides[0]) + len(sides[1]) == 60 and 13 <= len(sides[1]) <= 15
     assert not {x.question() for x in sides[0]} & {x.question() for x in sides[1]}
-    assert train_job.hold_out(found, 0, 3) == (found, None)
-    assert [x.where for x in train_job.hold_out(found, 0.25, 4)[1]] != [x.where for x in sides[1]]
+    assert train_rows.hold_out(found, 0, 3) == (found, None)
+    assert [x.where for x in train_rows.hold_out(found, 0.25, 4)[1]] != [x.where for x in sides[1]]
 
 
 # --- options

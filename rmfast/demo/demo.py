@@ -25,8 +25,7 @@ from rmfast.errors import DataError, UserError
 from rmfast.evaluate.measures import interval
 from rmfast.packed import patching
 from rmfast.train import begin
-from rmfast.train import job as training
-from rmfast.train.fit import Rows
+from rmfast.train.rows import Rows, hold_out, tokenised
 from rmfast.train.trainer import RewardConfig, RewardTrainer
 from rmfast.trie import pack
 
@@ -101,7 +100,7 @@ def _start(options: DemoOptions, job: timing.Job) -> tuple[begin.Started, Rows]:
     if options.model is None:
         _say("SmolLM2-135M-Instruct, with a reward head drawn at random:")
     _say(started.start)
-    rows = training.tokenised(started, train, held_out, options.max_length)
+    rows = tokenised(started, train, held_out, options.max_length)
     _say(f"  data: {len(rows.train)} pairs to train on, {len(rows.held_out)} held out; "
          f"{options.batch_pairs} pairs a batch")  # fmt: skip
     _say(f"  machine: {_machine(job.device)}; {_DTYPES[job.dtype]}")
@@ -139,7 +138,7 @@ def _preferences(options: DemoOptions) -> tuple[Preferences, Preferences]:
         if len(data.by_question(found)) < 2:
             raise DataError(f"{options.data}: needs pairs of two different prompts, or more")
         share = min(0.2, _HELD_OUT / len(found))
-        train, held_out = training.hold_out(found, share, options.seed)
+        train, held_out = hold_out(found, share, options.seed)
     questions = data.by_question(train)
     random.Random(options.seed).shuffle(questions)
     pairs = [pair for question in questions for pair in question]

@@ -13,7 +13,7 @@ from rmfast.train.options import TrainOptions
 
 if TYPE_CHECKING:
     from rmfast.train.begin import Started
-    from rmfast.train.fit import Rows
+    from rmfast.train.rows import Rows
 
 
 _PATHS = ("model", "data", "eval_data", "output", "tokenizer", "chat_template")

@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerState
 
-from rmfast.data.records import Preferences
 from rmfast.errors import UserError
 from rmfast.packed import patching
 from rmfast.train.begin import Started
 from rmfast.train.options import TrainOptions
+from rmfast.train.rows import Rows
 from rmfast.train.trainer import RewardConfig, RewardTrainer
 from rmfast.train.watch import COMPLETE, Watch
 
 _POINTS = 0.01  # of the run, from one line of metrics.jsonl to the next
 _PART = 0.1  # of the run, from one evaluation or checkpoint to the next
-
-
-class Rows(NamedTuple):
-    """What to train on and what is held out, as token ids.
-
-    Attributes:
-        train: rows of ``chosen_ids`` and ``rejected_ids``, or ``responses_ids`` and ``ranks``.
-        held_out: the same; None: nothing is held out.
-        source: what ``train`` was made of.
-        adds_bos: a BOS is put before messages whose template has none.
-        example: a conversation that was trained on.
-    """
-
-    train: list[dict[str, Any]]
-    held_out: list[dict[str, Any]] | None
-    source: Preferences
-    adds_bos: bool
-    example: Any
 
 
 class Trainer(RewardTrainer):

@@ -10,25 +10,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import shutil
 import sys
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from rmfast import data, loading
+from rmfast import loading
 from rmfast.arguments import flag
-from rmfast.data.encoding import Encoder, read_template
-from rmfast.data.records import Group, Pair, Preferences
-from rmfast.errors import DataError, RowError, UserError
+from rmfast.data.encoding import read_template
+from rmfast.data.records import Preferences
+from rmfast.errors import UserError
 from rmfast.evaluate import show
 from rmfast.resume import digest, model_identity, saving, short, versions, write_whole
-from rmfast.train import begin, card, objective
+from rmfast.train import begin, card, rows
 from rmfast.train.options import TrainOptions
 from rmfast.train.watch import COMPLETE, Watch, last_checkpoint, step_of
 
@@ -38,8 +35,6 @@ except ImportError as _error:
     raise UserError(f"training needs TRL: pip install 'rmfast[train]' ({_error})") from None
 
 
-_MOST_HELD_OUT = 1000  # pairs, where nobody says how many: an interval of 3 points each way
-_CHUNK = 1024  # records tokenised together
 # Options that may differ when a run goes on: its data is told by digest, its model by its files.
 _MAY_DIFFER = {"output", "model", "data", "eval_data", "resume", "overwrite"}
 _NO_WORDS = ("the preferences of", "a file of", "the text of")
@@ -88,7 +83,7 @@ def _run(options: TrainOptions) -> int:
     _check(options)
     template = read_template(options.chat_template)
     folder = _folder(options)
-    train, held_out = _preferences(options)
+    train, held_out = rows.read(options)
     state = _begin(folder, _settings(options, template, train, held_out), options.resume)
     if state.done:
         print(f"already complete: {folder}")
@@ -96,12 +91,12 @@ def _run(options: TrainOptions) -> int:
     options = _resolved(dataclasses.replace(options, **state.resolved))
     state.resolved = {name: getattr(options, name) for name in ("device", "dtype")}
     started = _start(options, template)
-    rows = tokenised(started, train, held_out, options.max_length)
+    found = rows.tokenised(started, train, held_out, options.max_length)
     checkpoint = last_checkpoint(folder / "checkpoints") if options.resume else None
-    trainer = fit.make_trainer(options, folder, started, rows, is_new=checkpoint is None)
+    trainer = fit.make_trainer(options, folder, started, found, is_new=checkpoint is None)
     if not options.resume:
         _clear(folder)  # not before it is known that there is something to replace it
-    watch = Watch(folder, trainer, rows.held_out, step_of(checkpoint))
+    watch = Watch(folder, trainer, found.held_out, step_of(checkpoint))
     state.versions = _versions(None if checkpoint is None else state.versions)
     state.save(folder)
     with saving(folder):
@@ -112,7 +107,9 @@ def _run(options: TrainOptions) -> int:
         fit.save(trainer, started, folder)
         watch.draw()
         loss, steps = trainer.objective.kind, trainer.state.global_step
-        finished = card.Finished(options, started, rows, loss, steps, watch.summary, state.versions)
+        finished = card.Finished(
+            options, started, found, loss, steps, watch.summary, state.versions
+        )
         card.write(finished, folder)
     if watch.summary is not None:
         print(f"\n{show.table(watch.summary)}\n")
@@ -231,156 +228,6 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> State:
                 "again"
             )
     return before
-
-
-# --- data
-
-
-def _preferences(options: TrainOptions) -> tuple[Preferences, Preferences | None]:
-    """What to train on, and what is held out."""
-    how = {
-        "name": options.name,
-        "limit": options.limit,
-        "chat": options.chat,
-        "ratings": options.ratings,
-        "ranks": options.ranks,
-        "margins": options.margin == "ratings",
-    }
-    train = data.preferences(options.data, split=options.split, **how)
-    print(train)
-    if options.margin == "none" and train.kind == "pairs":
-        bare = [dataclasses.replace(pair, margin=None) for pair in train]
-        train = dataclasses.replace(train, records=bare)
-    if options.eval_data is None:
-        return hold_out(train, options.eval_split, options.seed)
-    how["limit"] = None
-    held_out = data.preferences(options.eval_data, split=options.eval_data_split, **how)
-    print(f"held out: {held_out}")
-    for mine, other in ((train.kind, held_out.kind), (_form(train), _form(held_out))):
-        if mine != other:
-            raise DataError(
-                f"{options.eval_data}: it has {other}, and {options.data} has {mine}: both "
-                "must be of one kind"
-            )
-    both = len({x.question() for x in train} & {x.question() for x in held_out})
-    if both:
-        print(f"! {both:,} questions of --eval-data are in --data, too: figures will flatter")
-    return train, held_out
-
-
-def _form(records: Preferences) -> str:
-    return "messages" if records.conversational else "text"
-
-
-def hold_out(
-    found: Preferences, share: float | None, seed: int
-) -> tuple[Preferences, Preferences | None]:
-    """Hold out a share, so that no question is on both sides."""
-    if share == 0:
-        return found, None
-    wanted = round(len(found) * (0.05 if share is None else share)) or 1
-    wanted = min(wanted, _MOST_HELD_OUT) if share is None else wanted
-    questions = data.by_question(found)
-    if len(questions) < 2:
-        raise DataError(
-            f"{found.source}: all {len(found):,} {found.kind} have one question, or begin alike: "
-            "nothing can be held out; --eval-data names another file, --eval-split 0 goes without"
-        )
-    held: list[list[Any]] = []
-    for question in random.Random(seed).sample(questions, len(questions)):
-        if sum(map(len, held)) + len(question) <= wanted:
-            held.append(question)
-    held = held or [min(questions, key=len)]
-    chosen = {id(record) for question in held for record in question}
-    sides = ([x for x in found if id(x) not in chosen], [x for x in found if id(x) in chosen])
-    print(f"held out: {len(sides[1]):,} {found.kind} of {len(held):,} questions")
-    return tuple(dataclasses.replace(found, records=side) for side in sides)
-
-
-def tokens(
-    records: Preferences, encoder: Encoder, eos: str | None
-) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Rows as trainers take them, and why others were dropped.
-
-    Texts end with ``eos``, as TRL has it; messages as their template ends them.
-
-    Raises:
-        DataError: a record cannot be tokenised; the message begins with its place.
-    """
-    rows: list[dict[str, Any]] = []
-    dropped: Counter[str] = Counter()
-    for at in range(0, len(records), _CHUNK):
-        chunk = records.records[at : at + _CHUNK]
-        whole = [[_ended(side, eos) for side in record.whole()] for record in chunk]
-        ids = iter(encoder([side for sides in whole for side in sides]))
-        for record, sides in zip(chunk, whole, strict=True):
-            row = _row(record, [next(ids) for _ in sides])
-            if isinstance(row, str):
-                dropped[row] += 1
-            else:
-                rows.append(row)
-    return rows, dropped
-
-
-def _ended(side: Any, eos: str | None) -> Any:
-    if not isinstance(side, str) or eos is None or side.endswith(eos):
-        return side
-    return side + eos
-
-
-def _row(record: Pair | Group, ids: list[np.ndarray | RowError]) -> dict[str, Any] | str:
-    """A row, or why there is none."""
-    for one in ids:
-        if isinstance(one, RowError):
-            if one.kind == "overlong":
-                return "longer than --max-length"
-            raise DataError(f"{record.where}: {one.reason}")
-    if all(np.array_equal(ids[0], one) for one in ids[1:]):
-        return "identical tokens"
-    if isinstance(record, Group):
-        if len(ids) > objective.LARGEST_GROUP:
-            raise DataError(
-                f"{record.where}: {len(ids)} answers, more than {objective.LARGEST_GROUP}: "
-                "--ratings pairs or --ranks pairs trains on the best and the worst"
-            )
-        return {"responses_ids": ids, "ranks": [float(rank) for rank in record.ranks]}
-    row = {"chosen_ids": ids[0], "rejected_ids": ids[1]}
-    return row if record.margin is None else {**row, "margin": float(record.margin)}
-
-
-def tokenised(
-    started: begin.Started, train: Preferences, held_out: Preferences | None, max_length: int
-) -> fit.Rows:
-    """Preferences as token ids; prints what was dropped.
-
-    Raises:
-        UserError, DataError: they cannot be tokenised, or none is short enough.
-    """
-    tokenizer, model = started.tokenizer, started.model
-    if train.conversational and not tokenizer.chat_template:
-        raise UserError(
-            f"{train.source} has messages, and the tokenizer has no chat template to make text of "
-            "them: --chat-template FILE names one"
-        )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    encoder = Encoder(
-        tokenizer,
-        max_length=min(positions or max_length, max_length),
-        vocabulary=model.get_input_embeddings().num_embeddings,
-    )
-    found = []
-    for records, prefix, purpose in ((train, "", "train on"), (held_out, "held out: ", "hold out")):
-        if records is None:
-            found.append(None)
-            continue
-        rows, dropped = tokens(records, encoder, tokenizer.eos_token)
-        for reason, count in dropped.items():
-            print(f"{prefix}dropped: {count:,} × {reason}")
-        if not rows:
-            raise DataError(f"{records.source}: no {records.kind} left to {purpose}")
-        found.append(rows)
-    example = _ended(train.records[0].whole()[0], tokenizer.eos_token)
-    return fit.Rows(*found, train, encoder.adds_bos, example)
 
 
 # --- training
