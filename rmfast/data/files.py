@@ -78,7 +78,7 @@ class Reader:
     Attributes:
         format: ``"jsonl"``, ``"csv"``, ``"parquet"`` or ``"dataset"``.
         columns: names of the columns, where they are known before the first row.
-        schema: Arrow schema of a Parquet file, else None.
+        schema: Arrow schema of a Parquet file, and of a data set where it is known; else None.
         total: what ``Record.position`` goes up to, or None.
         unit: of ``total`` and ``position``: ``"B"`` of the file as it is on disk, or ``"row"``.
 
@@ -423,7 +423,6 @@ class _DataSet:
 
     format = "dataset"
     unit = "row"
-    schema = None
 
     def __init__(self, source: str, name: str | None, split: str) -> None:
         need("datasets", f"{source}: a data set")
@@ -448,6 +447,7 @@ class _DataSet:
             ) from None
         self.data = data
         self.columns = data.column_names
+        self.schema = None if data.features is None else data.features.arrow_schema
 
     def identity(self) -> dict[str, Any]:
         source = os.path.abspath(self.source) if os.path.isdir(self.source) else self.source

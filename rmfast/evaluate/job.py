@@ -18,6 +18,7 @@ from rmfast.errors import DataError, RowError, UserError
 from rmfast.evaluate import measures, rewardbench, show
 from rmfast.evaluate.options import EvalOptions
 from rmfast.resume import versions
+from rmfast.score.progress import progress_bar
 
 if TYPE_CHECKING:
     from rmfast.data.encoding import Conversation
@@ -46,15 +47,14 @@ def run(args: EvalOptions) -> int:
     template = _check(args)
     source = _Source(args)
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(_bar())
+        bar = stack.enter_context(progress_bar(unit=" answers"))
         scorer = _scorer(args, template, lambda conversations, _: bar.update(conversations))
         sinks = _Sinks(args, scorer, stack)
         judged = measures.Judged()
         failed: list[dict[str, Any]] = []
         windows = stack.enter_context(contextlib.closing(scorer.windows(source)))
         for window in _in_words(windows):
-            for scored in window:
-                number, row = source.waiting.popleft()
+            for (number, row), scored in window:
                 if scored.error is not None:
                     _fail(args, failed, number, scored.error)
                     sinks.error(number, scored.error)
@@ -201,27 +201,24 @@ def _json_list(source: str) -> list[Any] | None:
 
 
 class _Source:
-    """Rows for a scorer, which reads them ahead; ``waiting`` holds those it has not given back."""
+    """Rows for a scorer, each with its number and what it was read as."""
 
     def __init__(self, args: EvalOptions) -> None:
         self.records, cells = _records(args)
         names = ("prompt", "chosen", "rejected", "subset")
         self.columns = {name: getattr(args, f"{name}_column") for name in names}
         self.columns["cells"] = cells
-        self.waiting: collections.deque[tuple[int, Row | None]] = collections.deque()
 
-    def __iter__(self) -> Iterator[list[Conversation] | RowError]:
+    def __iter__(self) -> Iterator[tuple[tuple[int, Row | None], list[Conversation] | RowError]]:
         for record in self.records:
             try:
                 if isinstance(record.value, RowError):
                     raise record.value
                 row = read_row(record.value, **self.columns)
             except RowError as error:
-                self.waiting.append((record.number, None))
-                yield error
+                yield (record.number, None), error
             else:
-                self.waiting.append((record.number, row))
-                yield [*row.chosen, *row.rejected]
+                yield (record.number, row), [*row.chosen, *row.rejected]
 
 
 # --- results
@@ -353,12 +350,3 @@ def _tell(
     for path in written:
         print(f"written: {path}")
     return int(any(not _skipped(args, one["kind"]) for one in failed))
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Any]:
-    from tqdm import tqdm
-
-    pause = 0.1 if sys.stderr.isatty() else 10  # a log gets a line now and then
-    with tqdm(desc="scoring", unit=" answers", mininterval=pause) as bar:
-        yield bar

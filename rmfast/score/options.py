@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from rmfast.arguments import Options, option
 
@@ -88,6 +88,24 @@ class ScoringOptions(Options):
     )
     strict: bool = option("Stop at the first row that cannot be scored.", False, **RUN)
 
+    def for_scorer(self, template: str | None) -> dict[str, Any]:
+        """Keyword arguments of a scorer.
+
+        Args:
+            template: the text of ``--chat-template``.
+        """
+        return {
+            "max_tokens": self.max_tokens,
+            "max_length": self.max_length,
+            "on_overlong": self.on_overlong,
+            "system_prompt": self.system_prompt,
+            "chat_template": template,
+            "chat": False if self.plain else None,
+            "window": self.batch_window,
+            "attention": self.attention,
+            "compile": self.compile,
+        }
+
 
 def column(help: str) -> str | None:
     return option(f"Read {help} from this column.", None, metavar="NAME", **INPUT)
@@ -146,3 +164,7 @@ class ScoreOptions(ScoringOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.one_of("resume", "overwrite")
+
+    def for_scorer(self, template: str | None) -> dict[str, Any]:
+        scores = {"normalize": self.normalize, "sigmoid": self.sigmoid}
+        return super().for_scorer(template) | scores | {"pooling": self.pooling}

@@ -8,44 +8,46 @@ earlier mark forgets what was written after it.
 
 from __future__ import annotations
 
+import base64
 import csv
+import datetime
+import decimal
 import gzip
 import io
 import json
 import os
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from rmfast.data import columns, files
 from rmfast.errors import RowError, UserError
-from rmfast.score.cells import _cell, as_text, to_json
 from rmfast.score.parquet import Parquet
+from rmfast.score.source import Source
 
 _REASON = 1000  # characters: what a tokenizer's template says may be long
 
 
-def open_output(
-    path: Path, source: files.Reader, seen: list[str], layout: columns.Columns, mark: int = 0
-) -> JsonLines | Csv | Parquet:
+def open_output(path: Path, source: Source, mark: int = 0) -> JsonLines | Csv | Parquet:
     """The output of a file's format.
 
     Args:
-        path: what it is called says the format.
-        source: where the records come from.
-        seen: the input's columns, as far as they are known.
-        layout: says which columns are added.
-        mark: how much of what is there already stays.
+        path: its name says the format.
+        mark: how much of the file stays.
 
     Raises:
-        UserError: less is there than the mark says.
+        UserError: the file is shorter than the mark says, or cannot hold the columns.
         DataError: a library is missing.
     """
     kind, gzipped = files.file_format(path)
     if kind == "jsonl":
-        return JsonLines(path, gzipped, layout.added, mark)
+        return JsonLines(path, gzipped, source.layout.added, mark)
     if kind == "csv":
-        return Csv(path, gzipped, seen, layout.added, mark)
-    return Parquet(path, source.schema, seen, layout, mark)
+        return Csv(path, gzipped, source.names, source.layout.added, mark)
+    return Parquet(path, source, mark)
 
 
 class _Appended:
@@ -57,8 +59,7 @@ class _Appended:
         if self._file.tell() < mark:
             self._file.close()
             raise UserError(
-                f"{path} is shorter than when it was last written: somebody changed it; "
-                "start again with --overwrite"
+                f"{path} is shorter than when it was last written: start again with --overwrite"
             )
         self._file.truncate(mark)
         self._file.seek(mark)
@@ -138,10 +139,10 @@ class Csv(_Appended):
     """A header, then a record a row. What is not text is written as JSON."""
 
     def __init__(
-        self, path: Path, gzipped: bool, seen: list[str], added: list[str], mark: int
+        self, path: Path, gzipped: bool, names: list[str], added: list[str], mark: int
     ) -> None:
         super().__init__(path, gzipped, mark)
-        self._seen, self._added = seen, added
+        self._names, self._added = names, added
 
     def prepare(self, record: files.Record) -> list[str]:
         """The row's cells.
@@ -149,15 +150,15 @@ class Csv(_Appended):
         Raises:
             RowError: a column that the header does not have, or text that is not Unicode.
         """
-        new = next((name for name in record.value if name not in self._seen), None)
+        new = next((name for name in record.value if name not in self._names), None)
         if new is not None:
             raise RowError(
-                f"{to_json(new)} is not among the columns of the rows before, and a CSV file has "
-                "one header: write .jsonl"
+                f"{to_json(new)} is not among the columns of the first rows, and a CSV file has "
+                "one header: write JSON lines instead"
             )
         if isinstance(record.raw, list):
             return record.raw
-        return [_cell(record.value.get(name)) for name in self._seen]
+        return [_as_cell(record.value.get(name)) for name in self._names]
 
     def write(self, rows: Sequence[tuple[list[str], list[columns.Scores]]]) -> None:
         if rows:
@@ -167,10 +168,62 @@ class Csv(_Appended):
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         if self.mark() == 0:
-            writer.writerow([*self._seen, *self._added])
+            writer.writerow([*self._names, *self._added])
         writer.writerows(rows)
         return text.getvalue().encode()
 
     def finish(self) -> None:
         if self.mark() == 0:
             self.append(self._text([]))
+
+
+# --- values
+
+
+def as_text(score: columns.Scores) -> str:
+    """The shortest decimal that gives the same fp32; several as a list of JSON."""
+    if isinstance(score, np.ndarray):
+        return f"[{', '.join(map(str, score))}]"
+    return str(score)
+
+
+def to_json(value: Any) -> str:
+    """JSON, with types that it does not have as text.
+
+    Raises:
+        RowError: text that is not Unicode, or an object that cannot be written.
+    """
+    try:
+        return _unicode(json.dumps(value, ensure_ascii=False, default=_plain))
+    except TypeError as error:
+        raise RowError(str(error)) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (bytes, bytearray)):
+        return base64.b64encode(value).decode()
+    if isinstance(value, (decimal.Decimal, datetime.timedelta, uuid.UUID)):
+        return str(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _as_cell(value: Any) -> str:
+    """Text as it is; other values as JSON, but without the quotes of a time or of bytes."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return _unicode(value)
+    text = to_json(value)
+    return json.loads(text) if text.startswith('"') else text
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError("it has half a surrogate pair, which only JSON lines can keep") from None
+    return text

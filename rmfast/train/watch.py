@@ -135,14 +135,13 @@ class Watch(TrainerCallback):
         judged = measures.Judged()
         gpu = [args.device] if args.device.type == "cuda" else []
         autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16)
-        counts = iter([count for count, _ in self.rows])
         with torch.random.fork_rng(gpu), autocast:
-            for window in self.scorer.windows(row for _, row in self.rows):
-                for scored in window:
+            for window in self.scorer.windows(self.rows):
+                for count, scored in window:
                     if scored.error is not None:
                         raise UserError(f"step {state.global_step:,}: a row cannot be scored: "
                                         f"{scored.error.reason}")  # fmt: skip
-                    judged.add(scored.scores, scored.lengths, next(counts))
+                    judged.add(scored.scores, scored.lengths, count)
         self.summary = self._write("eval", state, **measures.summarise(judged))
         rows = self.summary["rows"]
         low, high = rows["interval"]
