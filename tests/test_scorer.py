@@ -22,7 +22,7 @@ from rmfast.data import Pair
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
 from rmfast.score import memory
-from rmfast.score.locks import evaluating
+from rmfast.score.bulk import evaluating
 
 TALK = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "yes"}]
 

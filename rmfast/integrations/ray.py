@@ -27,21 +27,28 @@ class Worker:
     """A scorer in a process of its own.
 
     Args:
-        model: folder or hub name.
-        load: options of :func:`rmfast.loading.load`.
-        options: options of :class:`rmfast.Scorer`.
+        model, load: arguments of :func:`rmfast.loading.load`.
+        options: of :class:`rmfast.Scorer`.
+        named, stem: of :func:`rmfast.data.columns.choose`, where it is called with tables.
     """
 
-    def __init__(self, model: str, load: dict[str, Any], options: dict[str, Any]) -> None:
-        self._arguments = model, load, options
+    def __init__(
+        self,
+        model: str,
+        load: dict[str, Any],
+        options: dict[str, Any],
+        named: dict[str, str] | None = None,
+        stem: str = "reward",
+    ) -> None:
+        self.model, self.load, self.options = model, load, options
+        self.named, self.stem = named, stem
 
     @functools.cached_property
     def scorer(self) -> Scorer:
         """Made when it is used: an error of a constructor does not reach the caller."""
-        model, load, options = self._arguments
         loading.quiet()
-        loaded = loading.load(model, **load)
-        return Scorer(loaded.model, loaded.tokenizer, **options)
+        loaded = loading.load(self.model, **self.load)
+        return Scorer(loaded.model, loaded.tokenizer, **self.options)
 
     def about(self) -> dict[str, Any]:
         return {**self.scorer.about(), "max_tokens": self.scorer.max_tokens}
@@ -53,15 +60,8 @@ class Worker:
         scored = [scored for window in windows for _, scored in window]
         return scored, self.scorer.stats, self.scorer.max_tokens
 
-
-class TableWorker(Worker):
-    """Scores the tables of a Ray data set."""
-
-    def __init__(self, named: dict[str, str], stem: str, *args: Any) -> None:
-        super().__init__(*args)
-        self.named, self.stem = named, stem
-
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
+        """A table of a Ray data set, with its scores."""
         import pyarrow as pa
 
         layout = data_columns.choose(table.column_names, self.named, stem=self.stem)
@@ -120,8 +120,8 @@ def score_dataset(
     """
     ray = _ray()
     return dataset.map_batches(
-        TableWorker,
-        fn_constructor_args=(columns or {}, reward_column, model, load or {}, options),
+        Worker,
+        fn_constructor_args=(model, load or {}, options, columns, reward_column),
         batch_size=rows,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=actors),
@@ -167,12 +167,12 @@ class RayScorer:
             if actors * resources.get(kind, 0) > available:
                 raise UserError(f"Ray has {available:g} {name}s, too few for {actors} actors")
         worker = ray.remote(max_restarts=-1, max_task_retries=-1, **resources)(Worker)
-        options["window"] = window
-        first = worker.remote(model, load or {}, {**options, "max_tokens": max_tokens})
+        options |= {"window": window, "max_tokens": max_tokens}
+        first = worker.remote(model, load or {}, options)
         self._about = _result(first.about.remote())
         self.max_tokens = options["max_tokens"] = self._about.pop("max_tokens")
-        others = [worker.remote(model, load or {}, options) for _ in range(actors - 1)]
-        self._actors = [first, *others]
+        rest = [worker.remote(model, load or {}, options) for _ in range(actors - 1)]
+        self._actors = [first, *rest]
         self._window, self._progress, self.stats = window, progress, Stats()
 
     def about(self) -> dict[str, Any]:
@@ -193,8 +193,7 @@ class RayScorer:
     def _next(self, tags: tuple, future: Any) -> list[tuple[Any, Scored]]:
         scored, stats, tokens = _result(future)
         self.max_tokens = min(self.max_tokens, tokens)
-        for name, value in stats.as_dict().items():
-            setattr(self.stats, name, getattr(self.stats, name) + value)
+        self.stats += stats
         self._progress(stats.conversations, stats.tokens)
         return list(zip(tags, scored, strict=True))
 

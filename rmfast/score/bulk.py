@@ -6,17 +6,21 @@ Conversations are read and tokenised in a background thread, a window ahead.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from rmfast.data.encoding import Conversation, Encoder
 from rmfast.data.records import Pair
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
-from rmfast.score.locks import lock_of
+from rmfast.packed.models import keeping_modes
 from rmfast.score.progress import progress_bar
 from rmfast.score.windows import Scored, Stats, Tagged, ahead, first_error, gathered
 
@@ -103,7 +107,7 @@ class BulkScorer:
         windows = map(self._encoded, gathered(rows, self.window))
         with contextlib.closing(ahead(windows)) as encoded:
             for tags, window in encoded:
-                with lock_of(self):
+                with _lock_of(self):
                     self._check_patches()
                     start = time.perf_counter()
                     self._show = progress
@@ -198,3 +202,29 @@ def _sides(pair: Any) -> list[Conversation]:
     if len(pair) != 2:
         raise DataError(f"a pair has two sides, this one has {len(pair)}")
     return list(pair)
+
+
+# --- one thread at a time
+
+# by object: a lock that was an attribute could be neither copied nor pickled
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKING = threading.Lock()
+
+
+def _lock_of(owner: Any) -> threading.RLock:
+    """The lock of a scorer or a model."""
+    with _LOCKING:
+        return _LOCKS.setdefault(owner, threading.RLock())
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode, without gradients, then back in the modes it was in.
+
+    One thread at a time: these modes are the model's, and so are rotary frequencies that depend on
+    the rows that ran before.
+    """
+    with _lock_of(patching.attached(model) or model), keeping_modes(model):
+        model.eval()
+        with torch.inference_mode():
+            yield

@@ -22,7 +22,7 @@ from rmfast.errors import DataError, RowError, UserError
 from rmfast.resume import saving, told_to_stop, write_whole
 from rmfast.score import output, parquet
 from rmfast.score.options import ScoreOptions
-from rmfast.score.progress import Progress
+from rmfast.score.progress import progress_bar
 from rmfast.score.report import as_text, report
 from rmfast.score.source import Source, look
 from rmfast.score.start import State, beside, first_state, output_path, read_template, settings
@@ -55,18 +55,16 @@ def run(options: ScoreOptions, make_scorer: Callable[..., Any] | None = None) ->
         print(f"already complete: {state.rows:,} rows in {path}")
         return state.exit_code()
     source = look(options, reader)
-    progress = Progress(reader, state)
-    keywords = options.for_scorer(template) | {"progress": progress.ran}
+    job = Job(source, state, path, options.strict)
+    keywords = options.for_scorer(template) | {"progress": job.ran}
     keywords["max_tokens"] = state.max_tokens or options.max_tokens
     try:
         scorer = (make_scorer or load_scorer)(options, keywords)
     except ValueError as error:
         raise UserError(str(error)) from error
-    job = Job(source, state, path, options.strict)
     try:
         with job.opened(), told_to_stop():
-            with progress:
-                job.score(scorer, progress)
+            job.score(scorer)
             found = report(scorer.about(), state, options)
             job.finish(found, Path(options.report or beside(path, "report.json")))
     except KeyboardInterrupt:
@@ -119,19 +117,41 @@ class Job:
     def save(self) -> None:
         write_whole(beside(self.path, "state.json"), dataclasses.asdict(self.state))
 
-    def score(self, scorer: Scorer, progress: Progress) -> None:
+    def score(self, scorer: Scorer) -> None:
         """Score the rows that are left. Of the scorer: ``windows``, ``max_tokens``, ``stats``."""
-        state, totals = self.state, self.state.totals
+        state, before = self.state, self.state.stats()
         start = time.perf_counter() - state.seconds
-        with contextlib.closing(scorer.windows(self.rows())) as windows:
+        with self.progress(), contextlib.closing(scorer.windows(self.rows())) as windows:
             for window in _told_of_memory(windows):
-                figures = scorer.stats.as_dict()
-                state.totals = {name: totals.get(name, 0) + x for name, x in figures.items()}
+                state.totals = (before + scorer.stats).as_dict()
                 state.max_tokens = scorer.max_tokens
                 state.seconds = time.perf_counter() - start
                 with saving(self.path):
                     self.write(window)
-                progress.wrote()
+                self.show()
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[None]:
+        """A bar of the input that is read, with the rows and the tokens beside it."""
+        reader, self.tokens = self.source.reader, self.state.stats().tokens
+        scale = {"unit": reader.unit, "unit_scale": True}
+        with progress_bar(total=reader.total, initial=self.state.position or 0, **scale) as bar:
+            self.bar = bar
+            yield
+
+    def ran(self, conversations: int, tokens: int) -> None:
+        """Show a micro-batch."""
+        self.tokens += tokens
+        self.show()
+
+    def show(self) -> None:
+        stats = self.state.stats()
+        self.bar.set_postfix_str(
+            f"{self.state.rows:,} rows, {self.tokens:,} tokens, {stats.saved:.0%} saved by "
+            f"sharing, {stats.left_out:,} left out",
+            refresh=False,
+        )
+        self.bar.update((self.state.position or self.bar.n) - self.bar.n)
 
     def rows(self) -> Iterator[Tagged]:
         """The rows that were not read before; the tag is the record and its prepared output."""
@@ -163,7 +183,6 @@ class Job:
         self.errors.write(bad)
         (_, position, _), _ = window[-1]
         self.state.rows += len(window)
-        self.state.windows += 1
         self.state.position = position
         self.state.output, self.state.errors = self.output.mark(), self.errors.mark()
         self.save()

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import collections
 import platform
 from pathlib import Path
 from typing import Any
 
 from rmfast.resume import versions
 from rmfast.score.options import ScoreOptions
-from rmfast.score.progress import saved_by_sharing
 from rmfast.score.start import State
 
 
 def report(about: dict[str, Any], state: State, options: ScoreOptions) -> dict[str, Any]:
-    """What the run did.
-
-    Args:
-        about: what the scorer says of the model.
-    """
-    totals = collections.Counter(state.totals)
+    """What the run did, and what the scorer says ``about`` the model."""
+    stats = state.stats()
     return {
         "input": options.input,
         "output": options.output,
         "rows": state.rows,
-        "scored": totals["rows"],
-        "overlong": totals["overlong"],
-        "errors": totals["errors"],
-        "conversations": totals["conversations"],
-        "tokens": totals["tokens"],
-        "distinct_prefixes": totals["nodes"],
-        "tokens_run": totals["tokens_run"],
-        "sharing_saved": saved_by_sharing(totals),
-        "micro_batches": totals["micro_batches"],
+        "scored": stats.rows,
+        "overlong": stats.overlong,
+        "errors": stats.errors,
+        "conversations": stats.conversations,
+        "tokens": stats.tokens,
+        "distinct_prefixes": stats.nodes,
+        "tokens_run": stats.tokens_run,
+        "sharing_saved": stats.saved,
+        "micro_batches": stats.micro_batches,
         "max_tokens": state.max_tokens,
-        "halvings": totals["halvings"],
+        "halvings": stats.halvings,
         "seconds": state.seconds,
-        "seconds_scoring": totals["seconds"],
-        "tokens_per_second": totals["tokens"] / state.seconds if state.seconds else 0.0,
+        "seconds_scoring": stats.seconds,
+        "tokens_per_second": stats.tokens / state.seconds if state.seconds else 0.0,
         "model": options.model,
         "revision": options.revision,
         **about,
@@ -46,18 +40,10 @@ def report(about: dict[str, Any], state: State, options: ScoreOptions) -> dict[s
 
 
 def as_text(found: dict[str, Any], path: Path, errors: Path) -> str:
-    """The report for the screen.
-
-    Args:
-        path: the output.
-        errors: the file of the rows that were left out.
-    """
-    left_out = found["errors"] + found["overlong"]
+    """The report for the screen, with the paths of the output and of the rows left out."""
     lines = [f"{found['scored']:,} of {found['rows']:,} rows scored: {path}"]
-    if left_out:
-        lines.append(
-            f"  left out           {left_out:,} ({found['overlong']:,} too long): {errors}"
-        )
+    if left_out := found["errors"] + found["overlong"]:
+        lines += [f"  left out           {left_out:,} ({found['overlong']:,} too long): {errors}"]
     lines += [
         f"  conversations      {found['conversations']:,}",
         f"  tokens             {found['tokens']:,}, {found['tokens_per_second']:,.0f} a second",
@@ -67,5 +53,4 @@ def as_text(found: dict[str, Any], path: Path, errors: Path) -> str:
         f"  model              {found['model']}, {found['dtype']}, {found['device']}, level "
         f"{found['level']}",
     ]
-    lines += [f"  ! {warning}" for warning in found["warnings"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  ! {warning}" for warning in found["warnings"])])

@@ -19,8 +19,7 @@ from rmfast.packed import models, patching, pieces
 from rmfast.packed.stand_in import Unservable
 from rmfast.packed.step import pad
 from rmfast.score import memory
-from rmfast.score.bulk import BulkScorer
-from rmfast.score.locks import evaluating
+from rmfast.score.bulk import BulkScorer, evaluating
 from rmfast.trie import pack
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from rmfast.data import columns, files
 from rmfast.errors import RowError, UserError
 from rmfast.resume import digest, model_identity, same_run, stored
 from rmfast.score.options import ScoreOptions
+from rmfast.score.windows import Stats
 
 # options that decide the output, beside the input, the model, the device and the template
 _DECIDE = """dtype max_tokens max_length on_overlong batch_window limit compile attention pooling
@@ -20,39 +21,28 @@ system_prompt plain normalize sigmoid reward_column""".split()
 
 @dataclasses.dataclass
 class State:
-    """How far a run is: all that ``--resume`` needs.
+    """How far a run is: all that ``--resume`` needs."""
 
-    Attributes:
-        settings: what decides the output, by names that users know.
-        rows: records read.
-        windows: that they made.
-        position: of the last record in the input, for the progress bar.
-        output: mark of the output.
-        errors: mark of the file of errors.
-        max_tokens: tokens a micro-batch.
-        totals: the scorer's figures.
-        seconds: of all runs together.
-        done: nothing is left to do.
-    """
+    settings: dict[str, Any]  # what decides the output, by names that users know
+    rows: int = 0  # records read
+    position: int | None = None  # of the last record in the input, for the progress bar
+    output: int = 0  # mark of the output
+    errors: int = 0  # mark of the file of errors
+    max_tokens: int | None = None  # a micro-batch
+    totals: dict[str, float] = dataclasses.field(default_factory=dict)  # the scorer's figures
+    seconds: float = 0.0  # of all runs together
+    done: bool = False  # nothing is left to do
 
-    settings: dict[str, Any]
-    rows: int = 0
-    windows: int = 0
-    position: int | None = None
-    output: int = 0
-    errors: int = 0
-    max_tokens: int | None = None
-    totals: dict[str, float] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-    done: bool = False
+    def stats(self) -> Stats:
+        return Stats(**self.totals)
 
     def is_failure(self, error: RowError) -> bool:
         """Whether the row should have been scored: one that is too long may be skipped."""
         return error.kind != "overlong" or self.settings["--on-overlong"] != "skip"
 
     def exit_code(self) -> int:
-        kinds = ["errors"] if self.settings["--on-overlong"] == "skip" else ["errors", "overlong"]
-        return int(any(self.totals.get(kind) for kind in kinds))
+        skips = self.settings["--on-overlong"] == "skip"
+        return int((self.stats().errors if skips else self.stats().left_out) > 0)
 
 
 def beside(path: Path, suffix: str) -> Path:

@@ -25,42 +25,43 @@ class Scored(NamedTuple):
 
 @dataclasses.dataclass
 class Stats:
-    """What a scorer did since it was made.
+    """What a scorer did since it was made."""
 
-    Attributes:
-        rows: rows scored.
-        conversations: conversations scored.
-        tokens: their tokens.
-        nodes: their distinct prefixes, window by window: the fewest tokens an exact method runs.
-        tokens_run: what the backbone was given, padding included where there is any.
-        micro_batches: forward passes.
-        overlong: rows left out because a conversation is too long.
-        errors: rows left out for any other reason.
-        halvings: times that memory ran out and the micro-batch was halved.
-        seconds: spent in forward passes and on what leads to them, reading left out.
-    """
+    rows: int = 0  # scored
+    conversations: int = 0  # scored
+    tokens: int = 0  # of conversations
+    nodes: int = 0  # distinct prefixes, by window: the fewest tokens an exact method runs
+    tokens_run: int = 0  # by the backbone, padding included where there is any
+    micro_batches: int = 0  # forward passes
+    overlong: int = 0  # rows left out because a conversation is too long
+    errors: int = 0  # rows left out for any other reason
+    halvings: int = 0  # times that memory ran out and the micro-batch was halved
+    seconds: float = 0.0  # in forward passes and what leads to them, reading left out
 
-    rows: int = 0
-    conversations: int = 0
-    tokens: int = 0
-    nodes: int = 0
-    tokens_run: int = 0
-    micro_batches: int = 0
-    overlong: int = 0
-    errors: int = 0
-    halvings: int = 0
-    seconds: float = 0.0
+    def __add__(self, other: Stats) -> Stats:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Stats(*(a + b for a, b in pairs))
 
     def count(self, scored: Iterable[Scored]) -> None:
         """Count the rows of a window."""
-        for one in scored:
-            if one.error is None:
+        for row in scored:
+            if row.error is None:
                 self.rows += 1
-                self.conversations += len(one.scores)
-            elif one.error.kind == "overlong":
+                self.conversations += len(row.scores)
+            elif row.error.kind == "overlong":
                 self.overlong += 1
             else:
                 self.errors += 1
+
+    @property
+    def left_out(self) -> int:
+        """Rows that have no scores."""
+        return self.overlong + self.errors
+
+    @property
+    def saved(self) -> float:
+        """The share of the tokens that did not run; 0 where the model runs padded batches."""
+        return max(0.0, 1 - self.tokens_run / self.tokens) if self.tokens else 0.0
 
     def as_dict(self) -> dict[str, int | float]:
         return dataclasses.asdict(self)
@@ -69,8 +70,7 @@ class Stats:
 def gathered(rows: Iterable[Tagged], size: int) -> Iterator[list[Tagged]]:
     """Windows of tagged rows, with ``size`` conversations or more each but the last.
 
-    A row is some conversations, or the RowError that says why it has none; such a row counts as
-    one conversation.
+    A row without conversations counts as one.
     """
     window: list[Tagged] = []
     count = 0
