@@ -80,14 +80,13 @@ def digest(value: Any) -> str:
 
 def versions(*names: str) -> dict[str, str]:
     """The versions of rmfast, torch, transformers and the packages named."""
-    return {name: _version(name) for name in ("rmfast", "torch", "transformers", *names)}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "unknown"
+    found = {}
+    for name in ("rmfast", "torch", "transformers", *names):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a checkout that is not installed
+            found[name] = "unknown"
+    return found
 
 
 # --- writing

@@ -52,9 +52,10 @@ def bytes_a_token(config: Any, dtype: torch.dtype, packs: bool = True) -> int:
     """
 
     def size(name: str, otherwise: int) -> int:
-        return getattr(config, name, None) or otherwise
+        value = getattr(config, name, None) or otherwise
+        return max(value) if isinstance(value, (list, tuple)) else value  # some list their layers'
 
-    hidden, layers = config.hidden_size, size("num_hidden_layers", 1)
+    hidden, layers = size("hidden_size", 1), size("num_hidden_layers", 1)
     heads = size("num_attention_heads", 1)
     key_heads, head = size("num_key_value_heads", heads), size("head_dim", hidden // heads)
     experts = size("moe_intermediate_size", 0) * size("num_experts_per_tok", 1)

@@ -1,9 +1,9 @@
-"""Scored rows into JSON lines, CSV or Parquet, window by window, so that a killed run can go on.
+"""Scored rows into JSON lines, CSV or Parquet, so that a killed run can be resumed.
 
-An output takes rows in two steps: ``prepare`` turns a record into what will be written, or says why
-it cannot be (before anybody scores it); ``write`` adds the scores to some prepared rows. When
-``write`` returns, its rows are on the disk. ``mark`` says how far that is: an output opened with an
-earlier mark forgets what was written after it.
+An output takes rows in two steps: ``prepare`` turns a record into what will be written, or raises
+RowError, before it is scored; ``write`` adds the scores to prepared rows. When ``write`` returns,
+its rows are on the disk. ``mark`` says how much is: an output opened with an earlier mark cuts off
+what was written after it.
 """
 
 from __future__ import annotations
@@ -44,10 +44,8 @@ def open_output(path: Path, source: Source, mark: int = 0) -> JsonLines | Csv | 
     """
     kind, gzipped = files.file_format(path)
     if kind == "jsonl":
-        return JsonLines(path, gzipped, source.layout.added, mark)
-    if kind == "csv":
-        return Csv(path, gzipped, source.names, source.layout.added, mark)
-    return Parquet(path, source, mark)
+        return JsonLines(path, gzipped, source, mark)
+    return Csv(path, gzipped, source, mark) if kind == "csv" else Parquet(path, source, mark)
 
 
 class _Appended:
@@ -108,9 +106,10 @@ class Errors:
 class JsonLines(_Appended):
     """A line a row: that of the input, where that is JSON lines too, with the scores put in."""
 
-    def __init__(self, path: Path, gzipped: bool, added: list[str], mark: int) -> None:
+    def __init__(self, path: Path, gzipped: bool, source: Source, mark: int) -> None:
         super().__init__(path, gzipped, mark)
-        self._keys = [f", {json.dumps(name, ensure_ascii=False)}: ".encode() for name in added]
+        names = [json.dumps(name, ensure_ascii=False) for name in source.layout.added]
+        self._keys = [f", {name}: ".encode() for name in names]
 
     def prepare(self, record: files.Record) -> bytes:
         """The row's object, without its closing brace.
@@ -138,11 +137,9 @@ class JsonLines(_Appended):
 class Csv(_Appended):
     """A header, then a record a row. What is not text is written as JSON."""
 
-    def __init__(
-        self, path: Path, gzipped: bool, names: list[str], added: list[str], mark: int
-    ) -> None:
+    def __init__(self, path: Path, gzipped: bool, source: Source, mark: int) -> None:
         super().__init__(path, gzipped, mark)
-        self._names, self._added = names, added
+        self._source = source
 
     def prepare(self, record: files.Record) -> list[str]:
         """The row's cells.
@@ -150,15 +147,10 @@ class Csv(_Appended):
         Raises:
             RowError: a column that the header does not have, or text that is not Unicode.
         """
-        new = next((name for name in record.value if name not in self._names), None)
-        if new is not None:
-            raise RowError(
-                f"{to_json(new)} is not among the columns of the first rows, and a CSV file has "
-                "one header: write JSON lines instead"
-            )
+        self._source.check_columns(record.value)
         if isinstance(record.raw, list):
             return record.raw
-        return [_as_cell(record.value.get(name)) for name in self._names]
+        return [_as_cell(record.value.get(name)) for name in self._source.names]
 
     def write(self, rows: Sequence[tuple[list[str], list[columns.Scores]]]) -> None:
         if rows:
@@ -168,7 +160,7 @@ class Csv(_Appended):
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         if self.mark() == 0:
-            writer.writerow([*self._names, *self._added])
+            writer.writerow([*self._source.names, *self._source.layout.added])
         writer.writerows(rows)
         return text.getvalue().encode()
 

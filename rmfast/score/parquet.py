@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,14 +12,13 @@ from rmfast.data import columns, files
 from rmfast.data.values import kind_of
 from rmfast.errors import RowError, UserError
 from rmfast.resume import put_in_place
-from rmfast.score.source import Source
+from rmfast.score.source import INSTEAD, Source
 
 if TYPE_CHECKING:
     import pyarrow
 
 
 _GROUP = 32 << 20  # bytes of a Parquet row group, about
-_INSTEAD = "write JSON lines instead"
 
 
 class Parquet:
@@ -34,7 +32,7 @@ class Parquet:
         files.need("pyarrow", str(path))
         import pyarrow
 
-        self.path, self._count = path, mark
+        self.path, self._source, self._count = path, source, mark
         self._given = _schema(path, source)
         score = pyarrow.float32()
         if source.layout.kind == "responses":
@@ -65,12 +63,8 @@ class Parquet:
         if isinstance(record.raw, tuple):  # of a Parquet file
             batch, index = record.raw
             return batch.slice(index, 1)
-        row = record.value
-        new = next((name for name in row if name not in self._given.names), None)
-        if new is not None:
-            raise RowError(f"{json.dumps(new)} is not among the columns of the first rows: "
-                           f"{_INSTEAD}")  # fmt: skip
-        values = [_array(field, row.get(field.name)) for field in self._given]
+        self._source.check_columns(record.value)
+        values = [_array(field, record.value.get(field.name)) for field in self._given]
         return pyarrow.RecordBatch.from_arrays(values, schema=self._given)
 
     def write(self, rows: Sequence[tuple[pyarrow.RecordBatch, list[columns.Scores]]]) -> None:
@@ -135,13 +129,13 @@ def _schema(path: Path, source: Source) -> pyarrow.Schema:
     fields = []
     for name in source.names:
         try:
-            field = pyarrow.field(name, pyarrow.array([row.get(name) for row in source.rows]).type)
+            field = pyarrow.field(name, pyarrow.array(source.column(name)).type)
             # Parquet has no place for objects without fields
             parquet.ParquetWriter(io.BytesIO(), pyarrow.schema([field])).close()
         except (pyarrow.ArrowException, OverflowError, NotImplementedError) as error:
             raise UserError(
                 f"--output {path}: a Parquet column has one type, and no type holds the values of "
-                f'"{name}" ({error}): {_INSTEAD}'
+                f'"{name}" ({error}): {INSTEAD}'
             ) from None
         fields.append(field)
     return pyarrow.schema(fields)
@@ -164,7 +158,7 @@ def _array(field: pyarrow.Field, value: Any) -> pyarrow.Array:
     except (pyarrow.ArrowException, OverflowError, TypeError, ValueError):
         pass
     raise RowError(f'"{field.name}" is {kind_of(value)} that is not of the column\'s type '
-                   f"{field.type}: {_INSTEAD}")  # fmt: skip
+                   f"{field.type}: {INSTEAD}")  # fmt: skip
 
 
 def _same(value: Any, kept: Any) -> bool:

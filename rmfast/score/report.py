@@ -11,8 +11,8 @@ from rmfast.score.options import ScoreOptions
 from rmfast.score.start import State
 
 
-def report(about: dict[str, Any], state: State, options: ScoreOptions) -> dict[str, Any]:
-    """What the run did, and what the scorer says ``about`` the model."""
+def report(model: dict[str, Any], state: State, options: ScoreOptions) -> dict[str, Any]:
+    """The figures of the run, and what the scorer says of the ``model``."""
     stats = state.stats()
     return {
         "input": options.input,
@@ -34,7 +34,7 @@ def report(about: dict[str, Any], state: State, options: ScoreOptions) -> dict[s
         "tokens_per_second": stats.tokens / state.seconds if state.seconds else 0.0,
         "model": options.model,
         "revision": options.revision,
-        **about,
+        **model,
         "versions": {**versions(), "python": platform.python_version()},
     }
 

@@ -163,14 +163,14 @@ class Scorer(BulkScorer):
     def _scores(self, rows: list[np.ndarray]) -> np.ndarray:  # fp32 [len(rows)]
         lengths = self._count(rows)
         rows = [row[: self._pooled(row) + 1] for row in rows]
-        out = torch.full((len(rows),), float("nan"), dtype=torch.float64)
+        raw = torch.full((len(rows),), float("nan"), dtype=torch.float64)
         packed = self._packed(rows)
         with evaluating(self.model):
             if packed.any():
-                self._run_trie(rows, np.flatnonzero(packed), lengths, out)
+                self._run_trie(rows, np.flatnonzero(packed), lengths, raw)
             if not packed.all():
-                self._run_padded(rows, np.flatnonzero(~packed), out)
-        scores = (out.numpy() - self._mean) / self._std
+                self._run_padded(rows, np.flatnonzero(~packed), raw)
+        scores = (raw.numpy() - self._mean) / self._std
         if self._sigmoid:
             scores = np.exp(-np.logaddexp(0, -scores))
         return scores.astype(np.float32)
@@ -209,14 +209,11 @@ class Scorer(BulkScorer):
             if module not in inside and (module._forward_hooks or module._forward_pre_hooks):
                 raise Unservable("forward hooks on the model or on what wraps it")
 
-    @property
-    def _forward(self) -> Any:
-        return self._patch.overrides[0]
-
     def _run_trie(
-        self, rows: list[np.ndarray], which: np.ndarray, lengths: np.ndarray, out: Tensor
+        self, rows: list[np.ndarray], which: np.ndarray, lengths: np.ndarray, raw: Tensor
     ) -> None:
-        trie = pack([rows[i] for i in which])
+        """Put into ``raw`` the scores of the rows ``which``, each node of their trie run once."""
+        trie, forward = pack([rows[i] for i in which]), self._patch.overrides[0]
         self.stats.nodes += len(trie)
 
         def take(piece: pieces.Piece, hidden: Tensor) -> None:
@@ -224,14 +221,14 @@ class Scorer(BulkScorer):
             if done.size:
                 # a node once: a matmul may round equal rows differently, and equal is a tie
                 nodes, place = piece.trie.pool_index.unique(return_inverse=True)
-                scores = self._forward.scores(hidden, nodes - piece.carried)
-                out[done] = scores[place, 0].cpu().double()
+                scores = forward.scores(hidden, nodes - piece.carried)
+                raw[done] = scores[place, 0].cpu().double()
             self._ran(piece.stop - piece.start, done.size, int(lengths[done].sum()))
 
-        pieces.run(self._forward, trie, self._budget, take)
+        pieces.run(forward, trie, self._budget, take)
 
-    def _run_padded(self, rows: list[np.ndarray], which: np.ndarray, out: Tensor) -> None:
-        """What cannot run in pieces: by length, or so that prefixes meet in a batch."""
+    def _run_padded(self, rows: list[np.ndarray], which: np.ndarray, raw: Tensor) -> None:
+        """The same for rows that cannot run packed: sorted by length, or by shared prefixes."""
         self.stats.nodes += len(pack([rows[i] for i in which]))
         by_prefix = self._patch.level == "backbone"
         equal = alike({int(i): rows[i].tobytes() for i in which})
@@ -239,7 +236,8 @@ class Scorer(BulkScorer):
 
         def run(batch: list[int]) -> Tensor:
             if rows[batch[0]].size >= self._position_limit:
-                self._padded_scores([rows[batch[0]][:1]])  # forgets the frequencies of longer
+                # a short row makes the model forget the rotary frequencies of longer ones
+                self._padded_scores([rows[batch[0]][:1]])
             return self._padded_scores([rows[i] for i in batch])
 
         while left:
@@ -249,7 +247,7 @@ class Scorer(BulkScorer):
             if scores is None:
                 continue
             for i, score in zip(batch, scores, strict=True):
-                out[equal[i]] = score
+                raw[equal[i]] = score
             left = left[len(batch) :]
             slots = len(pack([rows[i] for i in batch])) if by_prefix else slots
             done = [rows[i].size for first in batch for i in equal[first]]
@@ -262,7 +260,7 @@ class Scorer(BulkScorer):
         longest = 0
         for count, i in enumerate(left):
             longest = max(longest, rows[i].size)
-            alone = longest >= self._position_limit  # what is padded to would count
+            alone = longest >= self._position_limit  # the padded length changes the frequencies
             if count and (alone or (count + 1) * longest > self.max_tokens):
                 return left[:count]
         return left

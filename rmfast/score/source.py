@@ -11,6 +11,7 @@ from rmfast.data import columns, files
 from rmfast.errors import RowError, UserError
 from rmfast.score.options import ScoreOptions
 
+INSTEAD = "write JSON lines instead"
 LOOK = 1000  # rows at the beginning that tell which columns there are
 
 
@@ -42,6 +43,18 @@ class Source:
         if taken is not None:
             raise RowError(f'it has a "{taken}" already: --reward-column gives another name')
         return self.layout.conversations(row)
+
+    def column(self, name: str) -> list[Any]:
+        """The values of a column in the first rows."""
+        return [row.get(name) for row in self.rows]
+
+    def check_columns(self, row: dict[str, Any]) -> None:
+        """Raise RowError if the row has a column that the first rows do not have."""
+        new = next((name for name in row if name not in self.names), None)
+        if new is not None:
+            raise RowError(
+                f"{json.dumps(new)} is not among the columns of the first rows: {INSTEAD}"
+            )
 
 
 def look(options: ScoreOptions, reader: files.Reader) -> Source:
