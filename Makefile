@@ -1,11 +1,11 @@
-# make setup | demo | test | test-pins | test-oldest | test-gpu-pins | bench | gpu | clean
+# make setup | demo | docs | test | test-pins | test-oldest | test-gpu-pins | bench | gpu | clean
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # a test file at a time, in three processes of one thread each: two cores are then never idle
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile
 
-.PHONY: setup demo test test-pins test-oldest test-gpu-pins bench gpu clean
+.PHONY: setup demo docs test test-pins test-oldest test-gpu-pins bench gpu clean
 
 setup: .venv/.complete
 
@@ -22,6 +22,9 @@ setup: .venv/.complete
 
 demo: setup
 	$(BIN)/rmfast demo
+
+docs: setup # into build/docs
+	$(BIN)/mkdocs build --strict
 
 test: setup
 	$(BIN)/ruff check .

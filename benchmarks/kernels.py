@@ -219,8 +219,10 @@ def attentions(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str, 
     nodes, groups = torch.arange(len(trie), device=device), shape.heads // shape.kv_heads
     mask = ((nodes <= nodes[:, None]) & (nodes[:, None] < end))[None, None]
 
+    plan = ops.TriePlan(end, position)
+
     def by(backend: str) -> Callable:
-        return lambda q, k, v: backends.trie_attention(backend, q, k, v, end, position)
+        return lambda q, k, v: backends.trie_attention(backend, q, k, v, plan)
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # no fused kernel has mask and groups
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
@@ -268,7 +270,7 @@ def flex(end: Tensor, position: Tensor, device: str) -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
     run = torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
-    mask = backends._block_mask(end, position, None, None)
+    mask = backends._block_mask(ops.TriePlan(end, position), None)
     return lambda q, k, v: run(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
@@ -276,9 +278,8 @@ def preparations(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str
     """What is made of a trie once a batch, for all layers: plans of the three kernels, masks."""
     trie = trie.to(device)
     end, position = trie.subtree_end, trie.position_ids
-    # a copy is a batch not seen before
     calls: dict[str, Call] = {
-        "FlexAttention": lambda: backends._block_mask(end.clone(), position, None, None)
+        "FlexAttention": lambda: backends._block_mask(ops.TriePlan(end, position), None)
     }
     if importlib.util.find_spec("triton") is not None:
         from rmfast.kernels import trie_attention as kernels
@@ -286,14 +287,14 @@ def preparations(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str
         like = torch.empty(0, dtype=torch.bfloat16, device=device)
 
         def plans() -> None:
-            who = kernels._rule(end, position, None, None)
+            who = kernels.rule(end, position, None, None)
             for kernel in ("forward", "dq", "dkv"):
                 config = kernels._config(kernel, like, shape.head_dim, False, False)
                 kernels.plan(who, config.rows, config.nodes, kernel == "dkv")
 
         calls = {"rmfast": plans, **calls}
     if importlib.util.find_spec("flash_attn") is not None:
-        calls["flash-attn"] = lambda: backends.varlen(end.clone(), position, None, None)
+        calls["flash-attn"] = lambda: backends.varlen(ops.TriePlan(end, position))
     return calls
 
 

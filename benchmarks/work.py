@@ -159,13 +159,6 @@ def _head_bytes() -> Iterable[_Case]:
             lambda args=(scores, hidden, index, weight): kernel.reward_head_backward(*args, None),
             _bytes(scores, rows, index, weight) + _bytes(hidden, weight),
         )
-        yield (
-            f"head backward, used rows, {name}",
-            lambda args=(scores, hidden, index, weight): kernel.reward_head_backward(
-                *args, None, True
-            ),
-            _bytes(scores, rows, index, weight) + _bytes(rows, weight),
-        )
 
 
 def _fused_bytes() -> Iterable[_Case]:

@@ -220,7 +220,7 @@ def _backward_kernel(
         write_rows(
             program - weight_programs, scale, grads, index, pairs, weight, grad_hidden,
             uses, rows, splits, width, 1, 1, 0, 0, stride_weight,
-            LAYOUT, False, ACC, ROWS, USES, BLOCK,
+            LAYOUT, ACC, ROWS, USES, BLOCK,
         )  # fmt: skip
 
 

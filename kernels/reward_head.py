@@ -100,24 +100,19 @@ def _coefficient(
 def write_rows(
     program, scale, grad, index, pairs, weight, grad_hidden,
     uses, rows, splits, width, labels, stride_use, stride_grad, stride_label, stride_weight,
-    LAYOUT: tl.constexpr, USED_ONLY: tl.constexpr, ACC: tl.constexpr,
+    LAYOUT: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, USES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``scale *`` the gradient of ROWS rows of hidden: zeros in rows that no score was read from.
 
     Program ``i`` has the block of rows ``i // splits``, and of it each ``splits``-th block of
-    columns. Score ``u`` of ``uses`` was read from row ``index[item_of(u)]``. With USED_ONLY, row
-    ``i`` stands for row ``index[i]`` of hidden where ``i`` is its first use, and is zero elsewhere.
+    columns. Score ``u`` of ``uses`` was read from row ``index[item_of(u)]``.
     """
     slot = (program // splits).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    target = slot
-    if USED_ONLY:
-        target = tl.load(index + slot, mask=slot < rows, other=-1)
     factor, first = _coefficient(
-        target, 0, grad, index, pairs, uses, stride_use, stride_grad, LAYOUT, ACC, ROWS, USES
+        slot, 0, grad, index, pairs, uses, stride_use, stride_grad, LAYOUT, ACC, ROWS, USES
     )
-    used = (first == slot) if USED_ONLY else (first < uses)
-    used = used & (slot < rows)
+    used = (first < uses) & (slot < rows)
     some = tl.max(used.to(tl.int32), axis=0)
     for start in range(program % splits * BLOCK, width, splits * BLOCK):
         col = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -127,7 +122,7 @@ def write_rows(
             total += (factor * scale)[:, None] * w[None, :]
             for label in range(1, labels):
                 other, _ = _coefficient(
-                    target, tl.cast(label, tl.int64), grad, index, pairs,
+                    slot, tl.cast(label, tl.int64), grad, index, pairs,
                     uses, stride_use, stride_grad, LAYOUT, ACC, ROWS, USES,
                 )  # fmt: skip
                 at = weight + tl.cast(label, tl.int64) * stride_label + col * stride_weight
@@ -158,7 +153,7 @@ def _backward_kernel(
     grad, hidden, index, weight, grad_hidden, grad_weight, grad_bias,
     uses, rows, span, splits, weight_programs, length, width, labels,
     stride_use, stride_grad, stride_batch, stride_row, stride_col, stride_label, stride_weight,
-    HAS_BIAS: tl.constexpr, USED_ONLY: tl.constexpr, ACC: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, USES: tl.constexpr, BLOCK: tl.constexpr,
     WEIGHT_USES: tl.constexpr, WEIGHT_BLOCK: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +189,7 @@ def _backward_kernel(
         write_rows(
             program - weight_programs, 1.0, grad, index, index, weight, grad_hidden,
             uses, rows, splits, width, labels, stride_use, stride_grad, stride_label, stride_weight,
-            "halves", USED_ONLY, ACC, ROWS, USES, BLOCK,
+            "halves", ACC, ROWS, USES, BLOCK,
         )  # fmt: skip
 
 
@@ -293,7 +288,6 @@ def reward_head_backward(
     index: Tensor,  # int64 [B], rows of hidden.flatten(0, -2)
     weight: Tensor,  # [L, H], any strides
     bias: Tensor | None,  # [L]
-    used_only: bool = False,
     needs_hidden: bool = True,
     needs_weight: bool = True,  # and bias, where there is one
     *,
@@ -301,17 +295,16 @@ def reward_head_backward(
     one_pass: int = _ONE_PASS,
     part: int = _PART,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden (used rows only: ``[B, H]``), weight and bias; None where not needed."""
+    """Gradients of hidden, weight and bias; None where not needed."""
     index = index.contiguous()
     uses, labels, width = index.shape[0], *weight.shape
     padded = hidden if hidden.ndim == 3 else hidden[:, None]
     acc, device = wide(hidden.dtype), hidden.device
     grad_hidden = grad_weight = grad_bias = None
-    rows = uses if used_only else padded.shape[0] * padded.shape[1]
+    rows = padded.shape[0] * padded.shape[1]
     sizes, splits, row_programs = row_blocks(rows, width, rows_tile)
     if needs_hidden:
-        shape = (uses, width) if used_only else hidden.shape
-        grad_hidden = torch.empty(shape, dtype=hidden.dtype, device=device)
+        grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=device)
     else:
         row_programs = 0
     block = min(_WEIGHT_BLOCK, triton.next_power_of_2(width))
@@ -336,7 +329,7 @@ def reward_head_backward(
         uses, rows, uses if parts == 1 else part, splits, weight_programs,
         padded.shape[1], width, labels,
         *grad.stride(), *padded.stride(), *weight.stride(),
-        HAS_BIAS=grad_bias is not None, USED_ONLY=used_only, ACC=accumulator(hidden.dtype),
+        HAS_BIAS=grad_bias is not None, ACC=accumulator(hidden.dtype),
         **sizes, WEIGHT_USES=max(1, 32 // group), WEIGHT_BLOCK=block, LABELS=group,
         num_warps=8,
     )  # fmt: skip

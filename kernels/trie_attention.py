@@ -114,7 +114,7 @@ class Rule(NamedTuple):
     window: int | None
 
 
-def _rule(
+def rule(
     subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, window: int | None
 ) -> Rule:
     subtree_end, position_ids = subtree_end.contiguous(), position_ids.contiguous()
@@ -191,23 +191,23 @@ def _extrema(position: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return torch.stack(table), tiles.amax(1)
 
 
-def _planned(
-    who: Rule,
+def planned(
     subtree_end: Tensor,
     position_ids: Tensor,
     queries: Tensor | None,
+    window: int | None,
     config: Config,
     by_block: bool,
-) -> Plan:
-    """The plan; kept on a packed trie's ``subtree_end`` for other layers with the same queries."""
-    tiling = (config.rows, config.nodes, by_block)
-    # rmfast.PackedTrie's marks, on tensors that nobody writes to
-    kept = getattr(subtree_end, "_rmfast_kept", None)
-    after = 0 if queries is None else getattr(queries, "_rmfast_after", None)
-    if kept is None or after is None:
-        return plan(who, *tiling)
-    key = ("plan", *tiling, who.window, after)
-    return kept.once(key, position_ids, lambda: plan(who, *tiling))
+    made: dict,
+) -> tuple[Rule, Plan]:
+    """The rule and the plan, from ``made`` where a layer before this one has put them there."""
+    if ("rule", window) not in made:
+        made["rule", window] = rule(subtree_end, position_ids, queries, window)
+    who = made["rule", window]
+    key = (config.rows, config.nodes, by_block, window)
+    if key not in made:
+        made[key] = plan(who, config.rows, config.nodes, by_block)
+    return who, made[key]
 
 
 # --- kernels
@@ -586,14 +586,15 @@ def trie_attention(
     softcap: float | None,
     keep: bool,  # the log-sum-exp too, for the backward
     config: Config | None = None,
+    made: dict | None = None,  # rules and plans of this batch, for other layers
 ) -> tuple[Tensor, Tensor]:  # [1, M, Hq, Dv]; fp32 [Hq, M rounded up] in base 2, or empty
     _, heads, rows, _ = query.shape
     pooled = queries is not None
     sinks = None if sinks is None else sinks.contiguous()
     options = (pooled, softcap is not None, window is not None)
     chosen, constants = _tile("forward", query, value, *options, config)
-    who = _rule(subtree_end, position_ids, queries, window)
-    tiles = _planned(who, subtree_end, position_ids, queries, chosen, False)
+    seen = (subtree_end, position_ids, queries, window)
+    who, tiles = planned(*seen, chosen, False, {} if made is None else made)
     out = query.new_empty(1, rows, heads, value.shape[-1])
     # each head's begins at 64 bytes
     lse = query.new_empty((heads, -(-rows // 16) * 16) if keep else (1, 0), dtype=torch.float32)
@@ -624,11 +625,12 @@ def trie_attention_backward(
     out: Tensor,  # as the forward gave it
     lse: Tensor,
     configs: tuple[Config | None, Config | None] = (None, None),  # dQ; dK and dV
+    made: dict | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # query, key, value, sinks
     _, heads, rows, _ = query.shape
     kv_heads, nodes = key.shape[1:3]
     pooled = queries is not None
-    who = _rule(subtree_end, position_ids, queries, window)
+    seen, made = (subtree_end, position_ids, queries, window), {} if made is None else made
     sinks = None if sinks is None else sinks.contiguous()
     grad_q, grad_k, grad_v = (
         torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
@@ -640,7 +642,7 @@ def trie_attention_backward(
 
     options = (pooled, softcap is not None, window is not None)
     chosen, constants = _tile("dq", query, value, *options, configs[0])
-    tiles = _planned(who, subtree_end, position_ids, queries, chosen, False)
+    who, tiles = planned(*seen, chosen, False, made)
     delta = torch.empty_like(lse)
     partial = lse.new_empty(tiles.counts.shape[0], heads) if sinks is not None else lse
     _dq_kernel[(tiles.counts.shape[0], heads)](
@@ -653,7 +655,7 @@ def trie_attention_backward(
     )  # fmt: skip
 
     chosen, constants = _tile("dkv", query, value, *options, configs[1])
-    blocks = _planned(who, subtree_end, position_ids, queries, chosen, True)
+    _, blocks = planned(*seen, chosen, True, made)
     _dkv_kernel[(blocks.counts.shape[0], kv_heads)](
         query, key, value, grad, lse, delta, grad_k, grad_v,
         *_mask(who), *blocks,

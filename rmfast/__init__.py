@@ -12,7 +12,7 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 if _TYPE_CHECKING:
     from rmfast import data, loading, losses, ops
-    from rmfast.diagnosis.checks import Finding
+    from rmfast.diagnosis.case import Finding
     from rmfast.diagnosis.doctor import Diagnosis, doctor
     from rmfast.packed.patching import patch, patched, report, unpatch
     from rmfast.packed.state import Report
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _FROM = {
-    "diagnosis.checks": ("Finding",),
+    "diagnosis.case": ("Finding",),
     "diagnosis.doctor": ("Diagnosis", "doctor"),
     "packed.patching": ("patch", "patched", "report", "unpatch"),
     "packed.state": ("Report",),

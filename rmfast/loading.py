@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,17 +14,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-
-
 class Loaded(NamedTuple):
     model: PreTrainedModel  # in eval mode, on its device
     tokenizer: PreTrainedTokenizerBase
-    missing: list[str]  # parameters that the checkpoint lacks, which are random now
+    missing: list[str]  # parameters that the checkpoint lacks: they are random
 
 
-def quiet() -> None:
-    """No bars and warnings of transformers' between a command's own lines."""
+def silence_transformers() -> None:
+    """Turn off transformers' progress bars and warnings."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -42,10 +39,11 @@ def load(
     tokenizer: str | None = None,
     check: bool = True,
 ) -> Loaded:
-    """A model from a folder or the hub, with its tokenizer.
+    """Load a model from a folder or the hub, with its tokenizer.
 
     Args:
-        dtype: one of :data:`DTYPES`; ``"auto"``: the checkpoint's own.
+        name: a checkpoint; or the folder of a PEFT adapter, which is merged into its model.
+        dtype: ``"auto"``, the checkpoint's own; ``"bfloat16"``, ``"float16"`` or ``"float32"``.
         device: ``cpu``, ``cuda``, ``cuda:N``; None: a GPU if there is one.
         task: ``"reward"``, a sequence classifier with one label; ``"causal"``, a language model.
         tokenizer: folder or hub name of another tokenizer than the model's.
@@ -62,26 +60,77 @@ def load(
 
     device = usable_device(device)
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
+    options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     auto = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         if (Path(name) / "adapter_config.json").is_file():
-            labels = {} if task == "causal" else {"num_labels": 1}
-            model, missing, _ = _adapter(
-                name, auto, dtype=kind, trust_remote_code=trust_remote_code, **labels
+            options |= {} if task == "causal" else {"num_labels": 1}
+            model, missing, _ = load_adapter(
+                name, auto, trust_remote_code=trust_remote_code, **options
             )
         else:
-            model, found = auto.from_pretrained(
-                name, dtype=kind, output_loading_info=True, **remote
-            )
-            missing = sorted(found["missing_keys"])
-        other = {"trust_remote_code": trust_remote_code} if tokenizer else remote
-        tokens = AutoTokenizer.from_pretrained(tokenizer or name, **other)
+            options |= remote
+            model, keys = auto.from_pretrained(name, output_loading_info=True, **options)
+            missing = sorted(keys["missing_keys"])
+        if tokenizer is not None:  # from a repository with revisions of its own
+            del remote["revision"]
+        found = AutoTokenizer.from_pretrained(tokenizer or name, **remote)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise UserError(f"{name} cannot be loaded: {error}") from None
     if check:
-        _check(name, model, missing, task)
-    return Loaded(model.to(device).eval(), tokens, missing)
+        _refuse_random_scores(name, model, missing, task)
+    return Loaded(model.to(device).eval(), found, missing)
+
+
+def load_adapter(
+    name: str, auto: Any, **options: Any
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """The model that a PEFT adapter's folder was made for, with the adapter merged into it.
+
+    Args:
+        auto: one of transformers' auto classes.
+        options: of its ``from_pretrained``.
+
+    Returns:
+        The model, parameters that neither model nor adapter has, and those of the model's
+        checkpoint that are not used.
+
+    Raises:
+        UserError: PEFT is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise UserError(f"{name} holds a PEFT adapter: pip install peft") from None
+    settings = peft.PeftConfig.from_pretrained(name)
+    base, keys = auto.from_pretrained(
+        settings.base_model_name_or_path,
+        revision=settings.revision,
+        output_loading_info=True,
+        **options,
+    )
+    # PEFT loads an adapter only for the task that it was saved for; but its wrapper for language
+    # models wants one that generates
+    if settings.task_type == "CAUSAL_LM" and not base.can_generate():
+        settings.task_type = None
+    model = peft.PeftModel.from_pretrained(base, name, config=settings)
+    saved = {key.removeprefix("base_model.model.") for key in peft.utils.load_peft_weights(name)}
+    missing = sorted(keys["missing_keys"] - saved)
+    return model.merge_and_unload(), missing, sorted(keys["unexpected_keys"])
+
+
+def usable_device(name: str | None) -> str:
+    """The device of that name, or the default.
+
+    Raises:
+        UserError: nothing can be put on it.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def bf16_is_fast(device: str) -> bool:
@@ -91,61 +140,22 @@ def bf16_is_fast(device: str) -> bool:
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
+        seconds[dtype] = min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=6))
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
-def usable_device(name: str | None) -> str:
-    """The device of that name, or the default; UserError where nothing can be put on it."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-    except (AssertionError, RuntimeError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return name
+def first_names(names: list[str]) -> str:
+    """The first three of some names, and the number of the others."""
+    others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + others
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _adapter(name: str, auto: Any, **kwargs: Any) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """A PEFT adapter's folder: the model it was made for, with the adapter merged into it.
-
-    Returns it with the parameters that neither has, and those of the model that are not used.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise UserError(f"{name} holds a PEFT adapter: pip install peft") from None
-    settings = peft.PeftConfig.from_pretrained(name)
-    base, found = auto.from_pretrained(
-        settings.base_model_name_or_path,
-        revision=settings.revision,
-        output_loading_info=True,
-        **kwargs,
-    )
-    if settings.task_type == "CAUSAL_LM" and not base.can_generate():
-        settings.task_type = None  # PEFT's wrapper for language models wants one that generates
-    # else as the task it was saved for: for another one, PEFT looks for a head that is not there
-    model = peft.PeftModel.from_pretrained(base, name, config=settings)
-    saved = {key.removeprefix("base_model.model.") for key in peft.utils.load_peft_weights(name)}
-    missing = sorted(found["missing_keys"] - saved)
-    return model.merge_and_unload(), missing, sorted(found["unexpected_keys"])
-
-
-def _check(name: str, model: PreTrainedModel, missing: list[str], task: str) -> None:
+def _refuse_random_scores(name: str, model: PreTrainedModel, missing: list[str], task: str) -> None:
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        kind = "reward" if task == "reward" else "language"
         raise UserError(
-            f"{name} has no {missing[0]}{more}: it would be random, and so would the scores; "
-            f"name the checkpoint of a {'reward' if task == 'reward' else 'language'} model"
+            f"{name} has no {first_names(missing)}: it would be random, and so would the scores; "
+            f"name the checkpoint of a {kind} model"
         )
     if task == "reward" and model.config.num_labels != 1:
         raise UserError(

@@ -8,9 +8,8 @@ if and only if ``k <= q < subtree_end[k]``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,33 +18,9 @@ from torch import Tensor
 _MAX_ID = 2**31  # token ids and positions share one int64 key, 32 bits each
 
 
-class _Kept(dict):
-    """What attention makes of a trie. Neither copied nor pickled along with it."""
-
-    def once(self, key: Hashable, position_ids: Tensor, make: Callable[[], Any]) -> Any:
-        """What ``make`` makes for these positions, made when it is first asked for."""
-        stream, capturing = 0, False
-        if position_ids.is_cuda:
-            stream = torch.cuda.current_stream(position_ids.device).cuda_stream
-            capturing = torch.cuda.is_current_stream_capturing()
-        positions, maker, made = self.get(key, (None, None, None))
-        # another stream's may not be there yet; a capture begins when all is
-        if positions is position_ids and (maker == stream or capturing):
-            return made
-        made = make()
-        if not capturing:  # what a graph makes is there once it was replayed
-            self[key] = (position_ids, stream, made)
-        return made
-
-    def __reduce__(self) -> tuple:
-        return _Kept, ()
-
-
 @dataclass(frozen=True, eq=False)
 class PackedTrie:
     """A batch of ``B`` sequences as the ``N`` nodes of its token trie, in preorder.
-
-    Its tensors are not to be written to: what attention makes of them is kept for other layers.
 
     Attributes:
         input_ids: int64 ``[N]``, one token per node.
@@ -60,32 +35,11 @@ class PackedTrie:
     subtree_end: Tensor
     pool_index: Tensor
 
-    def __post_init__(self) -> None:
-        self.subtree_end._rmfast_kept = _Kept()
-
     def __len__(self) -> int:
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> PackedTrie:
         return PackedTrie(*(getattr(self, field.name).to(device) for field in fields(self)))
-
-    def on(self, device: torch.device) -> PackedTrie:
-        """The trie for layers on a device: itself, or a copy that is made once and kept."""
-        if device == self.subtree_end.device:
-            return self
-        kept = self.subtree_end._rmfast_kept
-        return kept.once(("on", device), self.position_ids, lambda: self.to(device))
-
-    def after(self, first: int) -> Tensor | None:  # int64 [N - first]
-        """The nodes from ``first`` on, as queries of attention; None for all of them.
-
-        Not to be written to either.
-        """
-        if not first:
-            return None
-        rows = torch.arange(first, len(self), device=self.subtree_end.device)
-        rows._rmfast_after = first
-        return rows
 
     def paths(self) -> list[np.ndarray]:
         """For each input sequence, in input order, the packed indices of its tokens, root first."""

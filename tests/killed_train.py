@@ -20,11 +20,11 @@ from processes import status
 from safetensors.torch import load_file
 from transformers import trainer
 
-from rmfast.score import output
+from rmfast import resume
 from rmfast.train import job as train_job
 from rmfast.train import watch
 
-WATCHED = {module.__file__ for module in (output, train_job, trainer, watch)}
+WATCHED = {module.__file__ for module in (resume, train_job, trainer, watch)}
 forked = functools.partial(processes.forked, watched=WATCHED)
 
 

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from test_ops import dense_attention, qkv, random_trie
+from test_ops import dense_attention, plan_of, qkv, random_trie
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,7 +33,7 @@ def problem(seed, pooled, options, dtype=torch.float32):
     options = {"window": None, "softcap": None, "sinks": None} | options
     if options["sinks"] is not None:
         options["sinks"] = torch.randn(4, dtype=dtype)
-    return trie, queries, leaves, {**options, "queries": queries, "scale": 0.3}
+    return trie, queries, leaves, {**options, "scale": 0.3}
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["all-rows", "pooled"])
@@ -43,9 +43,7 @@ def test_flex(case, pooled):
     for seed in range(2):
         trie, queries, leaves, options = problem(seed, pooled, OPTIONS[case])
         with torch.no_grad():
-            got = backends.trie_attention(
-                "flex", *leaves, trie.subtree_end, trie.position_ids, **options
-            )
+            got = backends.trie_attention("flex", *leaves, plan_of(trie, queries), **options)
         sinks = None if options["sinks"] is None else options["sinks"].double()
         want = dense_attention(
             *(x.double() for x in leaves), trie, queries, sinks, 0.3, options["window"],
@@ -75,7 +73,7 @@ def test_blocks_of_flex_hold_all_that_is_seen(nodes, window, pooled):
     end, positions, every = trie.subtree_end, trie.position_ids, torch.arange(len(trie))
     queries = every[len(trie) // 4 :: 3] if pooled else None
     rows = every if queries is None else queries
-    mask = backends._block_mask(end, positions, queries, window)
+    mask = backends._block_mask(plan_of(trie, queries), window)
     allowed = reference.trie_mask(rows, every, end, positions, window)
     assert torch.equal(mask.mask_mod(0, 0, torch.arange(len(rows))[:, None], every), allowed)
     assert mask.shape == (1, 1, *allowed.shape)
@@ -116,7 +114,7 @@ def test_a_block_mask_is_made_without_the_pairs_of_nodes(window, pooled):
     trie = branches(5000)
     queries = torch.arange(0, len(trie), 2) if pooled else None
     with Largest() as largest:
-        backends._block_mask(trie.subtree_end, trie.position_ids, queries, window)
+        backends._block_mask(plan_of(trie, queries), window)
     assert len(trie) <= largest.seen < len(trie) + 128
 
 
@@ -128,12 +126,11 @@ def test_flex_over_several_blocks(nodes, window, pooled):
     trie = branches(nodes)
     queries = torch.arange(0, len(trie), 2) if pooled else None
     leaves = qkv(trie, 4, 2, 16, torch.float32, len(queries) if pooled else None)
-    rest = (trie.subtree_end, trie.position_ids)
-    rule = {"queries": queries, "scale": 0.3, "window": window}
+    plan = plan_of(trie, queries)
     with torch.no_grad():
-        got = backends.trie_attention("flex", *leaves, *rest, **rule)
+        got = backends.trie_attention("flex", *leaves, plan, scale=0.3, window=window)
     exact = [x.double() for x in leaves]
-    want = cpu.trie_attention(*exact, *rest, queries, None, 0.3, window, None)
+    want = cpu.trie_attention(*exact, *plan.tensors, None, 0.3, window, None)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2 * 40 * 10 * 2.0**-24)
 
 
@@ -178,9 +175,7 @@ def test_flash_gets_each_row_and_its_path(case, pooled, flash):
     for seed in range(3):
         trie, queries, leaves, options = problem(seed, pooled, OPTIONS[case], torch.bfloat16)
         leaves = [x.requires_grad_() for x in leaves]
-        got = backends.trie_attention(
-            "flash", *leaves, trie.subtree_end, trie.position_ids, **options
-        )
+        got = backends.trie_attention("flash", *leaves, plan_of(trie, queries), **options)
         exact = [x.detach().double().requires_grad_() for x in leaves]
         want = dense_attention(
             *exact, trie, queries, None, 0.3, options["window"], options["softcap"]
@@ -200,12 +195,12 @@ def test_flash_gets_each_row_and_its_path(case, pooled, flash):
 
 def test_flash_refuses_what_it_cannot_do(flash):
     trie, _, leaves, options = problem(0, False, {"sinks": True}, torch.bfloat16)
-    rest = (trie.subtree_end, trie.position_ids)
+    plan = plan_of(trie)
     with pytest.raises(ValueError, match="sinks"):
-        backends.trie_attention("flash", *leaves, *rest, **options)
+        backends.trie_attention("flash", *leaves, plan, **options)
     options["sinks"] = None
     with pytest.raises(ValueError, match="fp16 and bf16"):
-        backends.trie_attention("flash", *(x.float() for x in leaves), *rest, **options)
+        backends.trie_attention("flash", *(x.float() for x in leaves), plan, **options)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])

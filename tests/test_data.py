@@ -179,8 +179,9 @@ def test_embedded_pairs_are_split_by_module_and_share_no_text():
 def test_embedded_pairs_are_the_same_in_every_process(tmp_path):
     here = [[answers(pair) for pair in embedded.pairs(split)] for split in ("train", "held-out")]
     code = (
-        "import json; from rmfast import embedded; print(json.dumps([[(p.chosen[1]['content'], "
-        "p.rejected[1]['content']) for p in embedded.pairs(s)] for s in ('train', 'held-out')]))"
+        "import json; from rmfast.demo import embedded; "
+        "print(json.dumps([[(p.chosen[1]['content'], p.rejected[1]['content']) "
+        "for p in embedded.pairs(s)] for s in ('train', 'held-out')]))"
     )
     root = str(Path(embedded.__file__).parent.parent)
     env = {**os.environ, "PYTHONPATH": root, "PYTHONHASHSEED": "77"}

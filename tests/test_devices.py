@@ -339,10 +339,10 @@ def test_implicit_rewards_without_fp64(family, no_inference_mode):
 def test_the_doctors_trials_without_fp64():
     model, case = tiny.model(), types.SimpleNamespace(tokenizer=None, pad=tiny.PAD, classifier=None)
     with torch.no_grad():
-        want = trials._scores(case, model, tiny.rows())
+        want = trials.batch_scores(case, model, tiny.rows())
     everything(model).config.use_cache = False
     with TwoDevices(fp64=False), torch.no_grad():
-        got = trials._scores(case, model, tiny.rows())
+        got = trials.batch_scores(case, model, tiny.rows())
     assert got.dtype == torch.float64
     assert tiny.score_error(got, want) <= 1e-4
 

@@ -16,6 +16,7 @@ import rmfast
 import tiny
 from rmfast.commands.main import main
 from rmfast.diagnosis import checks, trials
+from rmfast.diagnosis.case import Case, Finding
 from rmfast.errors import UserError
 from rmfast.loading import load
 
@@ -53,11 +54,12 @@ def sound():
     return model()
 
 
-def seen(case: checks.Case, check) -> list[tuple[str, str]]:
-    return [(found.status, found.what + " | " + found.do) for found in check(case)]
+def seen(case: Case, check) -> list[tuple[str, str]]:
+    found = [Finding("", *verdict) for verdict in check(case)]
+    return [(finding.status, finding.what + " | " + finding.do) for finding in found]
 
 
-def only(case: checks.Case, check) -> tuple[str, str]:
+def only(case: Case, check) -> tuple[str, str]:
     (found,) = seen(case, check)
     return found
 
@@ -79,10 +81,9 @@ def with_head(m, value: float):
 def test_a_sound_model(sound):
     found = rmfast.doctor(sound, tokenizer())
     statuses = {finding.name: finding.status for finding in found.findings}
-    assert statuses.pop("dtype") == "note"  # fp32
     assert set(statuses.values()) == {"ok"}
     assert not found.wrong
-    assert str(found).endswith("1 note, 0 warning, 0 wrong: nothing that gives wrong scores")
+    assert str(found).endswith("0 note, 0 warning, 0 wrong: nothing that gives wrong scores")
     parity = named(found, "parity").figures
     assert parity["conversations"] == len(trials.CONVERSATIONS)
     assert parity["largest_difference"] < 1e-4
@@ -148,7 +149,7 @@ def test_a_model_that_raises_comes_out_as_it_went_in(sound):
     del m.score
     found = rmfast.doctor(m, tokenizer())
     assert named(found, "scores").status == "wrong"
-    assert "the model cannot score: AttributeError" in named(found, "scores").what
+    assert "The model cannot score: AttributeError" in named(found, "scores").what
     assert m.training
 
 
@@ -164,18 +165,18 @@ def test_the_package_has_it_by_name():
 
 
 def test_kind(sound):
-    assert only(checks.Case(sound), checks.kind)[0] == "ok"
-    assert only(checks.Case(torch.nn.Linear(2, 1)), checks.kind)[0] == "note"
+    assert only(Case(sound), checks.model)[0] == "ok"
+    assert only(Case(torch.nn.Linear(2, 1)), checks.model)[0] == "note"
     causal = model(cls=AutoModelForCausalLM)
-    status, text = only(checks.Case(causal), checks.kind)
+    status, text = only(Case(causal), checks.model)
     assert status == "wrong"
     assert "LlamaForCausalLM is a language model: it has no reward head" in text
     assert rmfast.doctor(causal, tokenizer()).wrong
 
 
 def test_labels(sound):
-    assert only(checks.Case(sound), checks.labels)[0] == "ok"
-    status, text = only(checks.Case(model(num_labels=3)), checks.labels)
+    assert only(Case(sound), checks.labels)[0] == "ok"
+    status, text = only(Case(model(num_labels=3)), checks.labels)
     assert status == "wrong"
     assert "config.num_labels is 3" in text
 
@@ -187,15 +188,15 @@ def save(m, folder) -> str:
 
 def test_head_in_the_checkpoint(sound, tmp_path):
     source = save(sound, tmp_path)
-    assert only(checks.Case(sound, source=source), checks.head) == (
+    assert only(Case(sound, source=source), checks.head) == (
         "ok",
-        "score: finite, and in the checkpoint | ",
+        "score is in the checkpoint. | ",
     )
 
 
 def test_head_absent_from_the_checkpoint(sound, tmp_path):
     source = save(model(cls=AutoModelForCausalLM), tmp_path)
-    status, text = only(checks.Case(sound, source=source), checks.head)
+    status, text = only(Case(sound, source=source), checks.head)
     assert status == "wrong"
     assert "score is not in the checkpoint: it is random" in text
     assert "lm_head" not in text  # nobody takes that for a reward head
@@ -207,84 +208,51 @@ def test_head_under_another_name(sound, tmp_path):
     weights = {n: p.clone() for n, p in sound.state_dict().items()}
     weights["value_head.weight"] = weights.pop("score.weight")
     save_file(weights, tmp_path / "model.safetensors")
-    status, text = only(checks.Case(sound, source=str(tmp_path)), checks.head)
+    status, text = only(Case(sound, source=str(tmp_path)), checks.head)
     assert status == "wrong"
-    assert "the checkpoint has value_head.weight, which the model does not read" in text
-    assert "save it as score.weight" in text
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_head_in_older_files(sound, tmp_path, sharded):
-    weights = sound.state_dict()
-    if sharded:
-        index = {"weight_map": dict.fromkeys(weights, "pytorch_model-00001-of-00001.bin")}
-        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    else:
-        torch.save(weights, tmp_path / "pytorch_model.bin")
-    assert only(checks.Case(sound, source=str(tmp_path)), checks.head)[0] == "ok"
-
-
-def test_head_of_a_hub_name_is_looked_for_in_its_cache(sound, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    save(model(cls=AutoModelForCausalLM), tmp_path)
-
-    def cached(name, file):
-        assert name == "somebody/model"
-        return str(tmp_path / file) if (tmp_path / file).exists() else None
-
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
-    assert only(checks.Case(sound, source="somebody/model"), checks.head)[0] == "wrong"
+    assert "If the head is value_head.weight, save it as score.weight" in text
 
 
 def test_head_missing_as_the_loader_says(sound):
-    wrong = checks.Case(sound, missing=["score.weight"])
+    wrong = Case(sound, missing=["score.weight"])
     assert only(wrong, checks.head)[0] == "wrong"
     assert only(wrong, checks.weights)[0] == "ok"  # the head has a line of its own
-    assert only(checks.Case(sound, missing=[]), checks.head)[0] == "ok"
-
-
-def test_a_folder_the_model_remembers_is_a_hint(tmp_path):
-    from transformers import AutoModelForSequenceClassification
-
-    source = save(model(cls=AutoModelForCausalLM), tmp_path)
-    loaded = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
-    status, text = only(checks.Case(loaded), checks.head)
-    assert status == "warning"
-    assert "nothing, if you have trained it since" in text
+    assert only(Case(sound, missing=[]), checks.head)[0] == "ok"
 
 
 def test_a_head_as_drawn(sound):
     m = copy.deepcopy(sound)
-    assert only(checks.Case(m), checks.head)[0] == "ok"  # drawn far wider by tiny.model
+    assert only(Case(m), checks.head)[0] == "ok"  # drawn far wider by tiny.model
     torch.manual_seed(0)
     m.score.weight.data.normal_(0, m.config.initializer_range)
-    status, text = only(checks.Case(m), checks.head)
+    status, text = only(Case(m), checks.head)
     assert status == "note"
-    assert "score looks freshly drawn" in text
+    assert "score looks untrained" in text
 
 
-@pytest.mark.parametrize("value, said", [(float("nan"), "NaN or infinity in"), (0, "all zeros")])
-def test_head_of_no_use(sound, value, said):
+@pytest.mark.parametrize(
+    "value, check, said",
+    [(float("nan"), checks.weights, "NaN or infinity in score"), (0, checks.head, "all zeros")],
+)
+def test_head_of_no_use(sound, value, check, said):
     m = with_head(sound, value)
-    status, text = only(checks.Case(m), checks.head)
+    status, text = only(Case(m), check)
     assert status == "wrong"
     assert said in text
-    assert only(checks.Case(m), checks.weights)[0] == "ok"
     assert named(rmfast.doctor(m, tokenizer()), "scores").status == "wrong"
 
 
 def test_weights(sound):
-    assert only(checks.Case(sound), checks.weights)[0] == "ok"
+    assert only(Case(sound), checks.weights)[0] == "ok"
     m = copy.deepcopy(sound)
     m.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
-    status, text = only(checks.Case(m), checks.weights)
+    status, text = only(Case(m), checks.weights)
     assert status == "wrong"
     assert "NaN or infinity in model.layers.1.mlp.up_proj.weight" in text
     absent = ["model.norm.weight", "score.weight"]
-    status, text = only(checks.Case(sound, missing=absent), checks.weights)
+    status, text = only(Case(sound, missing=absent), checks.weights)
     assert status == "wrong"
-    assert "not in the checkpoint, and random: model.norm.weight |" in text
+    assert "Not in the checkpoint, and therefore random: model.norm.weight. |" in text
 
 
 # --- adapters
@@ -295,26 +263,26 @@ def lora(m, **kwargs) -> PeftModel:
 
 
 def test_no_adapter(sound):
-    assert seen(checks.Case(sound), checks.adapter) == []
+    assert seen(Case(sound), checks.adapter) == []
 
 
 def test_adapter_with_the_head():
     m = lora(model(), task_type="SEQ_CLS")
-    assert only(checks.Case(m), checks.adapter) == (
+    assert only(Case(m), checks.adapter) == (
         "ok",
-        "it trains and saves the head, score | ",
+        "The adapter trains and saves the head. | ",
     )
     assert not rmfast.doctor(m, tokenizer()).wrong
 
 
 def test_adapter_without_the_head(tmp_path):
     m = lora(model())
-    status, text = only(checks.Case(m), checks.adapter)
+    status, text = only(Case(m), checks.adapter)
     assert status == "warning"
     assert "modules_to_save=['score']" in text
-    assert only(checks.Case(m, missing=["score.weight"]), checks.adapter)[0] == "wrong"
+    assert only(Case(m, missing=["score.weight"]), checks.adapter)[0] == "wrong"
     under = save(model(), tmp_path)
-    assert only(checks.Case(m, source=under), checks.adapter)[0] == "ok"
+    assert only(Case(m, source=under), checks.adapter)[0] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -349,105 +317,81 @@ def liger_forward(self, **kwargs):
     raise AttributeError("lm_head")
 
 
-liger_forward.__module__ = "liger_kernel.transformers.model.llama"
-
-
-def test_forward(sound):
-    assert only(checks.Case(sound), checks.forward)[0] == "ok"
+def test_ligers_forward_of_language_models(sound):
     m = copy.deepcopy(sound)
     m.forward = types.MethodType(liger_forward, m)
-    status, text = only(checks.Case(m), checks.forward)
-    assert status == "wrong"
-    assert "fused_linear_cross_entropy=False" in text
-    assert rmfast.doctor(m, tokenizer()).wrong
-    m.forward = types.MethodType(lambda self, *a, **k: type(self).forward(self, *a, **k), m)
-    assert only(checks.Case(m), checks.forward)[0] == "note"
-
-
-def test_forward_of_a_patched_model_is_its_own(sound):
-    with rmfast.patched(copy.deepcopy(sound)) as m:
-        assert named(rmfast.doctor(m, tokenizer()), "forward").status == "ok"
+    found = named(rmfast.doctor(m, tokenizer()), "scores")
+    assert found.status == "wrong"
+    assert "fused_linear_cross_entropy=False" in found.do
 
 
 def test_mode(sound):
-    assert only(checks.Case(sound), checks.mode)[0] == "ok"
+    assert only(Case(sound), checks.mode)[0] == "ok"
     noisy = model(attention_dropout=0.1)
-    assert only(checks.Case(noisy), checks.mode)[0] == "ok"
-    assert only(checks.Case(noisy.train()), checks.mode)[0] == "wrong"
-    assert only(checks.Case(copy.deepcopy(sound).train()), checks.mode)[0] == "note"
+    assert only(Case(noisy), checks.mode)[0] == "ok"
+    assert only(Case(noisy.train()), checks.mode)[0] == "wrong"
+    assert only(Case(copy.deepcopy(sound).train()), checks.mode)[0] == "ok"
 
 
 def test_dtype(sound):
     m = copy.deepcopy(sound)
-    assert only(checks.Case(m), checks.dtype)[0] == "note"
-    assert only(checks.Case(m.bfloat16()), checks.dtype)[0] == "ok"
+    assert only(Case(m), checks.dtype) == ("ok", "float32. | ")
+    assert only(Case(m.bfloat16()), checks.dtype)[0] == "ok"
     m.score.float()
-    status, text = only(checks.Case(m), checks.dtype)
+    status, text = only(Case(m), checks.dtype)
     assert status == "note"
-    assert "mixed: most weights in bfloat16, some in float32" in text
-    assert only(checks.Case(m.half()), checks.dtype)[0] == "warning"
-
-
-def test_normalization(sound):
-    assert only(checks.Case(sound), checks.normalization)[0] == "ok"
-    status, text = only(checks.Case(model(mean=0.5, std=2.0)), checks.normalization)
-    assert status == "note"
-    assert "config.mean = 0.5, config.std = 2.0" in text
+    assert "mixed: bfloat16 and float32" in text
+    assert only(Case(m.half()), checks.dtype)[0] == "warning"
 
 
 # --- pad token and tokenizer
-
-
-def test_pad_token(sound):
-    case = checks.Case(sound, tokenizer())
-    assert only(case, checks.pad_token)[0] == "ok"
-    none = checks.Case(model(pad_token_id=None), tokenizer())
-    status, text = only(none, checks.pad_token)
-    assert status == "warning"
-    assert "config.pad_token_id = tokenizer.pad_token_id" in text
-    for eos in (tiny.PAD, [EOS, tiny.PAD]):
-        same = checks.Case(model(eos_token_id=eos), tokenizer())
-        assert only(same, checks.pad_token)[0] == "warning"
 
 
 def test_a_model_without_a_pad_token_is_tried_row_by_row():
     found = rmfast.doctor(model(pad_token_id=None), tokenizer())
     assert not found.wrong
     assert named(found, "parity").status == "ok"
+    assert named(found, "patch").status == "warning"
+    assert "set config.pad_token_id" in named(found, "patch").what
+
+
+@pytest.mark.parametrize("eos", [tiny.PAD, [EOS, tiny.PAD]])
+def test_a_pad_token_that_ends_texts(eos):
+    found = named(rmfast.doctor(model(eos_token_id=eos), tokenizer()), "patch")
+    assert found.status == "warning"
+    assert "pad_token_id equals eos_token_id (0)" in found.what
 
 
 def test_pad_ids(sound):
-    assert only(checks.Case(sound, tokenizer()), checks.pad_ids)[0] == "ok"
-    without = checks.Case(sound, tokenizer(pad_token=None))
+    assert only(Case(sound, tokenizer()), checks.pad_ids)[0] == "ok"
+    without = Case(sound, tokenizer(pad_token=None))
     assert only(without, checks.pad_ids)[0] == "warning"
 
 
 def test_another_pad_than_the_models_is_scored(sound):
     found = rmfast.doctor(sound, tokenizer(pad_token="<s>"))
     assert named(found, "pad ids").status == "wrong"
-    assert named(found, "pad ids").do == f"config.pad_token_id = {BOS}"
+    assert named(found, "pad ids").do == f"Set config.pad_token_id = {BOS}."
     assert named(found, "padding").status == "wrong"
     assert named(found, "parity").status == "ok"  # bug for bug
 
 
 def test_vocabulary(sound):
-    assert only(checks.Case(sound, tokenizer()), checks.vocabulary)[0] == "ok"
+    assert only(Case(sound, tokenizer()), checks.vocabulary)[0] == "ok"
     longer = tokenizer()
     longer.add_tokens(["<think>", "</think>"])
-    status, text = only(checks.Case(sound, longer), checks.vocabulary)
+    status, text = only(Case(sound, longer), checks.vocabulary)
     assert status == "wrong"
-    assert "1 token of the tokenizer ('</think>') from 260 on" in text
+    assert "no embedding for '</think>': texts with these fail" in text
     beyond = model()
     beyond.config.pad_token_id = -1
-    assert (
-        "config.pad_token_id is -1" in only(checks.Case(beyond, tokenizer()), checks.vocabulary)[1]
-    )
+    assert "config.pad_token_id is -1" in only(Case(beyond, tokenizer()), checks.vocabulary)[1]
 
 
 @pytest.mark.parametrize("family, status", [("llama", "note"), ("gpt2", "wrong")])
 def test_padding_side(family, status):
     m = model(family)
-    assert only(checks.Case(m, tokenizer()), checks.padding_side)[0] == "ok"
+    assert only(Case(m, tokenizer()), checks.padding_side)[0] == "ok"
     found = rmfast.doctor(m, tokenizer(padding_side="left"))
     assert named(found, "padding side").status == status
     assert named(found, "padding").status == ("ok" if status == "note" else "wrong")
@@ -457,14 +401,14 @@ def test_padding_side(family, status):
 @pytest.mark.parametrize(
     "most, status, said",
     [
-        (2048, "ok", "2048 positions in model and tokenizer"),
-        (int(1e30), "note", "the tokenizer knows no limit"),
+        (2048, "ok", "both end at 2048 tokens"),
+        (int(1e30), "note", "the tokenizer has no limit"),
         (4096, "warning", "tokenizer.model_max_length = 2048"),
-        (512, "note", "truncation=True cuts at 512, at the end"),
+        (512, "note", "cuts the end beyond 512 tokens"),
     ],
 )
 def test_length(sound, most, status, said):
-    found = only(checks.Case(sound, tokenizer(model_max_length=most)), checks.length)
+    found = only(Case(sound, tokenizer(model_max_length=most)), checks.length)
     assert found[0] == status
     assert said in found[1]
 
@@ -484,24 +428,23 @@ def template(body: str) -> str:
 @pytest.mark.parametrize(
     "text, status, said",
     [
-        (None, "warning", "the tokenizer has none"),
+        (None, "warning", "The tokenizer has no chat template"),
         (TEMPLATE, "ok", "keeps every turn"),
         (template(TURN), "ok", "keeps every turn"),
+        (template("{{ m['content'] + eos_token }}"), "ok", "keeps every turn"),
         (template("{% if m['role'] != 'system' %}" + TURN + "{% endif %}"), "warning",
-         "leaves out a system turn"),
+         "leaves out system turns"),
         (template("{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + TURN),
-         "note", "refuses a system turn"),
+         "note", "refuses system turns"),
         (template("{{ raise_exception('never') }}"), "wrong", "refuses a user's turn"),
         (template("{% if m['role'] != 'assistant' %}" + TURN + "{% endif %}"), "wrong",
-         "does not come out of it"),
-        ("{{ strftime_now('%Y') }}" + template(TURN), "warning", "it writes the date"),
-        (template(TURN) + "assistant: ", "warning", "another answer, 'assistant: '"),
-        (template(TURN.replace("m['content']", "('' if loop.last else '(old) ') + m['content']")),
-         "note", "changes the text before it"),
+         "leaves out the text of a turn"),
+        ("{{ strftime_now('%Y') }}" + template(TURN), "warning", "writes the date"),
+        (template(TURN) + "assistant: ", "warning", "another answer, '</s>\\nassistant:'"),
     ],
 )  # fmt: skip
 def test_chat_template(sound, text, status, said):
-    found = only(checks.Case(sound, tokenizer(text)), checks.chat_template)
+    found = only(Case(sound, tokenizer(text)), checks.chat_template)
     assert found[0] == status
     assert said in found[1]
 
@@ -512,23 +455,23 @@ BARE = template(TURN)
 @pytest.mark.parametrize(
     "text, adds, status, said",
     [
-        (TEMPLATE, False, "ok", "one before a conversation"),
-        (BARE, False, "ok", "none before a conversation"),
-        (None, True, "ok", "one before plain text"),
-        (TEMPLATE, True, "warning", "the tokenizer another"),
-        (BARE, True, "warning", "the chat template writes none"),
-        ("{{ bos_token }}" + TEMPLATE, False, "warning", "the chat template writes 2"),
+        (TEMPLATE, False, "ok", "A conversation begins with one"),
+        (BARE, False, "ok", "A conversation begins with none"),
+        (None, True, "ok", "Plain text begins with one"),
+        (TEMPLATE, True, "warning", "the tokenizer adds another"),
+        (BARE, True, "warning", "The chat template writes none"),
+        ("{{ bos_token }}" + TEMPLATE, False, "warning", "The chat template writes 2"),
     ],
 )
 def test_bos(sound, text, adds, status, said):
-    found = only(checks.Case(sound, tokenizer(text, adds)), checks.bos)
+    found = only(Case(sound, tokenizer(text, adds)), checks.bos)
     assert found[0] == status
     assert said in found[1]
 
 
 def test_no_bos_token(sound):
-    case = checks.Case(sound, tokenizer(BARE, bos_token=None))
-    assert only(case, checks.bos) == ("ok", "the tokenizer has no BOS | ")
+    case = Case(sound, tokenizer(BARE, bos_token=None))
+    assert only(case, checks.bos) == ("ok", "The tokenizer has no BOS. | ")
 
 
 def test_plain_text_where_there_is_no_template(sound):
@@ -564,18 +507,53 @@ def test_parity_that_is_broken(sound, monkeypatch):
         assert "report this" in found.do
 
 
+@pytest.mark.parametrize(
+    "last, status", [(3, "ok"), (1, "wrong"), (float("nan"), "wrong"), (float("inf"), "wrong")]
+)
+def test_score_range(last, status):
+    assert trials.score_range(torch.tensor([1, 1, last])).status == status
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_with_nan(sound, monkeypatch, dtype):
+    from rmfast.packed import patching
+
+    forward = patching.ScoringForward.scores
+    monkeypatch.setattr(
+        patching.ScoringForward, "scores", lambda *a, **k: forward(*a, **k) * float("nan")
+    )
+    found = rmfast.doctor(copy.deepcopy(sound).to(dtype), tokenizer())
+    assert named(found, "parity").status == "wrong"
+
+
+def test_a_model_that_does_not_run_patched(sound, monkeypatch):
+    from rmfast.packed import patching
+
+    monkeypatch.setattr(patching.ScoringForward, "scores", None)
+    found = rmfast.doctor(sound, tokenizer())
+    assert named(found, "level").status == "wrong"
+    assert "It does not run patched: TypeError" in named(found, "level").what
+
+
+def test_a_template_that_refuses_everything(sound):
+    found = rmfast.doctor(sound, tokenizer(template("{{ raise_exception('never') }}")))
+    assert "with an answer: never" in named(found, "chat template").what
+    assert named(found, "scores").status == "note"
+    assert not {"bos", "parity"} & {finding.name for finding in found.findings}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_held_against_fp32(sound, dtype):
     found = rmfast.doctor(copy.deepcopy(sound).to(dtype), tokenizer())
     assert named(found, "parity").status == named(found, "padding").status == "ok"
     figures = named(found, "parity").figures
-    assert figures["rms_error_patched"] > 0
-    assert figures["rms_error_unpatched"] > 1e-5
+    assert figures["error_patched"] > 0
+    assert figures["error_unpatched"] > 1e-5
     assert named(found, "padding").figures["largest_difference_fp32"] < 1e-4
 
 
 def test_no_room_for_an_fp32_copy(sound, monkeypatch):
-    monkeypatch.setattr(trials, "_fits", lambda model: False)
+    monkeypatch.setattr(trials, "free_memory", lambda model: 0)
     found = rmfast.doctor(copy.deepcopy(sound).bfloat16(), tokenizer())
     for name in ("parity", "padding"):
         assert named(found, name).status == "note"
@@ -629,14 +607,14 @@ def test_pooling_rules_differ():
     found = rmfast.doctor(m, tokenizer(pad_token="</s>"))
     figures = named(found, "pooling").figures
     assert figures["differ_mask"] == 0 < figures["differ_first_pad"]
-    assert "(last attended): the same" in named(found, "pooling").what
+    assert "OpenRLHF" not in named(found, "pooling").what
 
 
 def test_scores_of_the_pooling_rules_are_those_of_their_tokens():
     m = model(pad_token_id=EOS)
     tokens = tokenizer(TEMPLATE.replace(" + '\\n'", ""), pad_token="</s>")
-    case = checks.Case(m, tokens)
-    rows = trials._rows(case)
+    case = Case(m, tokens)
+    rows = trials.token_rows(case)
     with torch.no_grad():
         hf, last = torch.stack([
             m.score(m.model(torch.tensor([row]))[0][0, -2:])[:, 0] for row in rows
@@ -680,6 +658,4 @@ def test_command_on_a_model_without_a_head(tmp_path, capsys):
 def test_command_that_cannot_run(tmp_path, capsys):
     assert main(["doctor", "--model", str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err.startswith("rmfast doctor: ")
-    with pytest.raises(SystemExit) as end:
-        main(["doctor"])
-    assert end.value.code == 2
+    assert main(["doctor"]) == 2

@@ -28,6 +28,10 @@ def qkv(trie, heads, kv_heads, width, dtype, rows=None, value_width=None):
     return [torch.randn(1, m, h, d, dtype=dtype).transpose(1, 2) for h, m, d in shapes]
 
 
+def plan_of(trie, queries=None):
+    return ops.TriePlan(trie.subtree_end, trie.position_ids, queries)
+
+
 def dense_attention(query, key, value, trie, queries, sinks, scale, window, softcap):
     """The definition, with an [M, N] mask: for tests only."""
     every = torch.arange(len(trie))
@@ -67,7 +71,7 @@ def test_attention_and_its_gradients(case, heads, pooled):
         sinks = options.get("sinks")
         window, softcap = options.get("window"), options.get("softcap")
         got = ops.trie_attention(
-            *leaves[:3], trie.subtree_end, trie.position_ids, queries=queries, sinks=sinks,
+            *leaves[:3], plan_of(trie, queries), sinks=sinks,
             scale=0.3, window=window, softcap=softcap,
         )  # fmt: skip
         want = dense_attention(*leaves[:3], trie, queries, sinks, 0.3, window, softcap)
@@ -88,7 +92,7 @@ def test_attention_of_many_shapes(seed, batch, length):
     torch.manual_seed(seed)
     trie = random_trie(seed, batch, length, values=2)
     leaves = qkv(trie, 2, 1, 4, torch.float64)
-    got = ops.trie_attention(*leaves, trie.subtree_end, trie.position_ids)
+    got = ops.trie_attention(*leaves, plan_of(trie))
     want = dense_attention(*leaves, trie, None, None, 0.5, None, None)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -111,7 +115,7 @@ def test_attention_in_low_precision(dtype):
     every = torch.arange(len(trie))
     allowed = reference.trie_mask(every, every, trie.subtree_end, trie.position_ids, None)
     theirs = F.scaled_dot_product_attention(*leaves, attn_mask=allowed, enable_gqa=True)
-    ours = ops.trie_attention(*leaves, trie.subtree_end, trie.position_ids)
+    ours = ops.trie_attention(*leaves, plan_of(trie))
     assert ours.dtype == dtype
     assert (ours - exact).norm() <= 1.1 * (theirs.transpose(1, 2) - exact).norm()
 
@@ -170,16 +174,14 @@ def test_opcheck():
     sinks = torch.randn(4, requires_grad=True)
     pooled = trie.pool_index.unique()
     first = leaves[0][:, :, : len(pooled)]
-    index = torch.tensor([0, 2, 2])
-    hidden = torch.randn(5, 7, requires_grad=True)
-    weight = torch.randn(2, 7, requires_grad=True)
     attention = torch.ops.rmfast.trie_attention.default
     rest = (trie.subtree_end, trie.position_ids)
+    carrier = torch.empty(0)
     calls = [
-        (torch.ops.rmfast.reward_head.default, (hidden, index, weight, None)),
-        (attention, (*leaves, *rest, None, None, 0.3, None, None, False, True)),
-        (attention, (*leaves, *rest, None, sinks, 0.3, 3, 2.0, False, True)),
-        (attention, (first, *leaves[1:], *rest, pooled, None, 0.3, None, None, False, True)),
+        (attention, (*leaves, *rest, None, carrier, None, 0.3, None, None, False, True)),
+        (attention, (*leaves, *rest, None, carrier, sinks, 0.3, 3, 2.0, False, True)),
+        (attention,
+         (first, *leaves[1:], *rest, pooled, carrier, None, 0.3, None, None, False, True)),
     ]  # fmt: skip
     for op, args in calls:
         torch.library.opcheck(op, args)
@@ -215,43 +217,46 @@ def test_attention_names_the_argument():
     trie = random_trie(0)
     q, k, v = qkv(trie, 4, 2, 8, torch.float32)
     rest = (trie.subtree_end, trie.position_ids)
+    plan = ops.TriePlan(*rest)
     with pytest.raises(ValueError, match="query"):
-        ops.trie_attention(q[:, :, 1:], k, v, *rest)
+        ops.trie_attention(q[:, :, 1:], k, v, plan)
     with pytest.raises(ValueError, match="key"):
-        ops.trie_attention(q, k[:, :, 1:], v, *rest)
+        ops.trie_attention(q, k[:, :, 1:], v, plan)
     with pytest.raises(ValueError, match="heads"):
-        ops.trie_attention(q[:, :3], k, v, *rest)
+        ops.trie_attention(q[:, :3], k, v, plan)
     with pytest.raises(ValueError, match=r"value is torch\.float64 and query"):
-        ops.trie_attention(q, k, v.double(), *rest)
+        ops.trie_attention(q, k, v.double(), plan)
     with pytest.raises(ValueError, match="key has head_dim 7"):
-        ops.trie_attention(q, k[..., 1:], v, *rest)
+        ops.trie_attention(q, k[..., 1:], v, plan)
     with pytest.raises(ValueError, match="sinks"):
-        ops.trie_attention(q, k, v, *rest, sinks=torch.zeros(3))
+        ops.trie_attention(q, k, v, plan, sinks=torch.zeros(3))
     with pytest.raises(ValueError, match="subtree_end must be int32"):
-        ops.trie_attention(q, k, v, rest[0].long(), rest[1])
+        ops.TriePlan(rest[0].long(), rest[1])
     with pytest.raises(ValueError, match="position_ids must be"):
-        ops.trie_attention(q, k, v, rest[0], rest[1][1:])
+        ops.TriePlan(rest[0], rest[1][1:])
     with pytest.raises(ValueError, match="queries must be int64"):
-        ops.trie_attention(q[:, :, :0], k, v, *rest, queries=rest[1][:0])
+        ops.TriePlan(*rest, rest[1][:0])
     with pytest.raises(ValueError, match="queries must rise"):
-        ops.trie_attention(q[:, :, :2], k, v, *rest, queries=torch.tensor([1, 1]))
+        ops.trie_attention(q[:, :, :2], k, v, ops.TriePlan(*rest, torch.tensor([1, 1])))
     for name, bad in (("window", 0), ("softcap", 0.0), ("softcap", -1.0)):
         with pytest.raises(ValueError, match=f"{name} must be"):
-            ops.trie_attention(q, k, v, *rest, **{name: bad})
+            ops.trie_attention(q, k, v, plan, **{name: bad})
     with pytest.raises(ValueError, match="query must be of a floating dtype"):
-        ops.trie_attention(*(x.long() for x in (q, k, v)), *rest)
+        ops.trie_attention(*(x.long() for x in (q, k, v)), plan)
     with pytest.raises(ValueError, match="backend='triton' cannot run"):
-        ops.trie_attention(q, k, v, *rest, backend="triton")
+        ops.trie_attention(q, k, v, plan, backend="triton")
     with pytest.raises(ValueError, match="backend must be"):
-        ops.trie_attention(q, k, v, *rest, backend="cudnn")
+        ops.trie_attention(q, k, v, plan, backend="cudnn")
 
 
 def test_attention_compiles_in_one_graph():
     trie = random_trie(0)
     leaves = [x.requires_grad_() for x in qkv(trie, 4, 2, 8, torch.float32)]
 
+    plan = plan_of(trie)
+
     def call(q, k, v):
-        return ops.trie_attention(q, k, v, trie.subtree_end, trie.position_ids, window=5)
+        return ops.trie_attention(q, k, v, plan, window=5)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     want, got = call(*leaves), compiled(*leaves)
@@ -266,7 +271,38 @@ def test_attention_compiles_in_one_graph():
 def test_attention_refuses_a_second_derivative():
     trie = random_trie(0)
     leaves = [x.requires_grad_() for x in qkv(trie, 4, 2, 8, torch.float32)]
-    out = ops.trie_attention(*leaves, trie.subtree_end, trie.position_ids)
+    out = ops.trie_attention(*leaves, plan_of(trie))
     (first,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match="trie_attention has no second derivative"):
         first.sum().backward()
+
+
+def test_a_plan_is_made_once_and_of_one_batch(monkeypatch):
+    calls = []
+    make = cpu._bundles
+    monkeypatch.setattr(cpu, "_bundles", lambda *args: calls.append(args) or make(*args))
+    trie = random_trie(0)
+    leaves = [x.requires_grad_() for x in qkv(trie, 4, 2, 8, torch.float64)]
+    plan = plan_of(trie)
+    outs = [ops.trie_attention(*leaves, plan, window=window) for window in (None, 5, None)]
+    for out in outs:
+        torch.autograd.grad(out.sum(), leaves)
+    assert len(calls) == 2  # one for each window, the backward included
+    assert torch.equal(outs[0], outs[2])
+    ops.trie_attention(*leaves, plan_of(trie))
+    assert len(calls) == 3
+
+
+def test_a_plan_of_tensors_that_were_refilled():
+    """Somebody's buffers hold one batch after the other: each has a plan of its own."""
+    torch.manual_seed(0)
+    first, second = rmfast.pack([[1, 2, 3], [1, 2, 4]]), rmfast.pack([[1, 2], [3, 4]])
+    assert len(first) == len(second)
+    end, position = first.subtree_end.clone(), first.position_ids.clone()
+    leaves = qkv(first, 2, 1, 4, torch.float64)
+    for trie in (first, second):
+        end.copy_(trie.subtree_end)
+        position.copy_(trie.position_ids)
+        got = ops.trie_attention(*leaves, ops.TriePlan(end, position))
+        want = dense_attention(*leaves, trie, None, None, 0.5, None, None)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

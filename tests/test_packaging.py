@@ -136,6 +136,7 @@ def test_wheel_holds_every_module_and_nothing_beside_rmfast(wheel):
         for file in (ROOT / folder).rglob("*.py")
     }
     assert "rmfast/kernels/reward_head.py" in expected
+    assert "rmfast/py.typed" in names
     assert any(name.startswith("rmfast/benchmarks/") for name in expected)
     assert {name for name in names if name.endswith(".py")} == expected
     assert {name.split("/")[0] for name in names} == {

@@ -1,8 +1,5 @@
 """The packed trie against a plain dictionary trie, and its mask rule against explicit paths."""
 
-import copy
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -180,15 +177,3 @@ def test_position_ids_of_another_shape():
         rmfast.pack(torch.ones(2, 3, dtype=torch.long), position_ids=torch.zeros(2, 2).long())
     with pytest.raises(ValueError, match="row 1 has position id -1"):
         rmfast.pack(torch.ones(2, 1, dtype=torch.long), position_ids=torch.tensor([[0], [-1]]))
-
-
-def test_what_attention_keeps_is_neither_copied_nor_pickled():
-    trie = rmfast.pack([[1, 2, 3], [1, 2, 4]])
-    bundles = cpu.bundles(trie.subtree_end, trie.position_ids, None, None)
-    assert cpu.bundles(trie.subtree_end, trie.position_ids, None, None) is bundles
-    assert cpu.bundles(trie.subtree_end, trie.position_ids.clone(), None, None) is not bundles
-    for copied in (copy.deepcopy(trie), pickle.loads(pickle.dumps(trie)), trie.to("meta")):
-        assert copied.subtree_end._rmfast_kept == {}
-    end = trie.subtree_end.clone()  # anybody's tensor: it may be written to between the calls
-    bundles = cpu.bundles(end, trie.position_ids, None, None)
-    assert cpu.bundles(end, trie.position_ids, None, None) is not bundles

@@ -18,6 +18,7 @@ Trains on preference pairs or ranked groups of answers, and measures on held-out
 does. The folder gets the model (safetensors), its tokenizer, a model card, config.yaml,
 metrics.jsonl, training.png, and the last two checkpoints: after a kill, the same command with
 --resume continues, and the weights are the same as if nothing had happened."""
+RUN = ("resume", "overwrite")  # belong to the command line alone
 EPILOG = (
     "Ctrl-C and SIGTERM save a checkpoint first; a second one stops at once. Exit code: 0, "
     "trained; 2, it could not run; 130, interrupted."
@@ -49,7 +50,7 @@ def read_config(context: typer.Context, path: str | None) -> None:
         raise UserError(f"--config {path} is not YAML: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"--config {path}: must be options, such as 'epochs: 2', a line each")
-    names = [field.name for field in dataclasses.fields(TrainOptions)]
+    names = [field.name for field in dataclasses.fields(TrainOptions) if field.name not in RUN]
     defaults = {}
     for key, value in found.items():
         name = str(key).replace("-", "_")

@@ -54,7 +54,7 @@ def preferences(
     that one), identical chosen and rejected, fewer than two responses, all tied or all the same.
 
     Args:
-        source: a file, folder or data set as :class:`rmfast.files.Reader` takes it, a
+        source: a file, folder or data set as :class:`rmfast.data.files.Reader` takes it, a
             ``datasets.Dataset``, or dicts.
         ratings: what becomes of several rated responses: ``"pairs"``, the best against the worst;
             ``"all_pairs"``, each against each that is rated lower; or ``"groups"``.
@@ -69,7 +69,8 @@ def preferences(
             become turns, as fits a model that was trained to chat; so do text prompts and answers.
             False: no text does, as fits a model without a chat template.
         strict: what would be left out is an error.
-        name, split: configuration and split of a data set that ``source`` names.
+        name: configuration of a data set that ``source`` names.
+        split: split of that data set.
         limit: stop after so many rows.
 
     Raises:

@@ -55,7 +55,7 @@ def run(args: DemoOptions) -> None:
     """
     start = time.perf_counter()
     say = functools.partial(print, flush=True)  # in order with the progress bar
-    loading.quiet()
+    loading.silence_transformers()
     if args.output is not None:
         _make_folder(Path(args.output))
     device = loading.usable_device(args.device)
@@ -457,7 +457,7 @@ class _Process(contextlib.ExitStack):
 
 def _serve(file: str) -> None:
     """The life of a process that :class:`_Process` started."""
-    loading.quiet()
+    loading.silence_transformers()
     job = Job(**json.loads(Path(file).read_text()))
     model, _ = job.load()
     if job.patched:

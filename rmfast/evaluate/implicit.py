@@ -192,7 +192,7 @@ class ImplicitScorer(Scorer):
                 self._ran(piece.stop - piece.start, len(piece.rows), done)
 
         forward = patching.attached(model).overrides[0]
-        pieces.run(forward, trie, self._budget, take, prune=False)
+        forward.run_pieces(trie, take, self._budget, prune=False)
         return np.array(
             [gain[path[row.start :]].sum() for path, row in zip(paths, rows, strict=True)]
         )

@@ -42,7 +42,7 @@ def run(args: EvalOptions) -> int:
     Raises:
         UserError, DataError: it cannot run; the message is for people.
     """
-    loading.quiet()
+    loading.silence_transformers()
     _rewardbench_names(args)
     template = _check(args)
     source = _Source(args)

@@ -64,8 +64,8 @@ class Files(contextlib.ExitStack):
             prompt: text or messages, or None.
             chosen, rejected: conversations.
             scores: of chosen, then of rejected.
-            credit: as :func:`rmfast.evaluate.measures.credits` has it. A pair's result is 1 or 0, a tie
-                being 0; a group's is its credit, as in RewardBench 2.
+            credit: as :func:`rmfast.evaluate.measures.credits` has it. A pair's result is 1 or 0,
+                a tie being 0; a group's is its credit, as in RewardBench 2.
         """
         pair = len(chosen) == len(rejected) == 1
         result = int(credit == 1) if pair else credit

@@ -46,7 +46,7 @@ class Worker:
     @functools.cached_property
     def scorer(self) -> Scorer:
         """Made when it is used: an error of a constructor does not reach the caller."""
-        loading.quiet()
+        loading.silence_transformers()
         loaded = loading.load(self.model, **self.load)
         return Scorer(loaded.model, loaded.tokenizer, **self.options)
 

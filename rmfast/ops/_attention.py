@@ -9,14 +9,15 @@ from rmfast.ops import _cpu as cpu
 from rmfast.ops._common import (
     check_devices,
     check_floating,
-    exact,
     no_second_derivative,
     use_kernels,
+    without_autocast,
 )
+from rmfast.ops._plan import TriePlan, made_for
 
 
 @torch.library.custom_op("rmfast::trie_attention", mutates_args=())
-@exact
+@without_autocast
 def _trie_attention(
     query: Tensor,
     key: Tensor,
@@ -24,6 +25,7 @@ def _trie_attention(
     subtree_end: Tensor,
     position_ids: Tensor,
     queries: Tensor | None,
+    plan: Tensor,
     sinks: Tensor | None,
     scale: float,
     window: int | None,
@@ -33,18 +35,16 @@ def _trie_attention(
 ) -> tuple[Tensor, Tensor]:
     """The second output is what the Triton backward needs besides: empty elsewhere."""
     rule = (subtree_end, position_ids, queries, sinks, scale, window, softcap)
-    if queries is not None and not query.is_cuda and (queries.diff() <= 0).any():
-        raise ValueError("queries must rise: sort them, without repeats")
     if triton:
         from rmfast.kernels import trie_attention as kernels
 
-        return kernels.trie_attention(query, key, value, *rule, keep)
+        return kernels.trie_attention(query, key, value, *rule, keep, made=made_for(plan))
     lse = query.new_empty(1, 0, dtype=torch.float32)
-    return cpu.trie_attention(query, key, value, *rule), lse
+    return cpu.trie_attention(query, key, value, *rule, made=made_for(plan)), lse
 
 
 @torch.library.custom_op("rmfast::trie_attention_backward", mutates_args=())
-@exact
+@without_autocast
 def _trie_attention_backward(
     grad: Tensor,
     query: Tensor,
@@ -53,6 +53,7 @@ def _trie_attention_backward(
     subtree_end: Tensor,
     position_ids: Tensor,
     queries: Tensor | None,
+    plan: Tensor,
     sinks: Tensor | None,
     scale: float,
     window: int | None,
@@ -64,16 +65,18 @@ def _trie_attention_backward(
     if lse is not None:
         from rmfast.kernels import trie_attention as kernels
 
-        *grads, grad_sinks = kernels.trie_attention_backward(grad, *inputs, out, lse)
+        *grads, grad_sinks = kernels.trie_attention_backward(
+            grad, *inputs, out, lse, made=made_for(plan)
+        )
     else:
-        *grads, grad_sinks = cpu.trie_attention_backward(grad, *inputs)
+        *grads, grad_sinks = cpu.trie_attention_backward(grad, *inputs, made=made_for(plan))
     return *grads, query.new_empty(0) if grad_sinks is None else grad_sinks
 
 
 @_trie_attention.register_fake
 def _(
-    query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap, triton,
-    keep,
+    query, key, value, subtree_end, position_ids, queries, plan, sinks, scale, window, softcap,
+    triton, keep,
 ):  # fmt: skip
     _, heads, rows, _ = query.shape
     shape = (heads, (rows + 15) // 16 * 16) if triton and keep else (1, 0)
@@ -83,8 +86,8 @@ def _(
 
 @_trie_attention_backward.register_fake
 def _(
-    grad, query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap,
-    out, lse,
+    grad, query, key, value, subtree_end, position_ids, queries, plan, sinks, scale, window,
+    softcap, out, lse,
 ):  # fmt: skip
     grad_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return *(cpu.tokens_first(x, x.dtype) for x in (query, key, value)), grad_sinks
@@ -101,7 +104,7 @@ def _trie_attention_autograd(ctx, grad, _):
     *saved, out, lse = ctx.saved_tensors  # once: checkpointing lets go of them after
     *grads, grad_sinks = _trie_attention_backward(grad, *saved, *ctx.options, out, lse)
     has_sinks = saved[-1] is not None
-    return *grads, None, None, None, grad_sinks if has_sinks else None, *(None,) * 5
+    return *grads, None, None, None, None, grad_sinks if has_sinks else None, *(None,) * 5
 
 
 _trie_attention.register_autograd(_trie_attention_autograd, setup_context=_trie_attention_setup)
@@ -127,10 +130,8 @@ def trie_attention(
     query: Tensor,  # [1, Hq, M, D]
     key: Tensor,  # [1, Hk, N, D]
     value: Tensor,  # [1, Hk, N, Dv]
-    subtree_end: Tensor,  # int32 [N]
-    position_ids: Tensor,  # int64 [N]
+    plan: TriePlan,
     *,
-    queries: Tensor | None = None,  # int64 [M]
     sinks: Tensor | None = None,  # [Hq]
     scale: float | None = None,
     window: int | None = None,
@@ -143,10 +144,7 @@ def trie_attention(
         query: ``[1, Hq, M, D]``; ``Hq`` a multiple of ``Hk`` (grouped heads).
         key: ``[1, Hk, N, D]``, one key per trie node.
         value: ``[1, Hk, N, Dv]``.
-        subtree_end: int32 ``[N]``, see :class:`rmfast.PackedTrie`.
-        position_ids: int64 ``[N]``; read only with ``window``.
-        queries: int64 ``[M]``, packed indices of the queries, each above the one before it (not
-            checked on a GPU). None: every node, ``M = N``.
+        plan: of the ``N`` nodes and the ``M`` queries; made once a batch.
         sinks: ``[Hq]``, attention-sink logits.
         scale: factor on the logits, ``D ** -0.5`` when not given.
         window: sliding window, in positions: a key is seen when nearer than this.
@@ -162,19 +160,30 @@ def trie_attention(
         ValueError: shapes, dtypes or devices that do not match, or inputs ``backend`` cannot take;
             the message names the argument.
     """
-    for name, x, dtype in (
-        ("subtree_end", subtree_end, torch.int32),
-        ("position_ids", position_ids, torch.int64),
-        ("queries", queries, torch.int64),
-    ):
-        if x is not None and (x.ndim != 1 or x.dtype != dtype or x.shape[0] == 0):
-            kind = str(dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{name} must be {kind} with one dimension, not empty; "
-                f"got {x.dtype} {tuple(x.shape)}"
-            )
-    nodes = subtree_end.shape[0]
-    rows = nodes if queries is None else queries.shape[0]
+    _check(query, key, value, plan, sinks)
+    if window is not None and window < 1:
+        raise ValueError(f"window must be 1 or more, or None, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above zero, or None, got {softcap}")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if backend not in ("auto", "triton", "sdpa"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'sdpa', got {backend!r}")
+    why_not = None if backend == "sdpa" else _why_not_triton(query, value, scale)
+    if backend == "triton" and why_not is not None:
+        raise ValueError(f"backend='triton' cannot run: {why_not}; 'auto' takes what can")
+    triton = backend != "sdpa" and why_not is None
+    keep = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, value, sinks)
+    )
+    out, _ = _trie_attention(
+        query, key, value, *plan.tensors, plan.carrier, sinks, scale, window, softcap, triton, keep
+    )
+    return out
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, plan: TriePlan, sinks: Tensor | None) -> None:
+    nodes = len(plan.subtree_end)
+    rows = nodes if plan.queries is None else len(plan.queries)
     if query.ndim != 4 or query.shape[0] != 1 or query.shape[2] != rows:
         raise ValueError(f"query must be [1, Hq, {rows}, D], got shape {tuple(query.shape)}")
     for name, x in (("key", key), ("value", value)):
@@ -192,28 +201,4 @@ def trie_attention(
         )
     if sinks is not None and sinks.shape != (query.shape[1],):
         raise ValueError(f"sinks must be [{query.shape[1]}], got shape {tuple(sinks.shape)}")
-    if position_ids.shape != (nodes,):
-        raise ValueError(f"position_ids must be [{nodes}], got shape {tuple(position_ids.shape)}")
-    check_devices(
-        query=query, key=key, value=value, subtree_end=subtree_end, position_ids=position_ids,
-        queries=queries, sinks=sinks,
-    )  # fmt: skip
-    if window is not None and window < 1:
-        raise ValueError(f"window must be 1 or more, or None, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above zero, or None, got {softcap}")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend not in ("auto", "triton", "sdpa"):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'sdpa', got {backend!r}")
-    why_not = None if backend == "sdpa" else _why_not_triton(query, value, scale)
-    if backend == "triton" and why_not is not None:
-        raise ValueError(f"backend='triton' cannot run: {why_not}; 'auto' takes what can")
-    triton = backend != "sdpa" and why_not is None
-    keep = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (query, key, value, sinks)
-    )
-    out, _ = _trie_attention(
-        query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap,
-        triton, keep,
-    )  # fmt: skip
-    return out
+    check_devices(query=query, key=key, value=value, plan=plan.subtree_end, sinks=sinks)

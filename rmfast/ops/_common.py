@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 
-def exact(function: Callable) -> Callable:
-    """On the device of the first argument, which Triton does not look at. Keeps autocast out.
+def without_autocast(function: Callable) -> Callable:
+    """A decorator: autocast, which would round fp32 sums to bf16, is off inside.
 
-    It would round the fp32 sums inside to bf16.
+    The current CUDA device is that of the first argument: Triton launches on the current one.
     """
 
     @functools.wraps(function)
@@ -52,8 +52,15 @@ def no_second_derivative(op: torch.library.CustomOpDef, name: str) -> None:
     op.register_autograd(refuse)
 
 
-def check_places(name: str, places: Tensor, count: int) -> None:
-    """On a CPU alone: a GPU would have to be waited for."""
+def checks_values(x: Tensor) -> bool:
+    """Whether values are checked: not where the host would wait for a GPU, nor in torch.compile."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_places(name: str, places: Tensor | None, count: int) -> None:
+    """Raise ValueError unless all are indices of ``count`` items."""
+    if places is None or not checks_values(places):
+        return
     if places.numel() and not 0 <= places.min() <= places.max() < count:
         raise ValueError(
             f"{name} must be from 0 to {count - 1}, got {places.min()} to {places.max()}"
@@ -61,9 +68,9 @@ def check_places(name: str, places: Tensor, count: int) -> None:
 
 
 def check_pair_values(**tensors: Tensor | None) -> None:
-    """What is given of margin, target and weight [P]; on a CPU alone, as above."""
+    """Raise ValueError unless margin, target and weight ``[P]``, where given, are finite."""
     for name, x in tensors.items():
-        if x is None:
+        if x is None or not checks_values(x):
             continue
         good = (x >= 0) & (x <= 1) if name == "target" else x.isfinite()
         if not good.all():

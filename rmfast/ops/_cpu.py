@@ -6,8 +6,6 @@ the inputs.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,37 +158,28 @@ class Vectors:
         self.rows = (x[0].transpose(0, 1) if by_token else x[0]).flatten(0, 1)
 
 
-def once_a_batch(make: Callable) -> Callable:
-    """Keep what ``make`` finds for a :class:`rmfast.PackedTrie`, for other layers.
-
-    Only there, where nobody writes to ``subtree_end``: it is kept on that tensor. Of queries only
-    for those that the trie made itself.
-    """
-
-    @functools.wraps(make)
-    def get(subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, window: int | None):
-        kept = getattr(subtree_end, "_rmfast_kept", None)
-        after = 0 if queries is None else getattr(queries, "_rmfast_after", None)
-        if kept is None or after is None:
-            return make(subtree_end, position_ids, queries, window)
-        key = (make.__name__, window, after)
-        return kept.once(
-            key, position_ids, lambda: make(subtree_end, position_ids, queries, window)
-        )
-
-    return get
-
-
-@once_a_batch
 def bundles(
     subtree_end: Tensor,
     position_ids: Tensor,
     queries: Tensor | None,  # int64 [M], rising packed indices; None: every node
     window: int | None,
+    made: dict | None = None,  # bundles of this batch, for other layers
 ) -> list[Bundle]:
     """Cut the work into dense attention calls."""
+    if made is None:
+        return _bundles(subtree_end, position_ids, queries, window)
+    if ("bundles", window) not in made:
+        made["bundles", window] = _bundles(subtree_end, position_ids, queries, window)
+    return made["bundles", window]
+
+
+def _bundles(
+    subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, window: int | None
+) -> list[Bundle]:
     end, position = subtree_end.cpu().numpy(), position_ids.cpu().numpy()
     nodes = np.arange(end.size) if queries is None else queries.cpu().numpy()
+    if (np.diff(nodes) <= 0).any():
+        raise ValueError("queries must rise: sort them, without repeats")
     size = _TILE if nodes[-1] - nodes[0] + 1 == nodes.size else _POOLED
     tiles = []
     for start in range(0, nodes.size, size):
@@ -254,6 +243,7 @@ def trie_attention(
     window: int | None,
     softcap: float | None,
     dropout: float = 0.0,
+    made: dict | None = None,
 ) -> Tensor:  # [1, M, Hq, Dv]
     """Attention under ``k <= q < subtree_end[k]``: no tensor has N x N elements."""
     _, heads, count, width = query.shape
@@ -262,7 +252,7 @@ def trie_attention(
     special = dropout or softcap is not None or sinks is not None or width != value.shape[-1]
     torchs = query.device.type == "cpu" and query.dtype != torch.bfloat16 and not special
     outs, queries_, keys, values = map(Vectors, (out.transpose(1, 2), query, key, value))
-    for b in bundles(subtree_end, position_ids, queries, window):
+    for b in bundles(subtree_end, position_ids, queries, window, made):
         q, k, v = b.pick("queries", queries_), b.pick("keys", keys), b.pick("keys", values)
         if torchs:
             part, _ = _flash(q, k, v, 0.0, False, attn_mask=b.bias(q.dtype), scale=scale)
@@ -288,6 +278,7 @@ def trie_attention_backward(
     scale: float,
     window: int | None,
     softcap: float | None,
+    made: dict | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # query, key, value, sinks
     """Gradients of :func:`trie_attention`; a shared token's are summed in fp32."""
     acc = wide(query.dtype)
@@ -296,7 +287,7 @@ def trie_attention_backward(
     grad_s = None if sinks is None else torch.zeros_like(sinks, dtype=acc)
     grads_q, grads_k, grads_v = map(Vectors, (grad_q, grad_k, grad_v))
     grads, queries_, keys, values = map(Vectors, (grad.transpose(1, 2), query, key, value))
-    for b in bundles(subtree_end, position_ids, queries, window):
+    for b in bundles(subtree_end, position_ids, queries, window, made):
         q, k, v = b.pick("queries", queries_), b.pick("keys", keys), b.pick("keys", values)
         g = b.pick("queries", grads)
         if b.repeats is not None:

@@ -13,9 +13,9 @@ from rmfast.ops._common import (
     check_devices,
     check_pair_values,
     check_places,
-    exact,
     no_second_derivative,
     use_kernels,
+    without_autocast,
 )
 from rmfast.ops._head import check_head, check_rows
 from rmfast.ops._pairwise import check_pairs
@@ -29,7 +29,7 @@ if "tags" in inspect.signature(torch.library.custom_op).parameters:
 
 
 @torch.library.custom_op("rmfast::reward_head_pairwise_loss", mutates_args=(), **_TAGS)
-@exact
+@without_autocast
 def _reward_head_pairwise_loss(
     hidden: Tensor,
     index: Tensor,
@@ -47,37 +47,19 @@ def _reward_head_pairwise_loss(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = (label_smoothing, center, gamma, reduction)
-    if use_kernels(hidden):
-        from rmfast.kernels import fused_loss as kernel
+    from rmfast.kernels import fused_loss as kernel
 
-        loss, scores, metrics, grads, partial = kernel.fused_loss(
-            hidden, index, weight, bias, pairs, margin, target, pair_weight, layout, *options,
-            needs_hidden, needs_weight,
-        )  # fmt: skip
-    else:
-        check_places("index", index, hidden.shape[0])
-        if pairs is not None:
-            check_places("pairs", pairs, index.shape[0])
-        check_pair_values(margin=margin, target=target, pair_weight=pair_weight)
-        rest = (layout if pairs is None else pairs, margin, target, pair_weight, *options)
-        loss, scores, metrics = reference.reward_head_pairwise_loss(
-            hidden, index, weight, bias, *rest
-        )
-        scores, grads, partial = scores.contiguous(), None, None
-        if needs_hidden or needs_weight:
-            grads = reference.pairwise_gradients(scores, *rest)
-        if needs_weight:
-            by_score = reference.pairwise_loss_backward(
-                grads.new_ones(()), grads, rest[0], len(scores)
-            )
-            partial = by_score[None] @ hidden[index].to(scores.dtype)
+    options = (label_smoothing, center, gamma, reduction)
+    loss, scores, metrics, grads, partial = kernel.fused_loss(
+        hidden, index, weight, bias, pairs, margin, target, pair_weight, layout, *options,
+        needs_hidden, needs_weight,
+    )  # fmt: skip
     left = (scores.new_empty(0) if x is None else x for x in (grads, partial))
     return loss, scores, metrics, *left
 
 
 @torch.library.custom_op("rmfast::reward_head_pairwise_loss_backward", mutates_args=())
-@exact
+@without_autocast
 def _reward_head_pairwise_loss_backward(
     grad: Tensor,
     grads: Tensor,
@@ -91,23 +73,12 @@ def _reward_head_pairwise_loss_backward(
     needs_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # of hidden only the shape, and that autograd sees a second derivative asked for
-    rows, dtype = hidden.shape[0], hidden.dtype
-    if use_kernels(weight):
-        from rmfast.kernels import fused_loss as kernel
+    from rmfast.kernels import fused_loss as kernel
 
-        out = kernel.fused_loss_backward(
-            grad, grads, partial, index, weight, bias, pairs, layout, rows, dtype, needs_hidden
-        )
-    else:
-        by_score = reference.pairwise_loss_backward(
-            grad, grads, layout if pairs is None else pairs, index.shape[0]
-        )
-        out = [None, None, None]
-        if needs_hidden:
-            out[0] = reference.rows_gradient(by_score[:, None], index, weight, hidden.shape, dtype)
-        if partial is not None:
-            out[1] = (partial.sum(0, keepdim=True) * grad).to(weight.dtype)
-            out[2] = None if bias is None else by_score.sum(0, keepdim=True).to(bias.dtype)
+    rows, dtype = hidden.shape[0], hidden.dtype
+    out = kernel.fused_loss_backward(
+        grad, grads, partial, index, weight, bias, pairs, layout, rows, dtype, needs_hidden
+    )
     return tuple(weight.new_empty(0) if x is None else x for x in out)
 
 
@@ -120,7 +91,7 @@ def _(
     count = batch // 2 if pairs is None else pairs.shape[0]
     acc = reference.wide(hidden.dtype)
     parts = 1
-    if needs_weight and use_kernels(hidden):
+    if needs_weight:
         from rmfast.kernels import fused_loss as kernel
 
         parts = kernel.programs(count, batch, hidden.shape[0], width, hidden.dtype, True)[0]
@@ -247,12 +218,23 @@ def reward_head_pairwise_loss(
         hidden=hidden, index=index, weight=weight, bias=bias, pairs=rows, margin=margin,
         target=target, pair_weight=pair_weight,
     )  # fmt: skip
+    options = (label_smoothing, center, gamma, reduction)
+    if not use_kernels(hidden):
+        check_places("index", index, hidden.shape[0])
+        check_places("pairs", rows, index.shape[0])
+        check_pair_values(margin=margin, target=target, pair_weight=pair_weight)
+        use = layout if rows is None else rows
+        run = without_autocast(reference.reward_head_pairwise_loss)
+        loss, scores, metrics = run(
+            hidden, index, weight, bias, use, margin, target, pair_weight, *options
+        )
+        return RewardHeadPairwiseLoss(loss, scores.detach(), *metrics.unbind())
     needs_hidden = torch.is_grad_enabled() and hidden.requires_grad
     needs_weight = torch.is_grad_enabled() and (
         weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     loss, scores, metrics, _, _ = _reward_head_pairwise_loss(
-        hidden, index, weight, bias, rows, margin, target, pair_weight, layout, label_smoothing,
-        center, gamma, reduction, needs_hidden, needs_weight,
+        hidden, index, weight, bias, rows, margin, target, pair_weight, layout, *options,
+        needs_hidden, needs_weight,
     )  # fmt: skip
     return RewardHeadPairwiseLoss(loss, scores, *metrics.unbind())

@@ -10,25 +10,22 @@ from rmfast.ops._common import (
     check_devices,
     check_floating,
     check_places,
-    exact,
     no_second_derivative,
     use_kernels,
+    without_autocast,
 )
 
 
 @torch.library.custom_op("rmfast::reward_head", mutates_args=())
-@exact
+@without_autocast
 def _reward_head(hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if use_kernels(hidden):
-        from rmfast.kernels import reward_head as kernel
+    from rmfast.kernels import reward_head as kernel
 
-        return kernel.reward_head(hidden, index, weight, bias)
-    check_places("index", index, hidden.shape[0])
-    return reference.reward_head(hidden, index, weight, bias)
+    return kernel.reward_head(hidden, index, weight, bias)
 
 
 @torch.library.custom_op("rmfast::pooled_reward_head", mutates_args=())
-@exact
+@without_autocast
 def _pooled_reward_head(
     hidden: Tensor,
     input_ids: Tensor,
@@ -38,42 +35,28 @@ def _pooled_reward_head(
     pad_token_id: int | None,
     pooling: str,
 ) -> tuple[Tensor, Tensor]:
-    rule = (attention_mask, pad_token_id, pooling)
-    if use_kernels(hidden):
-        from rmfast.kernels import reward_head as kernel
+    from rmfast.kernels import reward_head as kernel
 
-        return kernel.pooled_reward_head(hidden, input_ids, weight, bias, *rule)
-    return reference.pooled_reward_head(hidden, input_ids, weight, bias, *rule)
+    rule = (attention_mask, pad_token_id, pooling)
+    return kernel.pooled_reward_head(hidden, input_ids, weight, bias, *rule)
 
 
 @torch.library.custom_op("rmfast::reward_head_backward", mutates_args=())
-@exact
+@without_autocast
 def _reward_head_backward(
     grad: Tensor,
     hidden: Tensor,
     index: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    used_only: bool,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if use_kernels(hidden):
-        from rmfast.kernels import reward_head as kernel
+    from rmfast.kernels import reward_head as kernel
 
-        grads = kernel.reward_head_backward(
-            grad, hidden, index, weight, bias, used_only, needs_hidden, needs_weight
-        )
-    else:
-        grad_hidden, grad_weight, grad_bias = reference.reward_head_backward(
-            grad, hidden, index, weight, used_only
-        )
-        has_bias = needs_weight and bias is not None
-        grads = (
-            grad_hidden if needs_hidden else None,
-            grad_weight if needs_weight else None,
-            grad_bias.to(bias.dtype) if has_bias else None,
-        )
+    grads = kernel.reward_head_backward(
+        grad, hidden, index, weight, bias, needs_hidden, needs_weight
+    )
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
@@ -91,11 +74,10 @@ def _(hidden, input_ids, weight, bias, attention_mask, pad_token_id, pooling):
 
 
 @_reward_head_backward.register_fake
-def _(grad, hidden, index, weight, bias, used_only, needs_hidden, needs_weight):
+def _(grad, hidden, index, weight, bias, needs_hidden, needs_weight):
     grad_hidden = grad_weight = grad_bias = None
     if needs_hidden:
-        shape = (index.shape[0], hidden.shape[-1]) if used_only else hidden.shape
-        grad_hidden = hidden.new_empty(shape)
+        grad_hidden = hidden.new_empty(hidden.shape)
     if needs_weight:
         grad_weight = weight.new_empty(weight.shape)
         grad_bias = bias.new_empty(bias.shape) if bias is not None else None
@@ -112,7 +94,7 @@ def _reward_head_grads(ctx, grad, hidden, index, weight, bias):
     if not any(ctx.needs):
         return None, None, None
     grads = _reward_head_backward(
-        grad, hidden, index, weight, bias, False, needs_hidden, needs_weight or needs_bias
+        grad, hidden, index, weight, bias, needs_hidden, needs_weight or needs_bias
     )
     return tuple(g if need else None for g, need in zip(grads, ctx.needs, strict=True))
 
@@ -166,10 +148,6 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def check_rows(hidden: Tensor, index: Tensor) -> None:
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [M, H], got shape {tuple(hidden.shape)}")
-    _check_index(index)
-
-
-def _check_index(index: Tensor) -> None:
     if index.ndim != 1 or index.dtype != torch.int64:
         raise ValueError(f"index must be int64 [B], got {index.dtype} {tuple(index.shape)}")
 
@@ -199,7 +177,10 @@ def reward_head(
     check_rows(hidden, index)
     check_head(hidden, weight, bias)
     check_devices(hidden=hidden, index=index, weight=weight, bias=bias)
-    return _reward_head(hidden, index, weight, bias)
+    if use_kernels(hidden):
+        return _reward_head(hidden, index, weight, bias)
+    check_places("index", index, hidden.shape[0])
+    return without_autocast(reference.reward_head)(hidden, index, weight, bias)
 
 
 def pooled_reward_head(
@@ -253,43 +234,6 @@ def pooled_reward_head(
         hidden=hidden, input_ids=input_ids, weight=weight, bias=bias, attention_mask=attention_mask
     )
     rule = (attention_mask, pad_token_id, pooling)
-    return _pooled_reward_head(hidden, input_ids, weight, bias, *rule)[0]
-
-
-def reward_head_backward(
-    grad: Tensor,  # [B, num_labels]
-    hidden: Tensor,  # [M, H] or [B, T, H]
-    index: Tensor,  # int64 [B]
-    weight: Tensor,  # [num_labels, H]
-    *,
-    used_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`reward_head` by hand, for code that does not go through autograd.
-
-    Args:
-        grad: gradient of the scores ``[B, num_labels]``.
-        hidden: as it was given to :func:`reward_head`, or a padded batch's ``[B, T, H]``.
-        index: int64 ``[B]``, rows of ``hidden.flatten(0, -2)``.
-        weight: ``[num_labels, H]``.
-        used_only: instead of a gradient with a row for each row of ``hidden``, ``[B, H]``: row
-            ``i`` belongs to row ``index[i]`` where ``i`` is its first use, with all its uses
-            summed, and is zero at later ones.
-
-    Returns:
-        Gradients of hidden (in its dtype), of weight (in its dtype) and of a bias (fp32, fp64
-        for fp64 inputs).
-
-    Raises:
-        ValueError: shapes that do not match; the message names the argument.
-    """
-    if hidden.ndim not in (2, 3):
-        raise ValueError(f"hidden must be [M, H] or [B, T, H], got shape {tuple(hidden.shape)}")
-    _check_index(index)
-    check_head(hidden, weight, None)
-    if grad.shape != (index.shape[0], weight.shape[0]):
-        raise ValueError(
-            f"grad must be [{index.shape[0]}, {weight.shape[0]}], got shape {tuple(grad.shape)}"
-        )
-    check_devices(grad=grad, hidden=hidden, index=index, weight=weight)
-    bias = weight.new_empty(weight.shape[0], dtype=reference.wide(hidden.dtype))
-    return _reward_head_backward(grad, hidden, index, weight, bias, used_only, True, True)
+    run = without_autocast(reference.pooled_reward_head)
+    run = _pooled_reward_head if use_kernels(hidden) else run
+    return run(hidden, input_ids, weight, bias, *rule)[0]

@@ -11,40 +11,34 @@ from rmfast import reference
 from rmfast.ops._common import (
     check_devices,
     check_floating,
-    exact,
+    checks_values,
     no_second_derivative,
     use_kernels,
+    without_autocast,
 )
 
 _LARGEST = 64  # items whose pairs fit the registers of a program
 
 
 @torch.library.custom_op("rmfast::listwise_loss", mutates_args=())
-@exact
+@without_autocast
 def _listwise_loss(
     scores: Tensor, ranks: Tensor, offsets: Tensor, kind: str, max_size: int
 ) -> tuple[Tensor, Tensor]:
-    if use_kernels(scores):
-        from rmfast.kernels import listwise_loss as kernel
+    from rmfast.kernels import listwise_loss as kernel
 
-        return kernel.listwise_loss(scores, ranks, offsets, kind, max_size)
-    _check_offsets(offsets.tolist(), scores.shape[0], max_size)
-    if ranks.is_floating_point() and ranks.isnan().any():
-        raise ValueError(f"ranks[{int(ranks.isnan().nonzero()[0])}] is NaN: it can't be compared")
-    return reference.listwise_loss(scores, ranks, offsets, kind)
+    return kernel.listwise_loss(scores, ranks, offsets, kind, max_size)
 
 
 @torch.library.custom_op("rmfast::listwise_loss_backward", mutates_args=())
-@exact
+@without_autocast
 def _listwise_loss_backward(
     grad: Tensor, slope: Tensor, scores: Tensor, offsets: Tensor, max_size: int
 ) -> Tensor:
     # of scores only the dtype, and that autograd sees a second derivative asked for
-    if use_kernels(slope):
-        from rmfast.kernels import listwise_loss as kernel
+    from rmfast.kernels import listwise_loss as kernel
 
-        return kernel.listwise_loss_backward(grad, slope, offsets, max_size, scores.dtype)
-    return reference.listwise_loss_backward(grad, slope, offsets, scores.dtype)
+    return kernel.listwise_loss_backward(grad, slope, offsets, max_size, scores.dtype)
 
 
 @_listwise_loss.register_fake
@@ -156,5 +150,14 @@ def listwise_loss(
             raise ValueError(f"offsets hold a group of {max_size}, more than {_LARGEST}: split it")
     elif not 1 <= max_size <= _LARGEST:
         raise ValueError(f"max_size must be 1 to {_LARGEST}, got {max_size}")
-    loss, _ = _listwise_loss(scores, ranks, offsets, kind, max_size)
+    if use_kernels(scores):
+        loss, _ = _listwise_loss(scores, ranks, offsets, kind, max_size)
+    else:
+        if checks_values(scores):
+            _check_offsets(offsets.tolist(), scores.shape[0], max_size)
+            if ranks.is_floating_point() and ranks.isnan().any():
+                where = int(ranks.isnan().nonzero()[0])
+                raise ValueError(f"ranks[{where}] is NaN: it can't be compared")
+        run = without_autocast(reference.listwise_loss)
+        loss = run(scores, ranks, offsets, kind, max_size)
     return loss if reduction == "none" else getattr(loss, reduction)()

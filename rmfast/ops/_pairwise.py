@@ -14,14 +14,14 @@ from rmfast.ops._common import (
     check_floating,
     check_pair_values,
     check_places,
-    exact,
     no_second_derivative,
     use_kernels,
+    without_autocast,
 )
 
 
 @torch.library.custom_op("rmfast::pairwise_loss", mutates_args=())
-@exact
+@without_autocast
 def _pairwise_loss(
     scores: Tensor,
     pairs: Tensor | None,
@@ -35,39 +35,25 @@ def _pairwise_loss(
     reduction: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = (label_smoothing, center, gamma, reduction)
-    if use_kernels(scores):
-        from rmfast.kernels import pairwise_loss as kernel
+    from rmfast.kernels import pairwise_loss as kernel
 
-        loss, metrics, grads = kernel.pairwise_loss(
-            scores, pairs, margin, target, weight, layout, *options, needs_grad
-        )
-        return loss, metrics, metrics.new_empty(0) if grads is None else grads
-    if pairs is not None:
-        check_places("pairs", pairs, scores.shape[0])
-    check_pair_values(margin=margin, target=target, weight=weight)
-    args = (scores, layout if pairs is None else pairs, margin, target, weight, *options)
-    loss, metrics = reference.pairwise_loss(*args)
-    return (
-        loss,
-        metrics,
-        (reference.pairwise_gradients(*args) if needs_grad else metrics.new_empty(0)),
+    options = (label_smoothing, center, gamma, reduction)
+    loss, metrics, grads = kernel.pairwise_loss(
+        scores, pairs, margin, target, weight, layout, *options, needs_grad
     )
+    return loss, metrics, metrics.new_empty(0) if grads is None else grads
 
 
 @torch.library.custom_op("rmfast::pairwise_loss_backward", mutates_args=())
-@exact
+@without_autocast
 def _pairwise_loss_backward(
     grad: Tensor, grads: Tensor, scores: Tensor, pairs: Tensor | None, layout: str
 ) -> Tensor:
     # of scores only the shape, and that autograd sees a second derivative asked for
-    batch, dtype = scores.shape[0], scores.dtype
-    if use_kernels(grads):
-        from rmfast.kernels import pairwise_loss as kernel
+    from rmfast.kernels import pairwise_loss as kernel
 
-        return kernel.pairwise_loss_backward(grad, grads, pairs, layout, batch, dtype)
-    use = layout if pairs is None else pairs
-    return reference.pairwise_loss_backward(grad, grads, use, batch).to(dtype)
+    batch, dtype = scores.shape[0], scores.dtype
+    return kernel.pairwise_loss_backward(grad, grads, pairs, layout, batch, dtype)
 
 
 @_pairwise_loss.register_fake
@@ -228,8 +214,15 @@ def pairwise_loss(
     check_devices(scores=scores, pairs=index, margin=margin, target=target, weight=weight)
     needs_grad = torch.is_grad_enabled() and scores.requires_grad
     scores = scores.squeeze(1) if scores.ndim == 2 else scores
-    loss, metrics, _ = _pairwise_loss(
-        scores, index, margin, target, weight, layout, label_smoothing, center, gamma,
-        reduction, needs_grad,
-    )  # fmt: skip
+    options = (label_smoothing, center, gamma, reduction)
+    if use_kernels(scores):
+        loss, metrics, _ = _pairwise_loss(
+            scores, index, margin, target, weight, layout, *options, needs_grad
+        )
+    else:
+        check_places("pairs", index, scores.shape[0])
+        check_pair_values(margin=margin, target=target, weight=weight)
+        pairs = layout if index is None else index
+        run = without_autocast(reference.pairwise_loss)
+        loss, metrics = run(scores, pairs, margin, target, weight, *options)
     return PairwiseLoss(loss, *metrics.unbind())

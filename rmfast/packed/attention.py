@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmfast.ops import TriePlan
 from rmfast.ops import _cpu as cpu
+from rmfast.ops._plan import made_for
 from rmfast.packed import backends
 from rmfast.packed.compiling import untraced
 from rmfast.trie import PackedTrie
@@ -62,91 +64,72 @@ class Carried:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrieRun:
-    """What the layers of one packed forward pass are given, as the keyword ``rmfast_run``."""
+    """What the layers of one packed forward pass are given, as the keyword ``rmfast_run``.
+
+    Attributes:
+        trie: the nodes whose keys and values there are.
+        plan: of the queries that run.
+        shared: a node may belong to several sequences.
+        backend: as in :func:`rmfast.patch`.
+        pooled: int64 ``[P]``, rising nodes that the last layer is wanted for; None: all.
+        carried: of a trie that is a piece of a larger one.
+        leave_at_attention: raise :class:`KeysAndValues` instead of attending.
+        keys_and_values: those of all nodes, where only pooled queries run.
+    """
 
     trie: PackedTrie
-    shared: bool  # whether a node may belong to several sequences
+    plan: TriePlan
+    shared: bool
     backend: str = "auto"
-    pooled: Tensor | None = None  # int64 [P], rising nodes the last layer is wanted for; None: all
+    pooled: Tensor | None = None
+    carried: Carried | None = None
     leave_at_attention: bool = False
-    keys_and_values: tuple[Tensor, Tensor] | None = None  # of all nodes, for pooled queries
-    carried: Carried | None = None  # the trie is a piece of a larger one
-    rows: Tensor | None = None  # int64 [M], nodes that are run, where the first ones are carried
+    keys_and_values: tuple[Tensor, Tensor] | None = None
 
     def attend(
         self,
+        layer: nn.Module,
         query: Tensor,  # [1, Hq, M, D]
         key: Tensor,  # [1, Hk, M, D]
         value: Tensor,
         *,
-        scaling: float | None = None,
         dropout: float = 0.0,
+        scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
         position_bias: Tensor | None = None,
         is_causal: bool | None = None,
-        layer: nn.Module | None = None,
         **_: Any,
     ) -> Tensor:  # [1, M, Hq, D]
+        """What transformers' attention functions return, given their arguments."""
         if position_bias is not None or is_causal is False:
             raise RuntimeError(
                 "rmfast runs causal attention without a position bias; unpatch this model and "
                 "report its class, it should not have been patched"
             )
-        trie, queries = self.trie.on(query.device), self.rows
-        if queries is not None and queries.device != query.device:
-            queries = trie.after(self.carried.count)
         if self.carried is not None and self.keys_and_values is None:
             key, value = self.carried.join(layer, key, value)
         if self.leave_at_attention:
             raise KeysAndValues(key, value)
         if self.keys_and_values is not None:
             key, value = self.keys_and_values
-            queries = self.pooled.to(query.device)
         device = query.device.type
         if torch.is_autocast_enabled(device):  # as torch's own attention does
             dtype = torch.get_autocast_dtype(device)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if dropout:
-            return self._with_dropout(
-                trie,
-                query,
-                key,
-                value,
-                queries,
-                sliding_window,
-                scaling,
-                softcap,
-                s_aux,
-                dropout,
-            )
-        return backends.trie_attention(
-            self.backend,
-            query,
-            key,
-            value,
-            trie.subtree_end,
-            trie.position_ids,
-            queries=queries,
-            sinks=s_aux,
-            scale=scaling,
-            window=sliding_window,
-            softcap=softcap,
-        )
-
-    def _with_dropout(
-        self, trie, query, key, value, queries, window, scaling, softcap, sinks, dropout
-    ) -> Tensor:
+        plan = self.plan.on(query.device)
+        rule = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
+        if not dropout:
+            return backends.trie_attention(self.backend, query, key, value, plan, **rule)
         if self.shared:
             raise RuntimeError(
                 "attention dropout is active, so sequences must not share prefixes: "
                 "patch with share_prefixes=False, and report this model's class"
             )
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        end, positions = trie.subtree_end, trie.position_ids
+        rule["scale"] = query.shape[-1] ** -0.5 if scaling is None else scaling
         return cpu.trie_attention(
-            query, key, value, end, positions, queries, sinks, scale, window, softcap, dropout
+            query, key, value, *plan.tensors, dropout=dropout, made=made_for(plan.carrier), **rule
         )
 
 
@@ -194,19 +177,10 @@ def unpacked_function(before: str, module: nn.Module) -> Callable | None:
 
 
 def _forward(
-    before: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *args,
-    **kwargs,
-):
+    before: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs
+) -> tuple[Tensor, Any]:
     run = kwargs.pop("rmfast_run", None)
     if run is None:
         return unpacked_function(before, module)(module, query, key, value, *args, **kwargs)
-    if args:  # the padded batch's mask: the trie is the mask here
-        args = args[1:]
-    else:
-        kwargs.pop("attention_mask", None)
-    return run.attend(query, key, value, layer=module, **kwargs), None
+    kwargs.pop("attention_mask", None)  # the trie is the mask
+    return run.attend(module, query, key, value, **kwargs), None

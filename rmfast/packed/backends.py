@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rmfast import ops, reference
-from rmfast.ops import _cpu as cpu
 
 BACKENDS = ("triton", "sdpa", "flex", "flash")
 
@@ -36,23 +35,20 @@ def trie_attention(
     query: Tensor,  # [1, Hq, M, D]
     key: Tensor,  # [1, Hk, N, D]
     value: Tensor,  # [1, Hk, N, Dv]
-    subtree_end: Tensor,  # int32 [N]
-    position_ids: Tensor,  # int64 [N]
+    plan: ops.TriePlan,
     *,
-    queries: Tensor | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:  # [1, M, Hq, Dv]
     """:func:`rmfast.ops.trie_attention` by a backend of this module."""
-    rule = {"queries": queries, "sinks": sinks, "scale": scale, "window": window}
-    rule |= {"softcap": softcap}
+    rule = {"sinks": sinks, "scale": scale, "window": window, "softcap": softcap}
     if backend == "flex":
-        return _flex(query, key, value, subtree_end, position_ids, **rule)
+        return _flex(query, key, value, plan, **rule)
     if backend == "flash":
-        return _flash(query, key, value, subtree_end, position_ids, **rule)
-    return ops.trie_attention(query, key, value, subtree_end, position_ids, backend=backend, **rule)
+        return _flash(query, key, value, plan, **rule)
+    return ops.trie_attention(query, key, value, plan, backend=backend, **rule)
 
 
 # --- FlexAttention
@@ -68,14 +64,13 @@ def _compiled_flex() -> Callable:
 _BLOCK = 128  # queries, and nodes, that FlexAttention looks up together
 
 
-@cpu.once_a_batch
-def _block_mask(subtree_end, position_ids, queries, window):
+def _block_mask(plan: ops.TriePlan, window: int | None) -> Any:
     """Blocks by their extrema alone: create_block_mask would make all pairs of nodes."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    nodes = torch.arange(subtree_end.shape[0], device=subtree_end.device)
-    row = nodes if queries is None else queries
-    end, position = subtree_end.clone(), position_ids  # what is kept on a tensor must not hold it
+    end, position, row = plan.tensors
+    nodes = torch.arange(len(end), device=plan.device)
+    row = nodes if row is None else row
 
     def seen(batch, head, q, k):
         allowed = (k <= row[q]) & (row[q] < end[k])
@@ -113,9 +108,7 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:  # bool [Q, K] -> int32 [1
     return blocks.sum(1).int()[None, None], order.int()[None, None]
 
 
-def _flex(
-    query, key, value, subtree_end, position_ids, *, queries, sinks, scale, window, softcap
-) -> Tensor:
+def _flex(query, key, value, plan, *, sinks, scale, window, softcap) -> Tensor:
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     cap = None
@@ -129,7 +122,7 @@ def _flex(
     out, aux = run(
         query, key, value, score_mod=cap, scale=scale, enable_gqa=True,
         return_aux=AuxRequest(lse=True),
-        block_mask=_block_mask(subtree_end, position_ids, queries, window),
+        block_mask=plan.once(("flex", window), lambda: _block_mask(plan, window)),
     )  # fmt: skip
     if sinks is not None:  # one more logit in the denominator
         kept = torch.sigmoid(aux.lse - sinks[None, :, None].to(aux.lse.dtype))
@@ -150,10 +143,9 @@ class Varlen(NamedTuple):
     max_seqlen_k: int
 
 
-@cpu.once_a_batch
-def varlen(subtree_end, position_ids, queries, window) -> Varlen:
-    """Rows in preorder; with ``queries`` each of them is a row of its own."""
-    end = subtree_end.cpu().numpy()
+def varlen(plan: ops.TriePlan) -> Varlen:
+    """Rows in preorder; with queries each of them is a row of its own."""
+    end, queries = plan.subtree_end.cpu().numpy(), plan.queries
     if queries is None:  # a new row begins where a node is not the child of the one before it
         starts = np.flatnonzero(np.r_[True, end[:-1] <= np.arange(1, end.size)])
         last = np.r_[starts[1:], end.size] - 1
@@ -166,13 +158,11 @@ def varlen(subtree_end, position_ids, queries, window) -> Varlen:
         np.concatenate(paths),
         *(np.r_[0, x.cumsum()].astype(np.int32) for x in (new, lengths)),
     )
-    on = [torch.from_numpy(a).to(subtree_end.device) for a in arrays]
+    on = [torch.from_numpy(a).to(plan.device) for a in arrays]
     return Varlen(*on, int(new.max()), int(lengths.max()))
 
 
-def _flash(
-    query, key, value, subtree_end, position_ids, *, queries, sinks, scale, window, softcap
-) -> Tensor:
+def _flash(query, key, value, plan, *, sinks, scale, window, softcap) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     if sinks is not None:
@@ -181,7 +171,7 @@ def _flash(
         )
     if query.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"attention='flash' knows fp16 and bf16, not {query.dtype}: use 'triton'")
-    rows = varlen(subtree_end, position_ids, queries, window)
+    rows = plan.once("flash", lambda: varlen(plan))
 
     def along(x: Tensor) -> Tensor:  # [1, Hk, N, D] -> [keys, Hk, D]
         # gathered in fp32, so that the gradients of a shared token are summed in fp32

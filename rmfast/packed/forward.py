@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rmfast.packed import attention, models
+from rmfast.ops import TriePlan
+from rmfast.packed import attention, models, pieces
 from rmfast.packed.compiling import untraced
+from rmfast.packed.pieces import Piece
 from rmfast.packed.stand_in import Override, Unservable
 from rmfast.trie import PackedTrie, pack
-
-if TYPE_CHECKING:
-    from rmfast.packed.pieces import Piece
-
 
 # Arguments the stand-ins read themselves, or may drop: they change no number.
 _KNOWN = frozenset(
@@ -128,28 +127,37 @@ class PackedForward(Override):
     def piece(
         self,
         piece: Piece,
-        before: dict[nn.Module, tuple[Tensor, Tensor]],
+        before: dict[nn.Module, tuple[Tensor, Tensor]] | None,
         prune: bool,
-        shared: bool = True,
+        shared: bool,
     ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
-        """Run a piece of a trie, on the model's device.
-
-        Args:
-            before: what the piece before it left; empty for the first.
-            prune: only the rows of its ``pool_index`` are wanted.
-            shared: a node may belong to several sequences.
-
-        Returns:
-            Hidden states ``[n, H]`` of the piece's own nodes, and what it leaves to the next one.
-        """
+        """Hidden states ``[n, H]`` of a piece's own nodes, and its keys and values for the next."""
         self.patch.prepare()
         trie = piece.trie
         rows = trie.pool_index.unique() if prune and self.may_prune() else None
         if rows is not None and not rows.numel():
-            rows = trie.after(len(trie) - 1)  # nobody is scored here: any one will do
-        carried = attention.Carried(piece.carried, piece.keep, before)
+            rows = rows.new_tensor([len(trie) - 1])  # nobody is scored here: any one will do
+        carried = attention.Carried(piece.carried, piece.keep, before or {})
         out = self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)
         return out[0][0], carried.after
+
+    def run_pieces(
+        self,
+        trie: PackedTrie,
+        take: Callable[[Piece, Tensor], None],
+        budget: pieces.Budget,
+        prune: bool = True,
+        shared: bool = True,
+    ) -> None:
+        """Run a trie piece by piece.
+
+        Args:
+            take: as in :func:`rmfast.packed.pieces.run`.
+            prune: ``take`` reads the rows of sequences' last tokens only.
+            shared: a node may belong to several sequences.
+        """
+        step = functools.partial(self.piece, prune=prune, shared=shared)
+        pieces.run(step, trie, budget, take, models.device(self.patch.base))
 
     def inside(self) -> Callable:
         """The backbone, past the stand-in."""
@@ -176,10 +184,10 @@ class PackedForward(Override):
         **kwargs: Any,
     ) -> Any:
         first = 0 if carried is None else carried.count
-        run = attention.TrieRun(
-            trie, shared, self.patch.options.attention, pooled,
-            carried=carried, rows=trie.after(first),
-        )  # fmt: skip
+        end, positions = trie.subtree_end, trie.position_ids
+        rows = torch.arange(first, len(trie), device=end.device) if first else None
+        plan = TriePlan(end, positions, rows)
+        run = attention.TrieRun(trie, plan, shared, self.patch.options.attention, pooled, carried)
         # a 4D mask is handed to the layers as it is; this one fails loudly should any use it
         no_mask = torch.empty(0, 0, 0, 0, device=trie.input_ids.device)
         return call(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from rmfast.ops import TriePlan
 from rmfast.packed import attention
 from rmfast.packed.compiling import untraced
 from rmfast.packed.stand_in import Override
@@ -43,7 +44,9 @@ class LastLayer(Override):
             along = isinstance(x, Tensor) and x.ndim > 1 and x.shape[:2] == (1, nodes)
             return x.index_select(1, rows.to(x.device)) if along else x
 
-        kwargs["rmfast_run"] = dataclasses.replace(run, keys_and_values=(key, value))
+        plan = TriePlan(run.trie.subtree_end, run.trie.position_ids, run.pooled)
+        few = dataclasses.replace(run, plan=plan, keys_and_values=(key, value))
+        kwargs["rmfast_run"] = few
         out = self.layer(pick(hidden), *tree_map(pick, args), **tree_map(pick, kwargs))
 
         def put(x: Any) -> Any:

@@ -11,64 +11,56 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from rmfast import reference
 from rmfast.packed import attention as packed_attention
-from rmfast.packed import backends, liger, models, pieces
+from rmfast.packed import backends, liger, models
 from rmfast.packed.backbone import BackboneForward
 from rmfast.packed.last_layer import LastLayer
 from rmfast.packed.scoring import ScoringForward
-from rmfast.packed.stand_in import Member, Override, Weak
-from rmfast.packed.state import Options, Report
+from rmfast.packed.stand_in import Override
+from rmfast.packed.state import Options, Report, State, Weak
 
 _POOLING = ("hf", "mask")
 _ATTRIBUTE = "_rmfast"
+Model = TypeVar("Model", bound=nn.Module)
 
 
-class Patch(Member):
+class Patch(State):
     """What was changed in one model, and how to undo it."""
 
-    outer = Weak()
-    base = Weak()
     holder = Weak()
-    last_layer = Weak()
 
     def __init__(self, root: nn.Module, options: Options) -> None:
-        self.options = options
-        self.active = False
-        self.fallbacks: Counter[str] = Counter()
-        self.rounded: Counter[str] = Counter()  # calls scored in half precision, by dtype
-        self.budgets: dict[str, pieces.Budget] = {}  # by device
-        self.last_layer = None
-        self.attention_before: str | None = None
-        self.level, self.reasons, self.outer, self.base = _choose(root, options)
+        level, self.reasons, classifier, base = _choose(root, options)
+        super().__init__(options, level, classifier, base)
         # not a wrapper such as PEFT's: the patch is found again from inside and from outside it
-        self.holder = next(m for m in (self.outer, self.base, root) if m is not None)
-        if self.level != "head":
-            self.absolute_positions = models.has_absolute_positions(self.base)
-            self.position_limit = models.position_limit(self.base.config)
-            self.arguments = models.arguments(self.base)
-            self.reads_pads = models.can_generate(root)
-            if self.level == "trie" and options.prune_last_layer:
-                self.last_layer = models.decoder_layers(self.base)[-1]
-
+        self.holder = next(m for m in (classifier, base, root) if m is not None)
+        self.reads_pads = level != "head" and models.can_generate(root)
         self.overrides = self._overrides()
 
     def _overrides(self) -> list[Override]:
         out: list[Override] = []
         if self.level == "backbone":
             out.append(BackboneForward(self.base, self))
-        elif self.outer is not None:
-            out.append(ScoringForward(self.outer, self))
+        elif self.classifier is not None:
+            out.append(ScoringForward(self.classifier, self))
         if self.last_layer is not None:
             out.append(LastLayer(self.last_layer, self))
         if self.options.backbone_kernels:
             out += [kind(module, self) for module, kind in liger.places(self.base).items()]
         return out
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for stand_in in self.overrides:
+            stand_in.patch = self
+        if self.attention_before is not None:  # another process has registries of its own
+            packed_attention.register(self.attention_before)
 
     def apply(self) -> None:
         for stand_in in self.overrides:
@@ -79,43 +71,6 @@ class Patch(Member):
         self.prepare()
         for module in self.marked():
             setattr(module, _ATTRIBUTE, self)
-
-    @property
-    def packs(self) -> bool:
-        return self.level != "head" and self.base is not None
-
-    def marked(self) -> list[nn.Module]:
-        """Where the patch is found again: also from inside or outside of a wrapper like PEFT's."""
-        marked = [self.holder, self.base if self.packs else None]
-        return [m for m in dict.fromkeys(marked) if m is not None]
-
-    def prepare(self) -> None:
-        """Before a packed pass: somebody may have renamed the attention, or copied the model."""
-        if not self.packs:
-            return
-        for module in self.base.modules():  # copied layers have configs of their own
-            config = module.__dict__.get("config")
-            if getattr(config, "_attn_implementation", None) is not None:
-                self.attention_before = packed_attention.use(config)
-        if self.options.compile:
-            for layer in models.decoder_layers(self.base):
-                if layer is not self.last_layer and layer._compiled_call_impl is None:
-                    layer.compile(dynamic=True)
-
-    def budget(self) -> pieces.Budget:
-        """What runs together without gradients."""
-        device = models.device(self.base)
-        if device.type not in self.budgets:
-            tokens = self.options.max_tokens or pieces.most(device)
-            self.budgets[device.type] = pieces.Budget(tokens)
-        return self.budgets[device.type]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for stand_in in self.overrides:
-            stand_in.patch = self
-        if self.attention_before is not None:  # another process has registries of its own
-            packed_attention.register(self.attention_before)
 
     def undo(self) -> None:
         self.active = False  # should somebody have wrapped a stand-in, it hands everything on
@@ -130,6 +85,11 @@ class Patch(Member):
                     layer._compiled_call_impl = None
         for module in self.marked():
             delattr(module, _ATTRIBUTE)
+
+    def marked(self) -> list[nn.Module]:
+        """Where the patch is found again: also from inside or outside of a wrapper like PEFT's."""
+        marked = [self.holder, self.base if self.packs else None]
+        return [m for m in dict.fromkeys(marked) if m is not None]
 
     def report(self) -> Report:
         if self.is_orphan():
@@ -148,64 +108,58 @@ class Patch(Member):
             kinds = Counter(type(o).__name__ for o in self.overrides if isinstance(o, liger.Kernel))
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
             reasons.append(f"Liger's kernels in {counts}")
-        return Report(self.level, reasons, self.warnings(), Counter(self.fallbacks))
+        warnings = [*self._of_the_head(), *self._of_the_backbone()]
+        return Report(self.level, reasons, warnings, Counter(self.fallbacks))
 
-    def is_orphan(self) -> bool:
-        """Whether a backbone has outlived the classifier that was patched around it."""
-        return self.level == "trie" and self.outer is None
-
-    def warnings(self) -> list[str]:
-        out = []
-        if self.outer is not None:
-            text = self.outer.config.get_text_config()
+    def _of_the_head(self) -> Iterator[str]:
+        """Warnings: which token is scored, and in what precision."""
+        if self.classifier is not None:
+            text = self.classifier.config.get_text_config()
             eos = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-            if self.options.pooling == "hf":
-                if text.pad_token_id is None:
-                    out.append(
-                        "no pad token: batches of more than one sequence are refused, as in "
-                        "Hugging Face; set config.pad_token_id"
-                    )
-                elif text.pad_token_id in eos:
-                    out.append(
-                        f"pad_token_id equals eos_token_id ({text.pad_token_id}): Hugging Face's "
-                        "rule passes over a final eos and scores the token before it; "
-                        "pooling='mask' scores the last attended token"
-                    )
-            head = self.outer.score
+            if self.options.pooling == "hf" and text.pad_token_id is None:
+                yield (
+                    "no pad token: batches of more than one sequence are refused, as in Hugging "
+                    "Face; set config.pad_token_id"
+                )
+            elif self.options.pooling == "hf" and text.pad_token_id in eos:
+                yield (
+                    f"pad_token_id equals eos_token_id ({text.pad_token_id}): Hugging Face's rule "
+                    "passes over a final eos and scores the token before it; pooling='mask' scores "
+                    "the last attended token"
+                )
+            head = self.classifier.score
             dtype = next((p.dtype for p in head.parameters()), torch.float32)
             if models.linear(head) is None and reference.wide(dtype) != dtype:
-                out.append(
-                    f"the reward head is no bare linear layer: it runs in {dtype}, not in fp32"
-                )
-        if self.packs and _drops_soft_cap(self.base.config, self.attention_before):
-            out.append(
+                yield f"the reward head is no bare linear layer: it runs in {dtype}, not in fp32"
+        for dtype, count in self.rounded.items():
+            calls = "1 call was" if count == 1 else f"{count} calls were"
+            yield f"{calls} scored by the model's own forward, in {dtype} and not in fp32"
+
+    def _of_the_backbone(self) -> Iterator[str]:
+        """Warnings: what differs from the model's own forward."""
+        if not self.packs:
+            return
+        if _drops_soft_cap(self.base.config, self.attention_before):
+            yield (
                 "gemma2: in transformers up to 5.20, SDPA leaves out the soft cap of the attention "
                 "logits (config.attn_logit_softcapping). Packed calls have it, so their scores "
                 "differ from Hugging Face's and from those of calls that run unpacked; loaded with "
                 "attn_implementation='eager', both have it"
             )
-        shares = self.packs and self.options.share_prefixes
-        if shares and models.draws_noise(self.marked()[0], active=False):
-            out.append(
+        if self.options.share_prefixes and models.draws_noise(self.marked()[0], active=False):
+            yield (
                 "the model has dropout: in training mode prefixes are not shared, because each "
                 "sequence draws its own noise"
             )
-        for dtype, count in self.rounded.items():
-            calls = "1 call was" if count == 1 else f"{count} calls were"
-            out.append(f"{calls} scored by the model's own forward, in {dtype} and not in fp32")
         if self.level == "backbone":
-            out.append(
+            yield (
                 "hidden states of tokens that the attention mask hides are zeros: a head or a loss "
                 "that reads them gives other numbers"
             )
-        if self.options.backbone_kernels and self.packs and not liger.runs_on(self.base):
-            out.append("Liger's kernels wait: the model is not on a GPU, and runs as it was")
-        hooked = self.packs and any(
-            m._forward_hooks or m._forward_pre_hooks for m in self.base.modules()
-        )
-        if hooked:
-            out.append("forward hooks on the backbone see packed rows [1, N, H], not [B, T, H]")
-        return out
+        if self.options.backbone_kernels and not liger.runs_on(self.base):
+            yield "Liger's kernels wait: the model is not on a GPU, and runs as it was"
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self.base.modules()):
+            yield "forward hooks on the backbone see packed rows [1, N, H], not [B, T, H]"
 
 
 def _drops_soft_cap(config: Any, attention_before: str | None) -> bool:
@@ -277,7 +231,7 @@ def attached(model: nn.Module) -> Patch | None:
 
 
 def patch(
-    model: nn.Module,
+    model: Model,
     *,
     share_prefixes: bool = True,
     prune_last_layer: bool = True,
@@ -286,7 +240,7 @@ def patch(
     compile: bool = False,
     max_tokens: int | None = None,
     backbone_kernels: str | None = None,
-) -> nn.Module:
+) -> Model:
     """Make a Hugging Face reward model train and score without running a token twice.
 
     In place, on this instance alone; the numbers stay Hugging Face's. Patching a patched model
@@ -296,7 +250,8 @@ def patch(
         model: a reward model, or any module around one supported backbone (PEFT included).
         share_prefixes: run a prefix that several sequences of a batch share once. Off by itself
             while dropout is active.
-        prune_last_layer: run the last decoder layer's queries, MLP and norm on pooled tokens only.
+        prune_last_layer: run the last decoder layer's attention and MLP on pooled tokens only; its
+            queries and the final norm still run on all tokens.
         pooling: the token that carries the score. ``"hf"``: the rightmost that is not the pad
             token, as Hugging Face has it. ``"mask"``: the last one the attention mask lets through.
         attention: ``"triton"``, the kernel of this library; ``"sdpa"``, torch's own operations,
@@ -306,8 +261,9 @@ def patch(
         max_tokens: trie nodes (distinct prefixes) that run at once in a call without gradients, at
             level ``"trie"``: a larger batch, such as all rollouts of a step of GRPO, runs in
             pieces, each node once, halved when memory runs out and doubled again after a while.
-            Not given: 4096 on a CPU, 65536 on a GPU. 0: never in pieces. Whole run all calls at
-            other levels, those that fall back, and those of a model that is sharded over processes.
+            Not given: 4096 on a CPU, 65536 on a GPU. 0: never in pieces. Calls at other levels,
+            calls that fall back, and calls of a model that is sharded over processes never run in
+            pieces.
         backbone_kernels: ``"liger"``: RMSNorm, SwiGLU and rotary embedding of this instance by
             liger-kernel, on a GPU, in llama, mistral, qwen2 and qwen3; never its loss. Not with
             ``compile``.
@@ -393,7 +349,7 @@ def _apply_again(model: nn.Module, found: Patch) -> None:
         patch(model, **dataclasses.asdict(found.options))
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def unpatch(model: Model) -> Model:
     """Put everything back as it was before :func:`patch`. Does nothing to an unpatched model."""
     found = attached(model)
     if found is not None:
@@ -402,7 +358,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
+def patched(model: Model, **options: Any) -> Iterator[Model]:
     """:func:`patch` for the length of a ``with`` block, then as it was.
 
     With gradient checkpointing the backward belongs inside: it runs the layers again.

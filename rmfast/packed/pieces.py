@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rmfast.packed import models
 from rmfast.packed.compiling import untraced
 from rmfast.trie import PackedTrie
-
-if TYPE_CHECKING:
-    from rmfast.packed.forward import PackedForward
-
 
 _LEAST = 16  # nodes; when these do not fit, nothing will
 _PATIENCE = 32  # passes that fit before twice as much is tried
@@ -176,35 +171,34 @@ def out_of_memory(error: BaseException) -> bool:
 
 @untraced()
 def run(
-    forward: PackedForward,
+    forward: Callable[[Piece, Any], tuple[Tensor, Any]],
     trie: PackedTrie,
     budget: Budget,
     take: Callable[[Piece, Tensor], None],
-    prune: bool = True,
-    shared: bool = True,
+    device: torch.device,
 ) -> None:
     """Run a trie, each node once.
 
     Args:
-        forward: the stand-in that :func:`rmfast.patch` put on the model.
+        forward: runs a piece; given what it returned of the piece before (None for the first),
+            returns the hidden states ``[n, H]`` of the piece's own nodes, and what it needs for
+            the next one.
         trie: on the CPU, as :func:`rmfast.pack` gives it.
-        take: called with each piece and the hidden states ``[n, H]`` of its own nodes; called
-            again with a smaller piece should it run out of memory.
-        prune: ``take`` reads the rows of sequences' last tokens only.
-        shared: a node may belong to several sequences.
+        take: called with each piece and its hidden states; called again with a smaller piece
+            should it run out of memory.
+        device: where pieces run.
 
     Raises:
         MemoryError: not even a few tokens fit.
     """
-    device = models.device(forward.patch.base)
 
-    def one(start: int, before: dict) -> tuple[int, dict]:
+    def one(start: int, before: Any) -> tuple[int, Any]:
         piece = cut(trie, start, budget.tokens).to(device)
-        hidden, after = forward.piece(piece, before, prune, shared)
+        hidden, after = forward(piece, before)
         take(piece, hidden)
         return piece.stop, after
 
-    start, before = 0, {}
+    start, before = 0, None
     while start < len(trie):
         size = min(budget.tokens, len(trie) - start)
         start, before = budget.attempt(one, start, before, size=size) or (start, before)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from rmfast import ops, reference
-from rmfast.packed import models, pieces
+from rmfast.packed import models
 from rmfast.packed import step as packed_step
 from rmfast.packed.compiling import untraced
 from rmfast.packed.forward import PackedForward, _on_cpu
 from rmfast.packed.stand_in import Unservable
+from rmfast.packed.step import Rows
 from rmfast.trie import PackedTrie
 
 if TYPE_CHECKING:
@@ -92,15 +93,15 @@ class ScoringForward(PackedForward):
                 scores.append(self.scores(hidden, piece.trie.pool_index - piece.carried))
                 rows.append(torch.from_numpy(piece.rows))
 
-        pieces.run(self, trie, self.patch.budget(), take, shared=shared)
+        self.run_pieces(trie, take, self.patch.budget(), shared=shared)
         scores = torch.cat(scores)
         return scores[torch.cat(rows).argsort().to(scores.device)]
 
     def prepacked(self, step: packed_step.Step, call: dict[str, Any]) -> Any:
-        """The loss of what :class:`rmfast.training.Collator` packed; nothing waits for a GPU."""
+        """The loss of a batch that was packed before; nothing waits for a GPU."""
         from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-        batch, objective = step.batch, step.objective
+        batch = step.batch
         for name in ("inputs_embeds", "past_key_values"):
             if call.get(name) is not None:
                 raise ValueError(f"a packed batch cannot be run with {name}: give padded batches")
@@ -111,16 +112,17 @@ class ScoringForward(PackedForward):
             patch.fallbacks[str(reason)] += 1
             inputs = packed_step.padded(batch, self.module.config.get_text_config().pad_token_id)
             scores = self.run(**inputs, use_cache=False, return_dict=True).logits[:, 0]
-            loss, step.scores, step.metrics = objective.of_scores(scores, batch)
+            rows = Rows(lambda: scores)
         else:
             patch.prepare()
-            rows = batch["pooled"] if self.may_prune() else None
-            hidden = self.backbone(patch.base, packed_step.trie_of(batch), batch["shared"], rows)[0]
+            few = batch["pooled"] if self.may_prune() else None
+            out = self.backbone(patch.base, packed_step.trie_of(batch), batch["shared"], few)
+            hidden = out[0][0]
             head = models.linear(self.module.score)
             if head is not None and {head.weight.device, hidden.device} != {batch["pooled"].device}:
                 head = None  # the loss is where the batch is
-            found = objective.of_hidden(hidden[0], batch, head, self.scores)
-            loss, step.scores, step.metrics = found
+            rows = Rows(lambda: self.scores(hidden, batch["pool_index"])[:, 0], hidden, head)
+        loss, step.scores, step.metrics = step.objective(rows, batch)
         loss = loss / step.count
         step.loss = loss.detach()
         return SequenceClassifierOutputWithPast(loss=loss, logits=step.scores[:, None])

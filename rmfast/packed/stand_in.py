@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from rmfast.packed import models
 from rmfast.packed.compiling import keep_out
-
-if TYPE_CHECKING:
-    from rmfast.packed.patching import Patch
+from rmfast.packed.state import Member, State, Weak
 
 
 class Unservable(Exception):
     """A call the packed path cannot serve; the message is the reason."""
-
-
-class Weak:
-    """An attribute that keeps nothing alive: None where what it was has gone."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = f"_{name}"
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        held = getattr(instance, self.name)
-        return None if held is None else held()
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        setattr(instance, self.name, None if value is None else weakref.ref(value))
-
-
-class Member:
-    """Part of a patched model, which it does not keep alive. A copy belongs to the model's copy."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        names = [name.removeprefix("_") for name in self.__dict__]
-        return {name: getattr(self, name) for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
 
 
 class Override(Member):
@@ -58,7 +29,7 @@ class Override(Member):
         keep_out()  # here, because an unpickled model comes by no other way
         return super().__new__(cls)
 
-    def __init__(self, module: nn.Module, patch: Patch) -> None:
+    def __init__(self, module: nn.Module, patch: State) -> None:
         self.module = module
         self.patch = patch
         self.before = models.replaced(module)  # an instance forward of somebody else's

@@ -1,13 +1,47 @@
-"""What was asked of a patch, and what became of it."""
+"""What was asked of a patch, what became of it, and what the stand-ins ask of it."""
 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from rmfast.packed import attention, models, pieces
+
+
+class Weak:
+    """An attribute that keeps nothing alive: None where what it was has gone."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        held = getattr(instance, self.name)
+        return None if held is None else held()
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        setattr(instance, self.name, None if value is None else weakref.ref(value))
+
+
+class Member:
+    """Part of a patched model, which it does not keep alive. A copy belongs to the model's copy."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = [name.removeprefix("_") for name in self.__dict__]
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    """The options of :func:`rmfast.patch`."""
+
     share_prefixes: bool = True
     prune_last_layer: bool = True
     pooling: str = "hf"
@@ -43,3 +77,69 @@ class Report:
             for reason, count in self.fallbacks.items()
         ]
         return "\n".join(lines)
+
+
+class State(Member):
+    """What the stand-ins of one model ask and tell.
+
+    Attributes:
+        level: as in :class:`Report`.
+        classifier: the sequence classifier whose head is served; None at level ``"backbone"``.
+        base: the backbone.
+        last_layer: the decoder layer that runs pooled rows only; None: it runs all.
+        active: False once the patch is undone.
+        fallbacks: as in :class:`Report`.
+        rounded: calls scored in half precision, by dtype.
+        attention_before: the attention function that the model had.
+    """
+
+    classifier = Weak()
+    base = Weak()
+    last_layer = Weak()
+
+    def __init__(
+        self, options: Options, level: str, classifier: nn.Module | None, base: nn.Module | None
+    ) -> None:
+        self.options, self.level, self.classifier, self.base = options, level, classifier, base
+        self.last_layer: nn.Module | None = None
+        self.active = False
+        self.fallbacks: Counter[str] = Counter()
+        self.rounded: Counter[str] = Counter()
+        self.budgets: dict[str, pieces.Budget] = {}  # by device
+        self.attention_before: str | None = None
+        if level == "head":
+            return
+        self.absolute_positions = models.has_absolute_positions(base)
+        self.position_limit = models.position_limit(base.config)
+        self.arguments = models.arguments(base)
+        if level == "trie" and options.prune_last_layer:
+            self.last_layer = models.decoder_layers(base)[-1]
+
+    @property
+    def packs(self) -> bool:
+        return self.level != "head" and self.base is not None
+
+    def prepare(self) -> None:
+        """Before a packed pass: somebody may have renamed the attention, or copied the model."""
+        if not self.packs:
+            return
+        for module in self.base.modules():  # copied layers have configs of their own
+            config = module.__dict__.get("config")
+            if getattr(config, "_attn_implementation", None) is not None:
+                self.attention_before = attention.use(config)
+        if self.options.compile:
+            for layer in models.decoder_layers(self.base):
+                if layer is not self.last_layer and layer._compiled_call_impl is None:
+                    layer.compile(dynamic=True)
+
+    def budget(self) -> pieces.Budget:
+        """What runs together without gradients."""
+        device = models.device(self.base)
+        if device.type not in self.budgets:
+            tokens = self.options.max_tokens or pieces.most(device)
+            self.budgets[device.type] = pieces.Budget(tokens)
+        return self.budgets[device.type]
+
+    def is_orphan(self) -> bool:
+        """Whether a backbone has outlived the classifier that was patched around it."""
+        return self.level == "trie" and self.classifier is None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,24 @@ def pad(
     return pad_sequence(ids, True, pad_token_id), pad_sequence(mask, True)
 
 
+class Rows(NamedTuple):
+    """Where the scores of a packed batch come from.
+
+    Attributes:
+        scores: gives the scores ``[B]``, in fp32 (fp64 of fp64 models).
+        hidden: ``[N, H]``, the hidden states of the trie's nodes; None where only scores are known.
+        head: the linear head on them; None where it is not a bare one, or on another device.
+    """
+
+    scores: Callable[[], Tensor]
+    hidden: Tensor | None = None
+    head: nn.Linear | None = None
+
+
+# the sum of the losses [], the scores [B] and the metrics [6] of a batch
+Objective = Callable[[Rows, Batch], tuple[Tensor, Tensor, Tensor]]
+
+
 class Step:
     """A packed batch and what is minimised, for ``model(rmfast_step=step)`` on a patched model.
 
@@ -47,8 +65,8 @@ class Step:
     precision does. The batch is on the model's device already.
 
     Args:
-        batch: what :class:`Collator` returned.
-        objective: the loss.
+        batch: what :class:`rmfast.train.batches.Collator` returned.
+        objective: the loss, such as :class:`rmfast.train.objective.Objective`.
         count: what the sum over the batch is divided by: a number or a tensor ``[]``.
 
     Attributes:
@@ -57,7 +75,7 @@ class Step:
         metrics: ``[6]``, see :class:`rmfast.ops.PairwiseLoss`.
     """
 
-    def __init__(self, batch: Batch, objective: Any, count: Any = 1) -> None:
+    def __init__(self, batch: Batch, objective: Objective, count: Tensor | int = 1) -> None:
         self.batch, self.objective, self.count = batch, objective, count
         self.loss: Tensor | None = None
         self.scores: Tensor | None = None

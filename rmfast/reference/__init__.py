@@ -5,33 +5,23 @@ from rmfast.reference.head import (
     last_token,
     pooled_reward_head,
     reward_head,
-    reward_head_backward,
-    rows_gradient,
     wide,
 )
 from rmfast.reference.losses import (
     listwise_loss,
-    listwise_loss_backward,
     pair_scores,
-    pairwise_gradients,
     pairwise_loss,
-    pairwise_loss_backward,
     reward_head_pairwise_loss,
 )
 
 __all__ = [
     "last_token",
     "listwise_loss",
-    "listwise_loss_backward",
     "pair_scores",
-    "pairwise_gradients",
     "pairwise_loss",
-    "pairwise_loss_backward",
     "pooled_reward_head",
     "reward_head",
-    "reward_head_backward",
     "reward_head_pairwise_loss",
-    "rows_gradient",
     "trie_mask",
     "wide",
 ]

@@ -11,9 +11,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# --- last-token pooling and the scalar head
-
-
 def last_token(
     input_ids: Tensor,  # int [B, T]
     attention_mask: Tensor | None,  # [B, T]
@@ -36,7 +33,8 @@ def last_token(
     return (columns * counts).argmax(-1)
 
 
-def _rows(hidden: Tensor, index: Tensor) -> Tensor:  # [M, H] or [B, T, H] -> [B, H]
+def gathered(hidden: Tensor, index: Tensor) -> Tensor:  # [M, H] or [B, T, H] -> [B, H]
+    """Rows ``index`` of ``hidden.flatten(0, -2)``."""
     if hidden.ndim == 2:
         return hidden[index]
     return hidden[index // hidden.shape[1], index % hidden.shape[1]]
@@ -48,10 +46,15 @@ def reward_head(
     weight: Tensor,  # [L, H]
     bias: Tensor | None,  # [L]
 ) -> Tensor:  # fp32 [B, L]
-    """``hidden[index] @ weight.T + bias`` in fp32."""
+    """``hidden[index] @ weight.T + bias`` in fp32; so are the gradients of a row that repeats."""
     acc = wide(hidden.dtype)
     bias = bias.to(acc) if bias is not None else None
-    return torch.nn.functional.linear(_rows(hidden, index).to(acc), weight.to(acc), bias)
+    if hidden.requires_grad and hidden.dtype != acc:  # else repeats would be summed in bf16
+        used, use = index.unique(return_inverse=True)
+        rows = gathered(hidden, used).to(acc)[use]
+    else:
+        rows = gathered(hidden, index).to(acc)
+    return torch.nn.functional.linear(rows, weight.to(acc), bias)
 
 
 def pooled_reward_head(
@@ -67,42 +70,3 @@ def pooled_reward_head(
     column = last_token(input_ids, attention_mask, pad_token_id, pooling)
     index = torch.arange(hidden.shape[0], device=column.device) * hidden.shape[1] + column
     return reward_head(hidden, index, weight, bias), index
-
-
-def reward_head_backward(
-    grad: Tensor,  # fp32 [B, L]
-    hidden: Tensor,  # [M, H] or [B, T, H]
-    index: Tensor,
-    weight: Tensor,
-    used_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # like hidden (used_only: [B, H]), [L, H], [L]
-    """Gradients of :func:`reward_head`; rows picked twice get the sum.
-
-    With ``used_only``, row ``i`` is the gradient of row ``index[i]`` of hidden where ``i`` is its
-    first use, and zero at later ones: a scatter-add of the rows gives the whole gradient.
-    """
-    acc = wide(hidden.dtype)
-    grad = grad.to(acc)
-    grad_hidden = rows_gradient(grad, index, weight, hidden.shape, hidden.dtype, used_only)
-    grad_weight = grad.mT @ _rows(hidden, index).to(acc)
-    return grad_hidden, grad_weight.to(weight.dtype), grad.sum(0)
-
-
-def rows_gradient(
-    grad: Tensor,  # fp32 [B, L]
-    index: Tensor,  # int64 [B]
-    weight: Tensor,  # [L, H]
-    shape: torch.Size,  # of hidden
-    dtype: torch.dtype,  # of hidden
-    used_only: bool = False,
-) -> Tensor:
-    """The part of :func:`reward_head_backward` that belongs to hidden."""
-    rows, use = index.unique(return_inverse=True)
-    sums = grad.new_zeros(rows.shape[0], shape[-1])
-    sums.index_add_(0, use, grad @ weight.to(grad.dtype))
-    if used_only:
-        every, shape = torch.arange(index.shape[0], device=index.device), (len(index), shape[-1])
-        rows = torch.full_like(rows, len(index)).scatter_reduce(0, use, every, "amin")
-    out = torch.zeros(shape, dtype=dtype, device=grad.device)
-    out.view(-1, shape[-1])[rows] = sums.to(dtype)
-    return out

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from rmfast.reference.head import reward_head, wide
 
-# --- the pairwise loss
-
 
 def pair_scores(scores: Tensor, pairs: str | Tensor) -> tuple[Tensor, Tensor]:  # [P], [P]
     """Scores of the chosen and of the rejected: ``pairs`` is "halves", "interleaved" or [P, 2]."""
@@ -22,7 +20,7 @@ def pair_scores(scores: Tensor, pairs: str | Tensor) -> tuple[Tensor, Tensor]:  
     return scores[:half], scores[half:]
 
 
-def _advantage(
+def advantage(
     chosen: Tensor,
     rejected: Tensor,
     margin: Tensor | None,
@@ -36,7 +34,7 @@ def _advantage(
     return z, 1 - label_smoothing if target is None else target.to(z.dtype)
 
 
-def _focus(z: Tensor, gamma: float) -> Tensor:
+def focus(z: Tensor, gamma: float) -> Tensor:
     """``(1 - 2 max(0, sigmoid(z) - 1/2))**gamma`` (arXiv 2403.17297), with no 1 - 1 in it."""
     log = math.log(2) + torch.nn.functional.logsigmoid(-z.clamp(min=0))  # of 2 (1 - sigmoid(z))
     return torch.where(z > 0, torch.exp(gamma * log), 1.0)
@@ -55,19 +53,19 @@ def pairwise_loss(
 ) -> tuple[Tensor, Tensor]:  # [] or [P]; [6]
     """Negative log-likelihood of the preferences under Bradley and Terry's model, and metrics.
 
-    With ``gamma`` each is multiplied by :func:`_focus`, and all targets are 1.
+    With ``gamma`` each is multiplied by :func:`focus`, and all targets are 1.
     The metrics: share of pairs with chosen > rejected, share of ties, mean of chosen - rejected;
     mean, least and greatest score.
     """
     scores = scores.to(wide(scores.dtype))
     chosen, rejected = pair_scores(scores, pairs)
-    z, t = _advantage(chosen, rejected, margin, target, label_smoothing)
+    z, t = advantage(chosen, rejected, margin, target, label_smoothing)
     logsigmoid = torch.nn.functional.logsigmoid
     loss = -(t * logsigmoid(z))
     if target is not None or label_smoothing:
         loss = loss - (1 - t) * logsigmoid(-z)
     if gamma:
-        loss = loss * _focus(z, gamma)
+        loss = loss * focus(z, gamma)
     if weight is not None:
         loss = loss * weight.to(z.dtype)
     loss = loss + center * (chosen + rejected) ** 2 if center else loss
@@ -87,45 +85,6 @@ def pairwise_loss(
     return (loss.mean() if reduction == "mean" else loss.sum()), metrics
 
 
-def pairwise_gradients(
-    scores: Tensor,
-    pairs: str | Tensor,
-    margin: Tensor | None = None,
-    target: Tensor | None = None,
-    weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    center: float = 0.0,
-    gamma: float = 0.0,
-    reduction: str = "mean",
-) -> Tensor:  # [2, P]
-    """:func:`pairwise_loss` by the chosen and by the rejected score of each pair."""
-    chosen, rejected = pair_scores(scores.to(wide(scores.dtype)), pairs)
-    z, t = _advantage(chosen, rejected, margin, target, label_smoothing)
-    slope = (1 - t) * torch.sigmoid(z) - t * torch.sigmoid(-z)
-    if gamma:  # a tie, where the loss has a kink, gets the derivative from the left
-        fall = gamma * torch.sigmoid(z) * torch.nn.functional.logsigmoid(z)
-        slope = _focus(z, gamma) * (slope + torch.where(z > 0, fall, 0.0))
-    if weight is not None:
-        slope = slope * weight.to(z.dtype)
-    grads = torch.stack([slope, -slope])
-    if center:
-        grads = grads + 2 * center * (chosen + rejected)
-    return grads / len(z) if reduction == "mean" else grads
-
-
-def pairwise_loss_backward(
-    grad: Tensor,  # [] or [P]
-    grads: Tensor,  # [2, P]
-    pairs: str | Tensor,
-    batch: int,
-) -> Tensor:  # [B], fp32
-    """Gradient of the scores: a score in many pairs gets the sum, one in none zero."""
-    items = torch.arange(batch, device=grads.device)
-    use = torch.stack(pair_scores(items, pairs)).flatten()
-    out = torch.zeros(batch, dtype=grads.dtype, device=grads.device)
-    return out.index_add_(0, use, (grads * grad).flatten())
-
-
 def reward_head_pairwise_loss(
     hidden: Tensor,  # [M, H]
     index: Tensor,  # int64 [B]
@@ -140,16 +99,14 @@ def reward_head_pairwise_loss(
     return loss, scores, metrics
 
 
-# --- losses of ranked groups
-
-
 def listwise_loss(
     scores: Tensor,  # [B]
     ranks: Tensor,  # int or float [B], lower is better
     offsets: Tensor,  # int64 [G + 1], rising from 0 to B
     kind: str,  # "all_pairs" | "plackett_luce"
-) -> tuple[Tensor, Tensor]:  # fp32 [G], [B]
-    """Loss of each group of items, and its gradient by each item's score.
+    max_size: int | None = None,  # of the largest group, or more
+) -> Tensor:  # fp32 [G]
+    """Loss of each group of items.
 
     With K items in a group: all pairs (InstructGPT, arXiv 2203.02155, eq. 1) is
     ``-log sigmoid(better - worse)`` summed over the pairs that are not tied, over K choose 2.
@@ -157,7 +114,8 @@ def listwise_loss(
     the items: tied items see each other (Breslow 1974).
     """
     sizes = offsets.diff()
-    item = torch.arange(max(1, int(sizes.max())) if len(sizes) else 1, device=scores.device)
+    most = max_size or max([1, *sizes.tolist()])
+    item = torch.arange(most, device=scores.device)
     inside = item < sizes[:, None]  # [G, K]
     s = scores.new_zeros(inside.shape, dtype=wide(scores.dtype))
     s = s.masked_scatter(inside, scores.to(s.dtype))
@@ -168,23 +126,8 @@ def listwise_loss(
         gap = s[:, :, None] - s[:, None, :]
         pairs = (sizes * (sizes - 1) // 2).clamp(min=1).to(s.dtype)
         terms = -torch.nn.functional.logsigmoid(gap).masked_fill(~better, 0.0)
-        loss = terms.sum((1, 2)) / pairs
-        wrong = torch.sigmoid(-gap).masked_fill(~better, 0.0)
-        slope = (wrong.sum(1) - wrong.sum(2)) / pairs[:, None]
-    else:
-        # of each row: the items left when it is chosen; a row past the end sees itself
-        left = (both & (r[:, None, :] >= r[:, :, None])) | (item[:, None] == item)
-        logits = s[:, None, :].masked_fill(~left, float("-inf"))
-        loss = (logits.logsumexp(2) - s).sum(1)
-        slope = logits.softmax(2).masked_fill(~both, 0.0).sum(1) - 1
-    return loss, slope[inside]
-
-
-def listwise_loss_backward(
-    grad: Tensor,  # [G]
-    slope: Tensor,  # [B], from the forward
-    offsets: Tensor,  # int64 [G + 1]
-    dtype: torch.dtype,
-) -> Tensor:  # dtype [B]
-    """Gradient of the scores: each group's gradient times the slope of its items."""
-    return (grad.repeat_interleave(offsets.diff()) * slope).to(dtype)
+        return terms.sum((1, 2)) / pairs
+    # of each row: the items left when it is chosen; a row past the end sees itself
+    left = (both & (r[:, None, :] >= r[:, :, None])) | (item[:, None] == item)
+    logits = s[:, None, :].masked_fill(~left, float("-inf"))
+    return (logits.logsumexp(2) - s).sum(1)

@@ -43,7 +43,7 @@ def run(options: ScoreOptions, make_scorer: Callable[..., Any] | None = None) ->
         UserError, DataError: it cannot run, or ``--strict`` met a bad row; the message is for the
             user.
     """
-    loading.quiet()
+    loading.silence_transformers()
     path = output_path(options)
     reader = files.Reader(
         options.input, name=options.name, split=options.split, limit=options.limit

@@ -225,7 +225,7 @@ class Scorer(BulkScorer):
                 raw[done] = scores[place, 0].cpu().double()
             self._ran(piece.stop - piece.start, done.size, int(lengths[done].sum()))
 
-        pieces.run(forward, trie, self._budget, take)
+        forward.run_pieces(trie, take, self._budget)
 
     def _run_padded(self, rows: list[np.ndarray], which: np.ndarray, raw: Tensor) -> None:
         """The same for rows that cannot run packed: sorted by length, or by shared prefixes."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from rmfast.errors import UserError
-from rmfast.loading import _adapter, _some, usable_device
+from rmfast.loading import first_names, load_adapter, usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,13 +45,15 @@ class Start:
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        head = f"new ({_some(self.new)})" if self.new else "kept: this is a reward model already"
+        head = (
+            f"new ({first_names(self.new)})" if self.new else "kept: this is a reward model already"
+        )
         if self.std is not None:
             head += f", drawn with a standard deviation of {self.std:.3g}"
         lines = [
             f"{self.name}: start of training",
             f"  head: {head}",
-            f"  not used: {_some(self.unused) or 'nothing'}",
+            f"  not used: {first_names(self.unused) or 'nothing'}",
             f"  pad token: {self.pad[0]!r} ({self.pad[1]}), {self.pad_from}",
         ]
         return "\n".join([*lines, *(f"  ! {warning}" for warning in self.warnings)])
@@ -85,7 +87,7 @@ def begin(
     of text; tokenizer and config agree on it afterwards.
 
     Args:
-        dtype: one of :data:`DTYPES`. Training in fp32, with bf16 autocast, is TRL's default, too.
+        dtype: as in :func:`rmfast.loading.load`. TRL's default, too, is fp32 with bf16 autocast.
         device: ``cpu``, ``cuda``, ``cuda:N``; trainers move the model themselves.
         tokenizer: folder or hub name of another tokenizer than the model's.
         seed: of the head; the process's generators are left alone.
@@ -110,7 +112,7 @@ def begin(
             torch.manual_seed(seed)
             if adapter:
                 options["trust_remote_code"] = trust_remote_code
-                model, missing, unused = _adapter(name, auto, **options)
+                model, missing, unused = load_adapter(name, auto, **options)
             else:
                 _one_label(name, AutoConfig.from_pretrained(name, **remote))
                 model, found = auto.from_pretrained(
@@ -124,15 +126,15 @@ def begin(
     inside = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
     if inside:
         raise UserError(
-            f"{name} has no {_some(inside)}: more than a head would be random; name the checkpoint "
-            "of a language model, or of a reward model"
+            f"{name} has no {first_names(inside)}: more than a head would be random; name the "
+            "checkpoint of a language model, or of a reward model"
         )
     std = _new_head(model, missing, seed)
     pad, whence, warnings = _pad(model, tokens)
     others = [key for key in unused if not key.startswith(("lm_head.", "embed_out."))]
     if missing and others:
         warnings.append(
-            f"{_some(others)} of the checkpoint is not used: if that is a head, convert the "
+            f"{first_names(others)} of the checkpoint is not used: if that is a head, convert the "
             "checkpoint, so that training does not begin without it"
         )
     start = Start(name, missing, std, unused, pad, whence, warnings)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rmfast.train.job import _Job
 
 
-_PATHS = ("model", "data", "eval-data", "output", "tokenizer", "chat-template")
+_PATHS = ("model", "data", "eval_data", "output", "tokenizer", "chat_template")
 _LOSSES = {
     "bradley_terry": "Bradley-Terry",
     "focal": "Bradley-Terry, focal",

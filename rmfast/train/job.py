@@ -90,7 +90,7 @@ def run(options: TrainOptions) -> int:
 def _run(options: TrainOptions) -> int:
     import datasets
 
-    loading.quiet()
+    loading.silence_transformers()
     datasets.disable_progress_bars()
     template = _check(options)
     folder = _folder(options)

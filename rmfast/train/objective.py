@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmfast import ops
-from rmfast.packed.step import Batch
+from rmfast.packed.step import Batch, Rows
 
 LARGEST_GROUP = 64  # responses: what the kernel of the ranked losses holds
 KINDS = {  # by what they are for
@@ -62,30 +61,24 @@ class Objective:
             "reduction": "sum",
         }
 
-    def of_hidden(
-        self,
-        hidden: Tensor,  # [N, H]
-        batch: Batch,
-        head: nn.Linear | None,
-        score: Callable[[Tensor, Tensor], Tensor],  # hidden, index -> [B, num_labels]
-    ) -> tuple[Tensor, Tensor, Tensor]:  # [], fp32 [B], fp32 [6]
-        """Sum of the losses, the scores, and :class:`rmfast.ops.PairwiseLoss`'s metrics.
+    def __call__(self, rows: Rows, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of the losses, the scores, and :class:`rmfast.ops.PairwiseLoss`'s metrics ``[6]``.
 
         Head and loss are one op where the loss allows it.
         """
-        if not self.of_pairs or head is None:
-            return self.of_scores(score(hidden, batch["pool_index"])[:, 0], batch)
+        if not self.of_pairs or rows.head is None:
+            return self.of_scores(rows.scores(), batch)
         loss, scores, *metrics = ops.reward_head_pairwise_loss(
-            hidden,
+            rows.hidden,
             batch["pool_index"],
-            head.weight,
-            head.bias,
+            rows.head.weight,
+            rows.head.bias,
             **self._options(batch),
         )
         return loss, scores, torch.stack(metrics)
 
     def of_scores(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of scores ``[B]``."""
+        """The same of scores ``[B]`` alone."""
         if self.of_pairs:
             loss, *metrics = ops.pairwise_loss(scores, **self._options(batch))
         else:

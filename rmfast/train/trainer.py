@@ -43,7 +43,7 @@ class RewardConfig(trl.RewardConfig):
 
     Attributes:
         max_tokens_per_batch: trie nodes (distinct prefixes) a micro-batch, in place of
-            ``per_device_train_batch_size``; see :class:`rmfast.training.TokenBudgetSampler`.
+            ``per_device_train_batch_size``; see :class:`rmfast.train.sampler.TokenBudgetSampler`.
         loss_type: ``"bradley_terry"`` or ``"focal"`` for pairs, ``"all_pairs"`` or
             ``"plackett_luce"`` for ranked groups; None: the first that fits the data.
         label_smoothing: probability that a label is wrong, of ``"bradley_terry"``.
@@ -310,7 +310,7 @@ class RewardTrainer(trl.RewardTrainer):
     def _check_head(self) -> None:
         """An adapter that leaves the head as it was drawn learns next to nothing."""
         patch = patching.attached(self.model)
-        head = getattr(patch.outer, "score", None) if patch is not None else None
+        head = getattr(patch.classifier, "score", None) if patch is not None else None
         adapted = hasattr(self.model, "peft_config") and head is not None
         if adapted and not any(p.requires_grad for p in head.parameters()):
             raise ValueError(

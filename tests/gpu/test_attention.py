@@ -56,11 +56,12 @@ class Problem:
         self.trie, self.dtype, self.width, self.sinks = trie.to("cuda"), dtype, width, sinks
         self.queries = None if queries is None else queries.to("cuda")
         self.window, self.softcap = window, softcap
+        self.plan = ops.TriePlan(self.trie.subtree_end, self.trie.position_ids, self.queries)
 
     def forward(self, backend, query, key, value, sinks=None):
         return backends.trie_attention(
-            backend, query, key, value, self.trie.subtree_end, self.trie.position_ids,
-            queries=self.queries, sinks=sinks, window=self.window, softcap=self.softcap,
+            backend, query, key, value, self.plan, sinks=sinks, window=self.window,
+            softcap=self.softcap,
         )  # fmt: skip
 
     def dense(self, query, key, value, sinks=None):
@@ -211,13 +212,11 @@ def test_cuda_graph():
 @POOLED
 def test_compiled(pooled):
     problem = Problem(900, 64, BF16, pooled, sinks=True, window=100)
-    end, position, queries = problem.trie.subtree_end, problem.trie.position_ids, problem.queries
 
     @torch.compile(fullgraph=True)
     def forward(query, key, value, sinks):
         return 2 * ops.trie_attention(
-            2 * query, key, value, end, position, queries=queries, sinks=sinks, window=100,
-            backend="triton",
+            2 * query, key, value, problem.plan, sinks=sinks, window=100, backend="triton"
         )  # fmt: skip
 
     def eager(query, key, value, sinks):  # powers of two round nothing

@@ -1,5 +1,6 @@
 """Head and losses on a GPU at the sizes of real batches, and what only a GPU can show."""
 
+import oracle
 import pytest
 import torch
 from rounding import pair_errors, ulp, unit
@@ -70,15 +71,15 @@ def test_head_and_pairwise_loss(run, size, dtype, layout):
     each, _ = reference.pairwise_loss(true_scores, pairs, **made, reduction="none")
     # each term is in fewer than `count` sums
     assert (loss - each.mean()).abs() <= (error + (count + 1) * u * (each + error)).mean()
-    slope = reference.pairwise_gradients(true_scores, pairs, **made)
+    slope = oracle.pairwise_gradients(true_scores, pairs, **made)
     # divided, multiplied twice; in fewer than 2 * count sums by score, and as many by weight
     slope_error = torch.stack([slope_error] * 2) / count
     slope_error = slope_error + (4 * count + 4) * u * (slope.abs() + slope_error)
     one = torch.ones((), dtype=torch.float64, device="cuda")
-    up = reference.pairwise_loss_backward(one, slope, pairs, batch)[:, None]
-    up_error = reference.pairwise_loss_backward(one, slope_error, pairs, batch)[:, None]
-    true = reference.reward_head_backward(up, h, index, w)
-    bounds = reference.reward_head_backward(up_error, h.abs(), index, w.abs())
+    up = oracle.pairwise_loss_backward(one, slope, pairs, batch)[:, None]
+    up_error = oracle.pairwise_loss_backward(one, slope_error, pairs, batch)[:, None]
+    true = oracle.reward_head_backward(up, h, index, w)
+    bounds = oracle.reward_head_backward(up_error, h.abs(), index, w.abs())
     for ours, exact, bound in zip(grads, true, bounds, strict=True):
         assert ((ours - exact).abs() <= bound + ulp(exact, dtype)).all()
 
@@ -93,8 +94,9 @@ def test_listwise_loss(kind):
     leaf = scores.clone().requires_grad_()
     loss = ops.listwise_loss(leaf, ranks, offsets, kind=kind, reduction="none")
     (slope,) = torch.autograd.grad(loss.sum(), leaf)
-    exact = reference.listwise_loss(scores.double(), ranks, offsets, kind)
-    theirs = reference.listwise_loss(scores, ranks, offsets, kind)
+    exact, theirs = ((reference.listwise_loss(x, ranks, offsets, kind),
+                      oracle.listwise_slope(x, ranks, offsets, kind))
+                     for x in (scores.double(), scores))  # fmt: skip
     for ours, other, true in zip((loss.detach(), slope), theirs, exact, strict=True):
         # no further off than plain torch, but for a dozen roundings done in another order
         bound = 1.1 * (other - true).norm() + 12 * unit(torch.float32) * true.norm()

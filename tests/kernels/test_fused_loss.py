@@ -1,5 +1,6 @@
 """Head and loss as one op: against their definitions, one after the other, in fp64."""
 
+import oracle
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -67,17 +68,17 @@ def check(hidden, index, weight, bias, pairs, reduction="mean", tile=None, rows_
     assert (metrics[3] - own[3]).abs() <= (batch + 2) * u * scores.abs().mean()
     assert torch.equal(metrics[4:].double(), own[4:])
 
-    slope = reference.pairwise_gradients(true_scores, pairs, *wide, *numbers, reduction)
+    slope = oracle.pairwise_gradients(true_scores, pairs, *wide, *numbers, reduction)
     error_slope = torch.stack([error_slope] * 2)
     error_slope = error_slope / count if reduction == "mean" else error_slope
     # rounded when divided and when multiplied by weight or row and by upstream; at most
     # 2 * count sums
     error_slope = error_slope + (2 * count + 4) * u * (slope.abs() + error_slope)
     assert ((grads - slope).abs() <= error_slope).all()
-    true_up = reference.pairwise_loss_backward(upstream.double(), slope, pairs, batch)
-    error_up = reference.pairwise_loss_backward(upstream.double().abs(), error_slope, pairs, batch)
-    true = reference.reward_head_backward(true_up[:, None], h, index, w)
-    error = reference.reward_head_backward(error_up[:, None], h.abs(), index, w.abs())
+    true_up = oracle.pairwise_loss_backward(upstream.double(), slope, pairs, batch)
+    error_up = oracle.pairwise_loss_backward(upstream.double().abs(), error_slope, pairs, batch)
+    true = oracle.reward_head_backward(true_up[:, None], h, index, w)
+    error = oracle.reward_head_backward(error_up[:, None], h.abs(), index, w.abs())
     for ours, exact, bound in zip(got, true, error, strict=True):
         if ours is not None:
             assert ours.shape == exact.shape
@@ -212,6 +213,7 @@ def test_opcheck(device):
     scores = torch.randn(9, 2, device=device)[:, 1].requires_grad_()
     padded = torch.randn(3, 2, 5, device=device).transpose(0, 1).requires_grad_()
     ids = torch.tensor([[1, 0, 0], [1, 1, 0]], device=device)
+    offsets = torch.tensor([0, 4, 4, 9], device=device)
     rmfast, none = torch.ops.rmfast, (None, None, None)
     both = rmfast.reward_head_pairwise_loss.default
     calls = [
@@ -223,6 +225,29 @@ def test_opcheck(device):
                 True, True)),
         (both, (hidden, index[:8], weight, None, None, *none, "halves", 0.1, 0.0, 0.0, "mean",
                 True, True)),
+        *((rmfast.listwise_loss.default,
+           (scores, torch.arange(9, device=device) // 2, offsets, kind, 6))
+          for kind in ("all_pairs", "plackett_luce")),
     ]  # fmt: skip
     for op, args in calls:
         torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize(
+    "op", ["reward_head", "pairwise_loss", "reward_head_pairwise_loss", "listwise_loss"]
+)
+def test_no_second_derivative(op, device):
+    hidden = torch.randn(6, 5, device=device, requires_grad=True)
+    index, weight = torch.arange(6, device=device), torch.randn(1, 5, device=device)
+    offsets = torch.tensor([0, 2, 6], device=device)
+    loss = {
+        "reward_head": lambda: ops.reward_head(hidden, index, weight).square().sum(),
+        "pairwise_loss": lambda: ops.pairwise_loss(hidden[:, 0]).loss,
+        "reward_head_pairwise_loss": lambda: ops.reward_head_pairwise_loss(
+            hidden, index, weight
+        ).loss.square(),
+        "listwise_loss": lambda: ops.listwise_loss(hidden[:, 0], index, offsets),
+    }[op]()
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match=rf"rmfast\.ops\.{op} has no second derivative"):
+        grad.sum().backward()

@@ -1,5 +1,6 @@
 """The pairwise loss kernels against their definition in fp64."""
 
+import oracle
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -67,16 +68,16 @@ def check(scores, pairs, made, reduction, upstream, block=None):
     assert (metrics[3] - true_metrics[3]).abs() <= (batch + 1) * u * exact.abs().mean()
     assert torch.equal(metrics[4:].double(), true_metrics[4:])
 
-    true_grads = reference.pairwise_gradients(exact, pairs, *wide, *numbers, reduction)
+    true_grads = oracle.pairwise_gradients(exact, pairs, *wide, *numbers, reduction)
     error_grads = torch.stack([error_slope, error_slope])
     error_grads = (error_grads / count if reduction == "mean" else error_grads) + u * abs(
         true_grads
     )
     assert ((grads - true_grads).abs() <= error_grads).all()
-    true = reference.pairwise_loss_backward(upstream.double(), true_grads, pairs, batch)
+    true = oracle.pairwise_loss_backward(upstream.double(), true_grads, pairs, batch)
     # rounded by the product with upstream, and in fewer than 2 * count sums
     error_grads = error_grads + (2 * count + 1) * u * (true_grads.abs() + error_grads)
-    error = reference.pairwise_loss_backward(upstream.double().abs(), error_grads, pairs, batch)
+    error = oracle.pairwise_loss_backward(upstream.double().abs(), error_grads, pairs, batch)
     assert ((got - true).abs() <= error + ulp(true, dtype)).all()
     unused = torch.ones_like(exact)
     places = torch.arange(batch, device=got.device)

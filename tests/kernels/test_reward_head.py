@@ -1,5 +1,6 @@
 """The reward head kernels against their definition in fp64."""
 
+import oracle
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -129,17 +130,17 @@ def test_backward(case, width, labels, dtype, device, poison):
     bias = torch.randn(labels, device=device)
     grad = torch.randn(labels, uses, device=device).T
     got = kernel.reward_head_backward(grad, hidden, index, weight, bias, rows_tile=1024)
-    _check_backward(got, grad, hidden, index, weight, False)
+    _check_backward(got, grad, hidden, index, weight)
     got = kernel.reward_head_backward(
-        grad, hidden, index, weight, bias, True, rows_tile=2048, one_pass=4, part=3
+        grad, hidden, index, weight, bias, rows_tile=2048, one_pass=4, part=3
     )
-    _check_backward(got, grad, hidden, index, weight, True)
+    _check_backward(got, grad, hidden, index, weight)
 
 
-def _check_backward(got, grad, hidden, index, weight, used_only):
+def _check_backward(got, grad, hidden, index, weight):
     wide = (grad.double(), hidden.double(), index, weight.double())
-    exact = reference.reward_head_backward(*wide, used_only)
-    sizes = reference.reward_head_backward(*(abs(x) for x in wide), used_only)
+    exact = oracle.reward_head_backward(*wide)
+    sizes = oracle.reward_head_backward(*(abs(x) for x in wide))
     repeats, uses = index.bincount().max() if len(index) else 0, len(index)
     # hidden: sums over a row's uses, then over the labels. weight, bias: sums over all uses
     terms = (repeats + weight.shape[0] + 1, uses + 1, uses)
@@ -161,7 +162,7 @@ def test_backward_of_a_padded_batch(device, poison):
     grad = torch.randn_like(scores)
     got = kernel.reward_head_backward(grad, hidden, index, weight, bias)
     assert got[0].is_contiguous()
-    _check_backward(got, grad, hidden, index, weight, False)
+    _check_backward(got, grad, hidden, index, weight)
 
 
 def test_a_weight_of_nan_stays_out_of_the_rows_of_no_score(device, poison):
@@ -199,8 +200,8 @@ def test_only_what_is_asked_for(device, poison):
     hidden, index, weight = operands(5, 8, 1, torch.float32, device, [2, 4])
     grad, bias = torch.ones(2, 1, device=device), torch.ones(1, device=device)
     whole = kernel.reward_head_backward(grad, hidden, index, weight, bias)
-    rows = kernel.reward_head_backward(grad, hidden, index, weight, bias, False, True, False)
-    rest = kernel.reward_head_backward(grad, hidden, index, weight, bias, False, False, True)
+    rows = kernel.reward_head_backward(grad, hidden, index, weight, bias, True, False)
+    rest = kernel.reward_head_backward(grad, hidden, index, weight, bias, False, True)
     assert torch.equal(rows[0], whole[0]) and rows[1:] == (None, None)
     assert rest[0] is None and torch.equal(rest[1], whole[1]) and torch.equal(rest[2], whole[2])
 

@@ -299,7 +299,15 @@ def test_opcheck_of_the_op_that_launches_them(options, device):
     sinks = problem.sinks if problem.sinks is None else problem.sinks.clone().requires_grad_()
     torch.library.opcheck(
         torch.ops.rmfast.trie_attention.default,
-        (*leaves, *problem.mask, sinks, *problem.options, True, True),
+        (
+            *leaves,
+            *problem.mask,
+            torch.empty(0, device=device),
+            sinks,
+            *problem.options,
+            True,
+            True,
+        ),
     )
 
 
@@ -365,7 +373,7 @@ def test_plan_lists_what_holds_an_allowed_pair_and_nothing_else(
                 some.add((t // 16, b // 32))
             if tile.all() and tile.shape[1] == 32:
                 full.add((t // 16, b // 32))
-    who = kernels._rule(trie.subtree_end, trie.position_ids, queries, window)
+    who = kernels.rule(trie.subtree_end, trie.position_ids, queries, window)
     plan = kernels.plan(who, 16, 32)
     assert listed(plan) == some
     assert listed(plan, full_only=True) == full
@@ -379,43 +387,33 @@ def test_plan_of_many_tiles_in_pieces(monkeypatch):
     from rmfast.kernels import trie_attention as kernels
 
     trie = random_trie(7, 12, 60)
-    who = kernels._rule(trie.subtree_end, trie.position_ids, None, 9)
+    who = kernels.rule(trie.subtree_end, trie.position_ids, None, 9)
     whole = kernels.plan(who, 16, 32)
     monkeypatch.setattr(kernels, "_CHUNK", 1)
     for a, b in zip(whole, kernels.plan(who, 16, 32), strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_packed_tries_plan_is_made_once(monkeypatch):
+def test_a_plan_is_made_once_a_batch(monkeypatch):
     from rmfast.kernels import trie_attention as kernels
 
-    made = []
+    calls = []
     plan = kernels.plan
-    monkeypatch.setattr(kernels, "plan", lambda *args: made.append(args) or plan(*args))
+    monkeypatch.setattr(kernels, "plan", lambda *args: calls.append(args) or plan(*args))
     trie = random_trie(8)
     config = kernels.Config(*SMALL)
 
-    def planned(end, positions, window, queries=None):
-        who = kernels._rule(end, positions, queries, window)
-        return kernels._planned(who, end, positions, queries, config, False)
+    def planned(window, made):
+        seen = (trie.subtree_end, trie.position_ids, None, window)
+        return kernels.planned(*seen, config, False, made)
 
-    first = planned(trie.subtree_end, trie.position_ids, 3)
-    assert planned(trie.subtree_end, trie.position_ids, 3) is first and len(made) == 1
-    planned(trie.subtree_end, trie.position_ids, 5)
-    assert len(made) == 2
-    planned(trie.subtree_end, trie.position_ids.clone(), 3)
-    assert len(made) == 3
-    end = trie.subtree_end.clone()  # anybody's tensor: it may be written to between the calls
-    for _ in range(2):
-        planned(end, trie.position_ids, 3)
-    assert len(made) == 5
-    few = trie.after(4)  # the trie's own queries, and then somebody's
-    assert planned(trie.subtree_end, trie.position_ids, 3, few) is not first
-    planned(trie.subtree_end, trie.position_ids, 3, trie.after(4))
-    assert len(made) == 6
-    for _ in range(2):
-        planned(trie.subtree_end, trie.position_ids, 3, few.clone())
-    assert len(made) == 8
+    made = {}
+    first = planned(3, made)
+    assert planned(3, made)[1] is first[1] and len(calls) == 1
+    planned(5, made)
+    assert len(calls) == 2
+    planned(3, {})  # another batch
+    assert len(calls) == 3
 
 
 def test_a_tensor_written_to_between_calls(device):

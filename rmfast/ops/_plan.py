@@ -1,0 +1,79 @@
+"""What attention works out once for a batch, and all layers use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmfast.ops._common import check_devices
+
+
+class TriePlan:
+    """Which queries see which keys, and what attention makes of it: tiles and lists of blocks.
+
+    One plan is made for a batch and handed to every call, as FlexAttention's ``BlockMask`` is. The
+    first call fills it, later ones with the same window reuse it. A plan knows nothing of what is
+    written to its tensors afterwards: make a new one then.
+
+    Args:
+        subtree_end: int32 ``[N]``, see :class:`rmfast.PackedTrie`.
+        position_ids: int64 ``[N]``; read only with a sliding window.
+        queries: int64 ``[M]``, packed indices of the queries, each above the one before it (not
+            checked on a GPU). None: every node, ``M = N``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match; the message names the argument.
+    """
+
+    def __init__(
+        self, subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None = None
+    ) -> None:
+        for name, x, dtype in (
+            ("subtree_end", subtree_end, torch.int32),
+            ("position_ids", position_ids, torch.int64),
+            ("queries", queries, torch.int64),
+        ):
+            if x is not None and (x.ndim != 1 or x.dtype != dtype or x.shape[0] == 0):
+                kind = str(dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{name} must be {kind} with one dimension, not empty; "
+                    f"got {x.dtype} {tuple(x.shape)}"
+                )
+        if position_ids.shape != subtree_end.shape:
+            raise ValueError(
+                f"position_ids must be [{len(subtree_end)}], got shape {tuple(position_ids.shape)}"
+            )
+        check_devices(subtree_end=subtree_end, position_ids=position_ids, queries=queries)
+        self.subtree_end, self.position_ids, self.queries = subtree_end, position_ids, queries
+        self.device = subtree_end.device
+        # an op takes tensors only, so an empty one carries the dict to where it is filled
+        self.carrier = torch.empty(0, device=self.device)
+        self.carrier.made = {}
+        self._copies: dict[torch.device, TriePlan] = {}
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.subtree_end, self.position_ids, self.queries
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` makes, made when it is first asked for."""
+        if key not in self.carrier.made:
+            self.carrier.made[key] = make()
+        return self.carrier.made[key]
+
+    def on(self, device: torch.device) -> TriePlan:
+        """The plan for layers on a device: itself, or a copy that is made once."""
+        if device == self.device:
+            return self
+        if device not in self._copies:
+            moved = (None if x is None else x.to(device) for x in self.tensors)
+            self._copies[device] = TriePlan(*moved)
+        return self._copies[device]
+
+
+def made_for(carrier: Tensor) -> dict[Any, Any]:
+    """What a plan has already; nothing where a copy of its tensors came here."""
+    return getattr(carrier, "made", {})
