@@ -67,21 +67,27 @@ def test_table_of_groups(groups):
     assert re.search(r"^  Markdown +" + " +".join(cells) + "$", text, re.MULTILINE)
 
 
+def test_table_of_a_subset_with_the_name_of_a_line():
+    rows = Judged()
+    rows.add([1, 0, 0], [5, 5, 5], subset="pairs")
+    rows.add([0, 1, 0], [5, 5, 5], subset="best answer is chosen")
+    names = re.findall(r"^(\w.*?) {2,}\d", show.table(measures.summarise(rows)), re.MULTILINE)
+    assert names == [*["best answer is chosen"] * 2, "pairs", "mean of subsets", "pairs"]
+
+
 def test_table_of_nothing():
     text = show.table(measures.summarise(Judged()))
     assert "nan" not in text and re.search(r"^chosen wins +0 +0 +0 +0 +-", text, re.MULTILINE)
 
 
-def test_figure(groups, tmp_path):
-    out = show.figure(groups, "a model")
-    margins, reliability, accuracy, length = out.axes
+def test_figure(pairs, tmp_path):
+    out = show.figure(pairs, "a model")
+    margins, reliability = out.axes
     heights = [bar.get_height() for bar in margins.patches]
-    assert heights == groups["margin"]["histogram"]["counts"]
-    filled = [row for row in groups["calibration"]["bins"] if row["n"]]
-    assert [bar.get_height() for bar in reliability.patches] == [row["right"] for row in filled]
-    tallies = [groups["rows"], *groups["subsets"].values()]
-    assert [bar.get_width() for bar in accuracy.patches] == [t["accuracy"] for t in tallies]
-    assert length.patches[0].get_height() == groups["length"]["longer_wins"]
+    assert heights == pairs["margin"]["histogram"]["counts"]
+    assert margins.get_title() == f"accuracy {pairs['rows']['accuracy']:.1%}"
+    filled = [row["right"] for row in pairs["calibration"]["bins"] if row["n"]]
+    assert [bar.get_height() for bar in reliability.patches] == filled
     out.savefig(tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert (
@@ -89,14 +95,8 @@ def test_figure(groups, tmp_path):
     )
 
 
-def test_figure_of_nothing_and_of_many_subsets():
+def test_figure_of_nothing():
     show.figure(measures.summarise(Judged()), "").canvas.draw()
-    many = Judged()
-    for i in range(60):
-        many.add([1, 0], [2, 3], subset=f"{i:02}")
-    axes = show.figure(measures.summarise(many), "").axes[2]
-    assert len(axes.patches) == 41
-    assert axes.get_xlabel() == "and 20 more subsets"
 
 
 def test_what_stands_in_the_way_of_a_figure(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from rmfast.resume import versions
 from rmfast.score.progress import progress_bar
 
 if TYPE_CHECKING:
-    from rmfast.data.encoding import Conversation
+    from rmfast.data.encoding import Conversation, Encoder
     from rmfast.score.scorer import Scorer
     from rmfast.score.windows import Scored
 
@@ -43,35 +44,37 @@ def run(args: EvalOptions) -> int:
         UserError, DataError: it cannot run; the message is for people.
     """
     loading.silence_transformers()
-    _rewardbench_names(args)
+    _read_rewardbench_names(args)
     template = _check(args)
-    source = _Source(args)
+    source, judged, left_out = _Source(args), measures.Judged(), _LeftOut(args)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress_bar(unit=" answers"))
         scorer = _scorer(args, template, lambda conversations, _: bar.update(conversations))
-        sinks = _Sinks(args, scorer, stack)
-        judged = measures.Judged()
-        failed: list[dict[str, Any]] = []
+        files = stack.enter_context(_RowFiles(args, scorer.encoder))
         windows = stack.enter_context(contextlib.closing(scorer.windows(source)))
         for window in _in_words(windows):
             for (number, row), scored in window:
                 if scored.error is not None:
-                    _fail(args, failed, number, scored.error)
-                    sinks.error(number, scored.error)
+                    left_out.add(number, scored.error)
+                    files.error(number, scored.error)
                     continue
                 judged.add(scored.scores, scored.lengths, len(row.chosen), row.subset)
-                sinks.row(number, row, scored)
+                files.row(number, row, scored)
         if not len(judged):
-            first = f"; line {failed[0]['line']}: {failed[0]['reason']}" if failed else ""
+            first = "".join(f"; line {one['line']}: {one['reason']}" for one in left_out.rows[:1])
             raise UserError(f"{args.input}: there is no row to evaluate{first}")
         summary = measures.summarise(judged)
         bar.close()
-        written = sinks.finish(summary)
-    return _tell(args, scorer, summary, failed, written)
+        paths = files.finish(summary)
+    _print(args, scorer, summary, left_out)
+    paths += _write(args, scorer, summary, left_out)
+    for path in paths:
+        print(f"written: {path}")
+    return left_out.exit_code
 
 
-def _rewardbench_names(args: EvalOptions) -> None:
-    """RewardBench's options in terms of ours."""
+def _read_rewardbench_names(args: EvalOptions) -> None:
+    """Set our options by RewardBench's names for them."""
     if args.torch_dtype is not None:
         args.dtype = args.torch_dtype
     if args.attn_implementation is not None:
@@ -81,11 +84,8 @@ def _rewardbench_names(args: EvalOptions) -> None:
     if args.debug:
         args.limit = min(args.limit or _DEBUG, _DEBUG)
     if args.batch_size is not None:
-        print(
-            "rmfast eval: --batch_size changes nothing here: micro-batches are cut by tokens, "
-            "see --max-tokens",
-            file=sys.stderr,
-        )
+        words = "micro-batches are cut by tokens, see --max-tokens"
+        print(f"rmfast eval: --batch_size changes nothing here: {words}", file=sys.stderr)
     if args.save_all or args.output_dir is not None:
         args.rewardbench_files = True
     args.output_dir = args.output_dir or "results"
@@ -93,7 +93,7 @@ def _rewardbench_names(args: EvalOptions) -> None:
 
 
 def _check(args: EvalOptions) -> str | None:
-    """What can be found wrong before a model is loaded. Returns the chat template, if named."""
+    """Raise UserError for what is wrong without a model. Returns the chat template, if named."""
     for name in ("json", "figure", "scores"):
         path = getattr(args, name)
         if path is not None and not Path(path).absolute().parent.is_dir():
@@ -101,7 +101,7 @@ def _check(args: EvalOptions) -> str | None:
     if args.figure is not None:
         show.check(args.figure)
     if args.ref_model is None and args.beta is not None:
-        raise UserError("--beta belongs to --ref-model")
+        raise UserError("--beta belongs to --ref-model: give both, or neither")
     if args.ref_model is not None and args.ref_model == args.model:
         raise UserError("--ref-model is the model itself: every reward would be 0")
     if args.ref_model is not None and args.pooling != "hf":
@@ -127,26 +127,17 @@ def _in_words(windows: Iterator[list[Scored]]) -> Iterator[list[Scored]]:
 
 
 def _scorer(args: EvalOptions, template: str | None, progress: Any) -> Scorer:
-    options = {
-        "max_tokens": args.max_tokens,
-        "max_length": args.max_length,
-        "on_overlong": args.on_overlong,
-        "system_prompt": args.system_prompt,
+    names = "max_tokens max_length on_overlong system_prompt attention compile".split()
+    options = {name: getattr(args, name) for name in names} | {
         "chat_template": template,
         "chat": False if args.plain else None,
         "window": args.batch_window,
-        "attention": args.attention,
-        "compile": args.compile,
         "progress": progress,
     }
-    how = {
-        "dtype": args.dtype,
-        "device": args.device,
-        "trust_remote_code": args.trust_remote_code,
-        "tokenizer": args.tokenizer,
-    }
+    names = ("dtype", "device", "trust_remote_code")
+    load = functools.partial(loading.load, **{name: getattr(args, name) for name in names})
     task = "reward" if args.ref_model is None else "causal"
-    loaded = loading.load(args.model, revision=args.revision, task=task, **how)
+    loaded = load(args.model, revision=args.revision, task=task, tokenizer=args.tokenizer)
     try:
         if args.ref_model is None:
             from rmfast.score.scorer import Scorer
@@ -154,10 +145,10 @@ def _scorer(args: EvalOptions, template: str | None, progress: Any) -> Scorer:
             return Scorer(loaded.model, loaded.tokenizer, pooling=args.pooling, **options)
         from rmfast.evaluate.implicit import ImplicitScorer
 
-        how["tokenizer"] = args.tokenizer or args.model
-        other = loading.load(args.ref_model, task="causal", **how).model
-        beta = 0.1 if args.beta is None else args.beta
-        return ImplicitScorer(loaded.model, other, loaded.tokenizer, beta=beta, **options)
+        tokenizer = args.tokenizer or args.model
+        reference = load(args.ref_model, task=task, tokenizer=tokenizer).model
+        options["beta"] = 0.1 if args.beta is None else args.beta
+        return ImplicitScorer(loaded.model, reference, loaded.tokenizer, **options)
     except ValueError as error:  # an attention that is not installed, …
         raise UserError(str(error)) from None
 
@@ -224,107 +215,105 @@ class _Source:
 # --- results
 
 
-class _Sinks:
-    """The files that rows are written to as they come."""
+class _LeftOut:
+    """The rows that could not be scored."""
 
-    def __init__(self, args: EvalOptions, scorer: Scorer, stack: contextlib.ExitStack) -> None:
-        self.args = args
-        self.scores = self.rewardbench = None
+    def __init__(self, args: EvalOptions) -> None:
+        self.args, self.exit_code = args, 0
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, number: int, error: RowError) -> None:
+        if error.kind != "overlong" or self.args.on_overlong != "skip":
+            if self.args.strict:
+                raise UserError(f"{self.args.input}: line {number}: {error.reason}")
+            self.exit_code = 1
+        self.rows.append({"line": number, "reason": error.reason, "kind": error.kind})
+
+    def as_dict(self) -> dict[str, Any]:
+        kinds = collections.Counter(one["kind"] for one in self.rows)
+        return {"bad": kinds["bad"], "overlong": kinds["overlong"], "rows": self.rows[:_LISTED]}
+
+    def lines(self) -> Iterator[str]:
+        """What a terminal shows."""
+        if self.rows:
+            yield "left out: {bad:,} bad rows, {overlong:,} too long".format(**self.as_dict())
+        for one in self.rows[:_SHOWN]:
+            yield f"  line {one['line']}: {one['reason']}"
+        if len(self.rows) > _SHOWN:
+            yield f"  and {len(self.rows) - _SHOWN:,} more"
+
+
+class _RowFiles(contextlib.ExitStack):
+    """The files that rows are written to as they come; a context manager."""
+
+    def __init__(self, args: EvalOptions, encoder: Encoder) -> None:
+        super().__init__()
+        self.args, self.encoder = args, encoder
+        self.results: list[float] = []  # of RewardBench's rows
+        self.stem = rewardbench.stem(args.output_dir, args.model)
+        paths = {} if args.scores is None else {"scores": Path(args.scores)}
+        if args.rewardbench_files:
+            paths["outputs"] = Path(f"{self.stem}_outputs.jsonl")
+        if args.save_all:
+            paths["all"] = Path(f"{self.stem}_all.jsonl")
         try:
-            if args.scores is not None:
-                file = open(args.scores, "w", encoding="utf-8")  # noqa: SIM115 (the stack does)
-                self.scores = stack.enter_context(file)
             if args.rewardbench_files:
-                files = rewardbench.Files(
-                    args.output_dir, args.model, scorer.encoder, args.save_all
-                )
-                self.rewardbench = stack.enter_context(files)
+                paths["outputs"].parent.mkdir(parents=True, exist_ok=True)
+            self.files = {
+                name: self.enter_context(path.open("w", encoding="utf-8"))
+                for name, path in paths.items()
+            }
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
 
     def row(self, number: int, row: Row, scored: Scored) -> None:
-        scores = [float(str(score)) for score in scored.scores]  # the shortest, not fp64's digits
         count = len(row.chosen)
-        if self.scores is not None:
-            line: dict[str, Any] = {"line": number}
-            if row.subset is not None:
-                line["subset"] = row.subset
-            for name, here in (("chosen", slice(count)), ("rejected", slice(count, None))):
-                line[name] = _only(scores[here])
-                line[f"{name}_tokens"] = _only(scored.lengths[here].tolist())
-            self._write(line)
-        if self.rewardbench is not None:
-            one = measures.Judged()
-            one.add(scored.scores, scored.lengths, count)
-            self.rewardbench.add(
-                row.record,
-                row.prompt,
-                row.chosen,
-                row.rejected,
-                scores,
-                float(measures.credits(one)[0]),
-            )
+        scores = [float(str(score)) for score in scored.scores]  # the shortest, not fp64's digits
+        line = {"line": number} | ({} if row.subset is None else {"subset": row.subset})
+        for name, side in (("chosen", slice(count)), ("rejected", slice(count, None))):
+            line[name] = rewardbench.single(scores[side])
+            line[f"{name}_tokens"] = rewardbench.single(scored.lengths[side].tolist())
+        self._write("scores", line)
+        if "outputs" in self.files:
+            output = rewardbench.output(row, scores, self.encoder)
+            self.results.append(output["results"])
+            self._write("outputs", output)
+            self._write("all", {name: output[f"scores_{name}"] for name in ("chosen", "rejected")})
 
     def error(self, number: int, error: RowError) -> None:
-        if self.scores is not None:
-            self._write({"line": number, "error": error.reason, "kind": error.kind})
+        self._write("scores", {"line": number, "error": error.reason, "kind": error.kind})
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self.scores.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def _write(self, name: str, line: dict[str, Any]) -> None:
+        if name in self.files:
+            self.files[name].write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> list[Path]:
-        """Paths of RewardBench's files, if these were asked for."""
-        if self.rewardbench is None:
-            return []
-        args, parts = self.args, summary.get("subsets")
-        return self.rewardbench.finish(
-            model=args.model,
-            ref_model=args.ref_model,
-            tokenizer=args.tokenizer or args.model,
-            chat_template=args.chat_template,
-            subsets=parts and {name: tally["accuracy"] for name, tally in parts.items()},
-        )
+        """Write RewardBench's summary, and return the paths of all files."""
+        args, count, subsets = self.args, len(self.results), summary.get("subsets")
+        paths = [Path(file.name) for file in self.files.values()]
+        if "outputs" in self.files:
+            about = {
+                "accuracy": sum(self.results) / count,
+                "num_prompts": count,
+                "model": args.model,
+                "ref_model": args.ref_model,
+                "tokenizer": args.tokenizer or args.model,
+                "chat_template": args.chat_template,
+                "extra_results": subsets and {name: x["accuracy"] for name, x in subsets.items()},
+            }
+            paths.append(Path(f"{self.stem}.json"))
+            paths[-1].write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+        return paths
 
 
-def _only(values: list[Any]) -> Any:
-    return values[0] if len(values) == 1 else values
+def _title(args: EvalOptions) -> str:
+    against = "" if args.ref_model is None else f" against {args.ref_model}"
+    return f"{args.model}{against} on {args.input}"
 
 
-def _fail(args: EvalOptions, failed: list[dict[str, Any]], number: int, error: RowError) -> None:
-    if args.strict and not _skipped(args, error.kind):
-        raise UserError(f"{args.input}: line {number}: {error.reason}")
-    failed.append({"line": number, "reason": error.reason, "kind": error.kind})
-
-
-def _skipped(args: EvalOptions, kind: str) -> bool:
-    return kind == "overlong" and args.on_overlong == "skip"
-
-
-def _tell(
-    args: EvalOptions,
-    scorer: Scorer,
-    summary: dict[str, Any],
-    failed: list[dict[str, Any]],
-    written: list[Path],
-) -> int:
+def _print(args: EvalOptions, scorer: Scorer, summary: dict[str, Any], left_out: _LeftOut) -> None:
     stats, model = scorer.stats, scorer.about()
-    kinds = collections.Counter(one["kind"] for one in failed)
-    about = {
-        "model": args.model,
-        "ref_model": args.ref_model,
-        "input": args.input,
-        **summary,
-        "left_out": {"bad": kinds["bad"], "overlong": kinds["overlong"], "rows": failed[:_LISTED]},
-        "run": {
-            **stats.as_dict(),
-            **model,
-            "versions": versions(),
-        },
-    }
-    title = f"{args.model} on {args.input}"
-    if args.ref_model is not None:
-        title = f"{args.model} against {args.ref_model} on {args.input}"
-    print(f"{title}\n\n{show.table(summary)}\n")
+    print(f"{_title(args)}\n\n{show.table(summary)}\n")
     saved = 1 - stats.nodes / stats.tokens
     print(
         f"{stats.rows:,} rows, {stats.conversations:,} answers, {stats.tokens:,} tokens in "
@@ -332,21 +321,28 @@ def _tell(
     )
     for warning in model["warnings"] if args.ref_model is None else ():  # these are about a head
         print(f"! {warning}")
-    if failed:
-        print(f"left out: {kinds['bad']:,} bad rows, {kinds['overlong']:,} too long")
-        for one in failed[:_SHOWN]:
-            print(f"  line {one['line']}: {one['reason']}")
-        if len(failed) > _SHOWN:
-            print(f"  and {len(failed) - _SHOWN:,} more")
+    for line in left_out.lines():
+        print(line)
+
+
+def _write(
+    args: EvalOptions, scorer: Scorer, summary: dict[str, Any], left_out: _LeftOut
+) -> list[Path]:
+    """Write the JSON and the figure that were asked for, and return their paths."""
+    figures = {
+        "model": args.model,
+        "ref_model": args.ref_model,
+        "input": args.input,
+        **summary,
+        "left_out": left_out.as_dict(),
+        "run": {**scorer.stats.as_dict(), **scorer.about(), "versions": versions()},
+    }
     try:
         if args.json is not None:
-            text = json.dumps(about, ensure_ascii=False, indent=2, allow_nan=False)
+            text = json.dumps(figures, ensure_ascii=False, indent=2, allow_nan=False)
             Path(args.json).write_text(text + "\n", encoding="utf-8")
         if args.figure is not None:
-            show.figure(summary, title).savefig(args.figure)
+            show.figure(summary, _title(args)).savefig(args.figure)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
-    written += [Path(x) for x in (args.json, args.figure, args.scores) if x is not None]
-    for path in written:
-        print(f"written: {path}")
-    return int(any(not _skipped(args, one["kind"]) for one in failed))
+    return [Path(path) for path in (args.json, args.figure) if path is not None]

@@ -1,7 +1,7 @@
 """What scores of preference data say about a reward model. Numbers in, numbers out.
 
-A row is a prompt with one or more chosen answers and one or more rejected ones; a pair is one of
-each, from the same row. A row's margin is chosen minus rejected.
+A row is a prompt with chosen and rejected answers, one or more of each. A pair is a chosen and a
+rejected answer of one row, and its margin is the chosen answer's score minus the rejected one's.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ BINS = 15  # of the reliability diagram
 
 
 def interval(right: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share; the trials are taken to be independent."""
-    z = 1.96
-    share = right / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    half /= 1 + z * z / total
+    """Wilson's 95 % interval of the share ``right / total``; trials are taken as independent."""
+    z, share = 1.96, right / total
+    scale = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2) / scale
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 class Judged:
-    """Scores and lengths of rows, as they come in: 16 bytes an answer.
+    """Scores and lengths of rows, collected at 16 bytes an answer.
 
     Attributes:
         subsets: name of each row's subset, or None.
@@ -45,7 +44,8 @@ class Judged:
         chosen: int = 1,
         subset: str | None = None,
     ) -> None:
-        """A row: finite scores and tokens of its ``chosen`` chosen answers, then of the others."""
+        """Add a row: finite scores, and lengths in tokens, of its ``chosen`` chosen answers and
+        then of its rejected ones."""
         self._scores.extend(map(float, scores))
         self._lengths.extend(map(int, lengths))
         self._chosen.append(chosen)
@@ -75,7 +75,7 @@ class Judged:
         return max(self._sizes, default=2) > 2
 
     def shapes(self) -> Iterator[Shape]:
-        """The rows, in groups that have equally many chosen and equally many rejected answers."""
+        """The rows by their numbers of chosen and of rejected answers."""
         chosen, sizes = np.array(self._chosen, np.int64), np.array(self._sizes, np.int64)
         first = np.cumsum(sizes) - sizes
         scores, lengths = self.scores, self.lengths
@@ -86,47 +86,56 @@ class Judged:
 
 
 class Shape(NamedTuple):
-    """Rows with equally many answers, the chosen ones first."""
+    """Rows with equally many chosen, and equally many rejected answers; the chosen ones first."""
 
-    rows: np.ndarray  # int64 [M], which of all rows
+    rows: np.ndarray  # int64 [M], their places among all rows
     scores: np.ndarray  # fp64 [M, C + R]
     lengths: np.ndarray  # int64 [M, C + R]
     chosen: int  # C
 
 
-def credits(judged: Judged) -> np.ndarray:  # fp64 [rows]
+def credit(scores: np.ndarray, chosen: int) -> np.ndarray:  # [..., C + R] -> fp64 [...]
     """1 where the best score is a chosen answer's, 0 where it is a rejected one's.
 
-    Where both have it, the share of chosen ones among those that do: 0.5 for a pair. That is what
-    drawing one of the best at random is worth, and RewardBench 2's rule.
+    Where several answers share the best score, the share of chosen ones among them (0.5 for a
+    pair): the expected result of drawing one of them at random, which is RewardBench 2's rule.
     """
-    out = np.empty(len(judged))
+    best = scores == scores.max(-1, keepdims=True)
+    return best[..., :chosen].sum(-1) / best.sum(-1)
+
+
+def credits(judged: Judged) -> np.ndarray:  # fp64 [rows]
+    """The :func:`credit` of every row."""
+    found = np.empty(len(judged))
     for shape in judged.shapes():
-        best = shape.scores == shape.scores.max(1, keepdims=True)
-        out[shape.rows] = best[:, : shape.chosen].sum(1) / best.sum(1)
-    return out
+        found[shape.rows] = credit(shape.scores, shape.chosen)
+    return found
 
 
 def pairs(judged: Judged) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Margin, difference of lengths, and row of every pair; fp64, int64, int64 ``[P]``."""
-    margin, longer, rows = [np.empty(0)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    found = [(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))]
     for shape in judged.shapes():
-        for out, values in ((margin, shape.scores), (longer, shape.lengths)):
-            chosen, rejected = values[:, : shape.chosen, None], values[:, None, shape.chosen :]
-            out.append((chosen - rejected).ravel())
-        count = shape.chosen * (shape.scores.shape[1] - shape.chosen)
-        rows.append(np.repeat(shape.rows, count))
-    return np.concatenate(margin), np.concatenate(longer), np.concatenate(rows)
+        both = (shape.scores, shape.lengths)
+        margin, longer = (x[:, : shape.chosen, None] - x[:, None, shape.chosen :] for x in both)
+        rows = np.repeat(shape.rows, margin[0].size)
+        found.append((margin.ravel(), longer.ravel(), rows))
+    margin, longer, rows = map(np.concatenate, zip(*found, strict=True))
+    return margin, longer, rows
+
+
+def _wins(margin: np.ndarray) -> np.ndarray:
+    """The credit of pairs: 1, 0.5 for a tie, 0."""
+    return (np.sign(margin) + 1) / 2
 
 
 def tally(credit: np.ndarray) -> dict[str, Any]:
     """Wins, ties and losses of rows or pairs by their :func:`credits`, and accuracy.
 
     ``accuracy`` counts a tie as wrong, as RewardBench does; ``interval`` is Wilson's for it.
-    ``accuracy_ties_shared`` counts a tie as its credit.
+    ``accuracy_ties_shared`` is the mean credit.
     """
-    total, wins = credit.size, int((credit == 1).sum())
-    losses = int((credit == 0).sum())
+    total, wins, losses = credit.size, int((credit == 1).sum()), int((credit == 0).sum())
     return {
         "n": total,
         "wins": wins,
@@ -134,7 +143,7 @@ def tally(credit: np.ndarray) -> dict[str, Any]:
         "losses": losses,
         "accuracy": wins / total if total else None,
         "interval": list(interval(wins, total)) if total else None,
-        "accuracy_ties_shared": float(credit.mean()) if total else None,
+        "accuracy_ties_shared": _mean(credit),
     }
 
 
@@ -150,15 +159,12 @@ def margins(margin: np.ndarray) -> dict[str, Any]:
         "std": float(margin.std()),
         "min": float(margin.min()),
         "max": float(margin.max()),
-        "histogram": {
-            "edges": edges.tolist(),
-            "counts": np.histogram(margin, edges)[0].tolist(),
-        },
+        "histogram": {"edges": edges.tolist(), "counts": np.histogram(margin, edges)[0].tolist()},
     }
 
 
 def _edges(low: float, high: float) -> np.ndarray:
-    """Some ten to twenty-five round bins of which one edge is 0: losses are left of it."""
+    """Edges of some ten to twenty-five round bins. One edge is 0: losses are left of it."""
     span = max(high, 0.0) - min(low, 0.0)
     if not span:
         return np.array([0.0, 1.0])
@@ -172,19 +178,16 @@ def _edges(low: float, high: float) -> np.ndarray:
 def calibration(margin: np.ndarray, bins: int = BINS) -> dict[str, Any]:
     """How far σ(margin), the Bradley-Terry chance of the chosen answer, can be believed.
 
-    Expected calibration error: Σ n_b/n · |right_b − confidence_b|, Guo et al. 2017, arXiv
-    1706.04599, eq. 3. The answer with the higher score is the guess, σ(|margin|) the confidence in
-    it, which begins at 1/2; so the bins have equal widths from 1/2 to 1, and like theirs hold their
-    right edge. A tie is right by half. ``log_loss`` is the mean of −log σ(margin).
+    The answer with the higher score is the guess, σ(|margin|) the confidence in it; a tie is right
+    by half. ``ece``, the expected calibration error, is Σ n_b/n · |right_b − confidence_b|: Guo et
+    al. 2017, arXiv 1706.04599, equation 3. The bins have equal widths from 1/2 to 1 and hold their
+    right edge. ``log_loss`` is the mean of −log σ(margin).
     """
-    confidence = 1 / (1 + np.exp(-np.abs(margin)))
-    right = (np.sign(margin) + 1) / 2
+    confidence, right = 1 / (1 + np.exp(-np.abs(margin))), _wins(margin)
     edges = np.linspace(0.5, 1, bins + 1)
     place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     count = np.bincount(place, minlength=bins)
     sums = [np.bincount(place, x, minlength=bins) for x in (confidence, right)]
-    total = margin.size
-    gap = np.abs(sums[0] - sums[1]).sum()
     table = [
         {
             "from": float(edges[i]),
@@ -195,12 +198,17 @@ def calibration(margin: np.ndarray, bins: int = BINS) -> dict[str, Any]:
         }
         for i in range(bins)
     ]
+    total = margin.size
     return {
         "n": total,
-        "ece": float(gap / total) if total else None,
-        "log_loss": float(np.logaddexp(0, -margin).mean()) if total else None,
+        "ece": float(np.abs(sums[0] - sums[1]).sum() / total) if total else None,
+        "log_loss": _mean(np.logaddexp(0, -margin)),
         "bins": table,
     }
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
+    return {"pearson": pearson(x, y), "spearman": spearman(x, y)}
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
@@ -225,34 +233,26 @@ def _ranks(x: np.ndarray) -> np.ndarray:
 def length_bias(judged: Judged) -> dict[str, Any]:
     """Whether length is mistaken for quality.
 
-    ``longer_wins`` is the share of pairs of different lengths in which the longer answer has the
-    higher score, ``longer_chosen`` the share in which it is the chosen one: how often it wins, and
-    how often it should. ``accuracy_if_longer``, ``…_same``, ``…_shorter`` are the tallies of pairs
-    whose chosen answer is longer, as long, or shorter. Correlations: of an answer's reward with its
-    length, prompt included; and of margin with difference of lengths, free of the prompt.
+    Of the ``n`` pairs of different lengths, ``longer_wins`` is the share in which the longer answer
+    has the higher score, and ``longer_chosen`` the share in which it is the chosen one.
+    ``accuracy_if_longer``, ``…_same``, ``…_shorter`` are tallies of the pairs whose chosen answer
+    is longer, as long, or shorter. Correlations: of an answer's reward with its length, prompt
+    included; and of a pair's margin with its difference of lengths, which the prompt is not in.
     """
     margin, longer, _ = pairs(judged)
-    credit = (np.sign(margin) + 1) / 2
-    differ = longer != 0
-    n = int(differ.sum())
+    won, differ = _wins(margin), longer != 0
     scores, lengths, is_chosen = judged.scores, judged.lengths, judged.is_chosen
     return {
-        "n": n,
-        "longer_wins": float((margin * np.sign(longer) > 0)[differ].mean()) if n else None,
-        "longer_chosen": float((longer > 0)[differ].mean()) if n else None,
+        "n": int(differ.sum()),
+        "longer_wins": _mean((margin * np.sign(longer) > 0)[differ]),
+        "longer_chosen": _mean((longer > 0)[differ]),
         "mean_chosen": _mean(lengths[is_chosen]),
         "mean_rejected": _mean(lengths[~is_chosen]),
-        "accuracy_if_longer": tally(credit[longer > 0]),
-        "accuracy_if_same": tally(credit[~differ]),
-        "accuracy_if_shorter": tally(credit[longer < 0]),
-        "reward_and_length": {
-            "pearson": pearson(scores, lengths),
-            "spearman": spearman(scores, lengths),
-        },
-        "margin_and_difference": {
-            "pearson": pearson(margin, longer.astype(np.float64)),
-            "spearman": spearman(margin, longer),
-        },
+        "accuracy_if_longer": tally(won[longer > 0]),
+        "accuracy_if_same": tally(won[~differ]),
+        "accuracy_if_shorter": tally(won[longer < 0]),
+        "reward_and_length": correlation(scores, lengths),
+        "margin_and_difference": correlation(margin, longer),
     }
 
 
@@ -261,25 +261,20 @@ def _mean(x: np.ndarray) -> float | None:
 
 
 def rm_bench(judged: Judged) -> dict[str, Any] | None:
-    """RM-Bench's figures over the rows of three chosen and three rejected answers; None: no such.
+    """RM-Bench's figures of the rows of three chosen and three rejected answers; None: no such row.
 
-    Row i, column j of ``matrix`` is how often the chosen answer in style i beats the rejected one
-    in style j; the styles are concise, detailed, detailed with Markdown. ``hard`` is the mean of
-    the cells in which the rejected answer is the more elaborate one (above the diagonal),
-    ``normal`` of the diagonal, ``easy`` of those below: Liu et al. 2024, arXiv 2410.16184. A tie is
-    no win.
+    Answers come in three styles: concise, detailed, detailed with Markdown. ``matrix[i][j]`` is how
+    often the chosen answer in style i beats the rejected one in style j; a tie is no win. ``hard``
+    is the mean of the cells above the diagonal, where the rejected answer is the more elaborate
+    one, ``normal`` of the diagonal, ``easy`` of the cells below: Liu et al. 2024, arXiv 2410.16184.
     """
     shape = next((s for s in judged.shapes() if s.scores.shape[1] == 2 * s.chosen == 6), None)
     if shape is None:
         return None
     wins = shape.scores[:, :3, None] > shape.scores[:, None, 3:]
-    names = [judged.subsets[row] for row in shape.rows]
-    out = _levels(wins) | {"matrix": wins.mean(0).tolist()}
-    out["subsets"] = {
-        name: _levels(wins[[other == name for other in names]])
-        for name in sorted({name for name in names if name is not None})
-    }
-    return out
+    parts = _by_subset([judged.subsets[row] for row in shape.rows])
+    subsets = {name: _levels(wins[inside]) for name, inside in parts.items()}
+    return {**_levels(wins), "matrix": wins.mean(0).tolist(), "subsets": subsets}
 
 
 def _levels(wins: np.ndarray) -> dict[str, Any]:  # bool [rows, 3, 3]
@@ -292,36 +287,38 @@ def _levels(wins: np.ndarray) -> dict[str, Any]:  # bool [rows, 3, 3]
     return {"n": len(wins), **levels, "mean": sum(levels.values()) / 3}
 
 
-def summarise(judged: Judged) -> dict[str, Any]:
-    """All of the above, ready for JSON; None stands where there is nothing to measure.
+def _by_subset(names: list[str | None]) -> dict[str, np.ndarray]:
+    """For each name, sorted, which rows have it, bool ``[rows]``."""
+    found, names = sorted({name for name in names if name is not None}), np.array(names, object)
+    return {name: names == name for name in found}
 
-    ``rows`` is the :func:`tally` of rows, ``pairs`` of pairs, and ``macro`` the mean over subsets,
-    each counting as much as another. Without groups, rows and pairs are the same.
-    ``pairs["row_mean"]`` is the mean over rows of the share of pairs won, so that a row with many
-    answers counts no more than another.
+
+def summarise(judged: Judged) -> dict[str, Any]:
+    """All figures, ready for JSON; None stands where there is nothing to measure.
+
+    ``rows`` is the :func:`tally` of rows, ``pairs`` of pairs (the same where no row has more than
+    two answers), and ``macro`` the mean over subsets. ``pairs["row_mean"]`` is the mean over rows
+    of the share of pairs won, so that a row with many answers counts no more than another.
     """
     margin, _, rows = pairs(judged)
-    credit, pair_credit = credits(judged), (np.sign(margin) + 1) / 2
-    won, count = np.bincount(rows, pair_credit == 1), np.bincount(rows)
-    of_pairs = tally(pair_credit)
+    row_credit = credits(judged)
+    won, count = np.bincount(rows, margin > 0), np.bincount(rows)
+    of_pairs = tally(_wins(margin))
     del of_pairs["interval"]  # pairs of one row are not independent; rows are
-    out = {
+    summary = {
         "groups": judged.has_groups,
-        "rows": tally(credit),
+        "rows": tally(row_credit),
         "pairs": {**of_pairs, "row_mean": _mean(won / np.maximum(count, 1))},
     }
-    names = np.array(judged.subsets, object)
-    parts = {
-        name: tally(credit[names == name]) for name in sorted({n for n in names if n is not None})
-    }
+    parts = {name: tally(row_credit[inside]) for name, inside in _by_subset(judged.subsets).items()}
     if parts:
-        out["subsets"] = parts
-        out["macro"] = {
+        summary["subsets"] = parts
+        summary["macro"] = {
             name: float(np.mean([part[name] for part in parts.values()]))
             for name in ("accuracy", "accuracy_ties_shared")
         }
     scores, is_chosen = judged.scores, judged.is_chosen
-    return out | {
+    return summary | {
         "margin": margins(margin),
         "reward": {"chosen": _mean(scores[is_chosen]), "rejected": _mean(scores[~is_chosen])},
         "length": length_bias(judged),

@@ -209,11 +209,15 @@ class Scorer(BulkScorer):
             if module not in inside and (module._forward_hooks or module._forward_pre_hooks):
                 raise Unservable("forward hooks on the model or on what wraps it")
 
+    @property
+    def _forward(self) -> Any:
+        return self._patch.overrides[0]
+
     def _run_trie(
         self, rows: list[np.ndarray], which: np.ndarray, lengths: np.ndarray, raw: Tensor
     ) -> None:
         """Put into ``raw`` the scores of the rows ``which``, each node of their trie run once."""
-        trie, forward = pack([rows[i] for i in which]), self._patch.overrides[0]
+        trie = pack([rows[i] for i in which])
         self.stats.nodes += len(trie)
 
         def take(piece: pieces.Piece, hidden: Tensor) -> None:
@@ -221,11 +225,11 @@ class Scorer(BulkScorer):
             if done.size:
                 # a node once: a matmul may round equal rows differently, and equal is a tie
                 nodes, place = piece.trie.pool_index.unique(return_inverse=True)
-                scores = forward.scores(hidden, nodes - piece.carried)
+                scores = self._forward.scores(hidden, nodes - piece.carried)
                 raw[done] = scores[place, 0].cpu().double()
             self._ran(piece.stop - piece.start, done.size, int(lengths[done].sum()))
 
-        forward.run_pieces(trie, take, self._budget)
+        self._forward.run_pieces(trie, take, self._budget)
 
     def _run_padded(self, rows: list[np.ndarray], which: np.ndarray, raw: Tensor) -> None:
         """The same for rows that cannot run packed: sorted by length, or by shared prefixes."""
