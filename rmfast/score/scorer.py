@@ -55,8 +55,9 @@ class Scorer(BulkScorer):
         window: conversations that are looked at together: prefixes meet within a window.
         normalize: ``(score - config.mean) / config.std``, as OpenRLHF stores them.
         sigmoid: ``1 / (1 + exp(-score))``, after ``normalize``.
-        attention, compile: as for :func:`rmfast.patch`; None: as the model was patched, ``"auto"``
-            and ``False`` if it was not.
+        attention: as for :func:`rmfast.patch`; None: as the model was patched, ``"auto"`` if it was
+            not.
+        compile: likewise; ``False`` if it was not.
         progress: show a bar; or a function that is called with the conversations and the tokens
             each micro-batch finished.
 
@@ -187,11 +188,9 @@ class Scorer(BulkScorer):
         counts = np.flatnonzero(row != self._pad)
         return int(counts[-1]) if counts.size else 0
 
-    def _packed(
-        self, rows: list[np.ndarray], patch: patching.Patch | None = None
-    ) -> np.ndarray:  # bool [len(rows)]
+    def _packed(self, rows: list[np.ndarray]) -> np.ndarray:  # bool [len(rows)]
         """Which rows can run in the trie."""
-        patch = patch or self._patch
+        patch = self._patch
         if patch.level != self._level:
             return np.zeros(len(rows), bool)
         try:
@@ -204,7 +203,7 @@ class Scorer(BulkScorer):
 
     def _check_hooks(self, patch: patching.Patch) -> None:
         """Hooks around the model may change its scores, and run with its own forward alone."""
-        inside = set(patch.outer.modules()) - {patch.outer}
+        inside = set(patch.classifier.modules()) - {patch.classifier}
         for module in self.model.modules():
             if module not in inside and (module._forward_hooks or module._forward_pre_hooks):
                 raise Unservable("forward hooks on the model or on what wraps it")
