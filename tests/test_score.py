@@ -759,9 +759,9 @@ def test_a_full_disk_loses_nothing(run, monkeypatch, capsys):
 
 def test_out_of_memory_is_told_and_can_go_on(run, monkeypatch, capsys):
     write("in.jsonl", conversations(20))
-    interrupted(run, monkeypatch, error=MemoryError("not even 16 tokens fit"))
+    interrupted(run, monkeypatch, error=MemoryError("out of memory with 16 tokens"))
     said = capsys.readouterr().err
-    assert "out of memory: not even 16 tokens fit; --resume continues" in said
+    assert "out of memory with 16 tokens; --resume continues" in said
     run("--batch-window", "4", "--resume")
     assert len(lines("o.jsonl")) == 20
 

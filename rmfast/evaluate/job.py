@@ -20,6 +20,7 @@ from rmfast.evaluate import measures, rewardbench, show
 from rmfast.evaluate.options import EvalOptions
 from rmfast.resume import versions
 from rmfast.score.progress import progress_bar
+from rmfast.score.windows import memory_told
 
 if TYPE_CHECKING:
     from rmfast.data.encoding import Conversation, Encoder
@@ -52,7 +53,7 @@ def run(args: EvalOptions) -> int:
         scorer = _scorer(args, template, lambda conversations, _: bar.update(conversations))
         files = stack.enter_context(_RowFiles(args, scorer.encoder))
         windows = stack.enter_context(contextlib.closing(scorer.windows(source)))
-        for window in _in_words(windows):
+        for window in memory_told(windows):
             for (number, row), scored in window:
                 if scored.error is not None:
                     left_out.add(number, scored.error)
@@ -119,23 +120,9 @@ def _template(path: str) -> str:
         ) from None
 
 
-def _in_words(windows: Iterator[list[Scored]]) -> Iterator[list[Scored]]:
-    try:
-        yield from windows
-    except MemoryError as error:
-        raise UserError(str(error)) from None
-
-
 def _scorer(args: EvalOptions, template: str | None, progress: Any) -> Scorer:
-    names = "max_tokens max_length on_overlong system_prompt attention compile".split()
-    options = {name: getattr(args, name) for name in names} | {
-        "chat_template": template,
-        "chat": False if args.plain else None,
-        "window": args.batch_window,
-        "progress": progress,
-    }
-    names = ("dtype", "device", "trust_remote_code")
-    load = functools.partial(loading.load, **{name: getattr(args, name) for name in names})
+    options = args.for_scorer(template) | {"progress": progress}
+    load = functools.partial(loading.load, **args.for_loading())
     task = "reward" if args.ref_model is None else "causal"
     loaded = load(args.model, revision=args.revision, task=task, tokenizer=args.tokenizer)
     try:

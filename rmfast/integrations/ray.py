@@ -24,13 +24,7 @@ _AHEAD = 2  # windows that each actor holds, so that none waits for its next
 
 
 class Worker:
-    """A scorer in a process of its own.
-
-    Args:
-        model, load: arguments of :func:`rmfast.loading.load`.
-        options: of :class:`rmfast.Scorer`.
-        named, stem: of :func:`rmfast.data.columns.choose`, where it is called with tables.
-    """
+    """A scorer in a process of its own; ``named`` and ``stem`` are for tables."""
 
     def __init__(
         self,
@@ -132,16 +126,8 @@ def score_dataset(
 class RayScorer:
     """Scores windows of rows with several actors, in the order of the rows.
 
-    Ray starts an actor that dies again, and its windows with it.
-
-    Args:
-        model: folder or hub name of a reward model, for the actors to load.
-        actors: processes, each with a model of its own.
-        window, max_tokens: as for :class:`rmfast.Scorer`; the estimate of the first actor is for
-            all.
-        progress: called with conversations and tokens after each window.
-        load: options of :func:`rmfast.loading.load`.
-        options: of :class:`rmfast.Scorer`.
+    Ray starts an actor that dies again, and its windows with it. The options are those of
+    :class:`rmfast.Scorer`; ``progress`` is called after each window.
 
     Raises:
         UserError: Ray is not installed, or has no room for so many actors.

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from rmfast.score.progress import progress_bar
 from rmfast.score.report import as_text, report
 from rmfast.score.source import Source, look
 from rmfast.score.start import State, beside, first_state, output_path, read_template, settings
+from rmfast.score.windows import memory_told
 
 if TYPE_CHECKING:
     from rmfast.score.scorer import Scorer
@@ -79,16 +80,10 @@ def run(options: ScoreOptions, make_scorer: Callable[..., Any] | None = None) ->
     return state.exit_code()
 
 
-def loading_options(options: ScoreOptions) -> dict[str, Any]:
-    """Keyword arguments of :func:`rmfast.loading.load`."""
-    names = ("dtype", "device", "revision", "trust_remote_code")
-    return {name: getattr(options, name) for name in names}
-
-
 def load_scorer(options: ScoreOptions, keywords: dict[str, Any]) -> Scorer:
     from rmfast.score.scorer import Scorer
 
-    loaded = loading.load(options.model, **loading_options(options))
+    loaded = loading.load(options.model, revision=options.revision, **options.for_loading())
     return Scorer(loaded.model, loaded.tokenizer, **keywords)
 
 
@@ -122,7 +117,8 @@ class Job:
         state, before = self.state, self.state.stats()
         start = time.perf_counter() - state.seconds
         with self.progress(), contextlib.closing(scorer.windows(self.rows())) as windows:
-            for window in _told_of_memory(windows):
+            advice = "; --resume continues after the last window"
+            for window in memory_told(windows, advice):
                 state.totals = (before + scorer.stats).as_dict()
                 state.max_tokens = scorer.max_tokens
                 state.seconds = time.perf_counter() - start
@@ -194,12 +190,3 @@ class Job:
             write_whole(path, found)
             self.state.done = True
             self.save()
-
-
-def _told_of_memory(windows: Iterable[Any]) -> Iterator[Any]:
-    try:
-        yield from windows
-    except MemoryError as error:
-        raise UserError(
-            f"out of memory: {error}; --resume continues after the last window"
-        ) from None

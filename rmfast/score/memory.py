@@ -18,12 +18,7 @@ _PADDED = 1024  # keys a query sees in a padded batch, for its attention weights
 def most_tokens(config: Any, dtype: torch.dtype, device: torch.device, packs: bool) -> int:
     """Tokens that a share of the device's free memory holds, at most :func:`pieces.most`.
 
-    Nothing is run, so this is an estimate; the micro-batch is halved where it was too high.
-
-    Args:
-        config: of the backbone, with the names that Hugging Face gives the sizes.
-        dtype: of the weights.
-        packs: whether the model runs packed, rather than in padded batches.
+    An estimate, for which nothing is run: the micro-batch is halved where it was too high.
     """
     most, free = pieces.most(device), free_bytes(device)
     if free is None or getattr(config, "hidden_size", None) is None:
@@ -36,19 +31,21 @@ def bytes_a_token(config: Any, dtype: torch.dtype, packs: bool = True) -> int:
     """Bytes that a token takes in a forward pass without gradients.
 
     With the hidden width H, the MLP width I (of all experts that a token visits), A attention
-    heads and K key heads of size D, L layers, and s bytes an element, one layer at a time holds::
+    heads and K key heads of size D, L layers, and s bytes an element::
 
         s · 4H              residual stream, its norm, outputs of attention and MLP
         4 · 2H              the norm in fp32
         s · 2 (A + 2K) D    queries, keys and values, before and after rotation
         s · 3I              gate, up projection and their product
-
-    and beside the layer::
-
-        s · 2 K D L         keys and values of carried prefixes, of all layers
-        4 · 1024 A          attention weights, in padded batches only
+        s · 2 K D L         if packed: keys and values of carried prefixes, of all layers
+        4 · 1024 A          if padded: attention weights
 
     Logits over the vocabulary are not made.
+
+    Args:
+        config: of the backbone, with Hugging Face's names of the sizes.
+        dtype: of the weights.
+        packs: the model runs packed, not in padded batches.
     """
 
     def size(name: str, otherwise: int) -> int:

@@ -88,23 +88,16 @@ class ScoringOptions(Options):
     )
     strict: bool = option("Stop at the first row that cannot be scored.", False, **RUN)
 
-    def for_scorer(self, template: str | None) -> dict[str, Any]:
-        """Keyword arguments of a scorer.
+    def for_loading(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`rmfast.loading.load`, for models of any revision."""
+        names = ("dtype", "device", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
 
-        Args:
-            template: the text of ``--chat-template``.
-        """
-        return {
-            "max_tokens": self.max_tokens,
-            "max_length": self.max_length,
-            "on_overlong": self.on_overlong,
-            "system_prompt": self.system_prompt,
-            "chat_template": template,
-            "chat": False if self.plain else None,
-            "window": self.batch_window,
-            "attention": self.attention,
-            "compile": self.compile,
-        }
+    def for_scorer(self, template: str | None) -> dict[str, Any]:
+        """Keyword arguments of a scorer, with the text of ``--chat-template``."""
+        names = "max_tokens max_length on_overlong system_prompt attention compile".split()
+        chat = {"chat_template": template, "chat": False if self.plain else None}
+        return {name: getattr(self, name) for name in names} | chat | {"window": self.batch_window}
 
 
 def column(help: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmfast.errors import RowError
+from rmfast.errors import RowError, UserError
 
 # what the caller knows a row by, and its conversations or why it has none
 Tagged = tuple[Any, Sequence[Any] | RowError]
@@ -107,3 +107,11 @@ def ahead(items: Iterator) -> Iterator:
             item = following.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def memory_told(windows: Iterable, advice: str = "") -> Iterator:
+    """The same windows; a MemoryError becomes a UserError, with some advice."""
+    try:
+        yield from windows
+    except MemoryError as error:
+        raise UserError(f"{error}{advice}") from None
