@@ -17,7 +17,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,33 +74,27 @@ class _Appended:
         self._file.close()
 
 
-class Errors:
-    """The rows that were left out: a line of JSON each, in a file that is there if one was."""
+class Errors(_Appended):
+    """The rows that were left out: a line of JSON each, and no file if there are none."""
 
     def __init__(self, path: Path, mark: int) -> None:
-        self._path, self._file = path, None
-        if mark:
-            self._file = _Appended(path, False, mark)
-        else:
-            path.unlink(missing_ok=True)
+        super().__init__(path, False, mark)
+        self._path = path
 
     def write(self, rows: Sequence[tuple[int, RowError]]) -> None:
-        if not rows:
-            return
-        self._file = self._file or _Appended(self._path, False, 0)
         lines = [
             {"line": number, "reason": str(error)[:_REASON], "kind": error.kind}
             for number, error in rows
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        self._file.append(text.encode("utf-8", "backslashreplace"))
-
-    def mark(self) -> int:
-        return self._file.mark() if self._file else 0
+        if text:
+            self.append(text.encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
-        if self._file:
-            self._file.close()
+        empty = self.mark() == 0
+        super().close()
+        if empty:
+            self._path.unlink()
 
 
 class JsonLines(_Appended):
@@ -153,20 +147,16 @@ class Csv(_Appended):
         return [_as_cell(record.value.get(name)) for name in self._source.names]
 
     def write(self, rows: Sequence[tuple[list[str], list[columns.Scores]]]) -> None:
-        if rows:
-            self.append(self._text([*cells, *map(as_text, scores)] for cells, scores in rows))
-
-    def _text(self, rows: Iterable[list[str]]) -> bytes:
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         if self.mark() == 0:
             writer.writerow([*self._source.names, *self._source.layout.added])
-        writer.writerows(rows)
-        return text.getvalue().encode()
+        writer.writerows([*cells, *map(as_text, scores)] for cells, scores in rows)
+        if text.tell():
+            self.append(text.getvalue().encode())
 
     def finish(self) -> None:
-        if self.mark() == 0:
-            self.append(self._text([]))
+        self.write([])  # of an empty file, the header
 
 
 # --- values
