@@ -26,9 +26,10 @@ demo: setup
 docs: setup # into build/docs
 	$(BIN)/mkdocs build --strict
 
-test: setup
+test: setup docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels # processes of their own: see its conftest.py
 	HF_HUB_OFFLINE=1 $(PYTEST) --ignore=tests/kernels
 

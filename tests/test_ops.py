@@ -33,13 +33,8 @@ def plan_of(trie, queries=None):
 
 
 def dense_attention(query, key, value, trie, queries, sinks, scale, window, softcap):
-    """The definition, with an [M, N] mask: for tests only."""
-    every = torch.arange(len(trie))
-    queries = every if queries is None else queries
-    allowed = reference.trie_mask(queries, every, trie.subtree_end, trie.position_ids, window)
-    bias = torch.zeros(allowed.shape, dtype=reference.wide(query.dtype))
-    bias = bias.masked_fill(~allowed, float("-inf"))[None, None]
-    return cpu.attend(query, key, value, bias, scale, softcap, sinks).transpose(1, 2)
+    seen = (trie.subtree_end, trie.position_ids, queries)
+    return reference.trie_attention(query, key, value, *seen, sinks, scale, window, softcap)
 
 
 CASES = {

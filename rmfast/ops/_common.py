@@ -34,14 +34,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether Triton runs what is asked of ``x``; under its interpreter, on a CPU too."""
+    """Whether a Triton kernel runs on ``x``: on a GPU, and on a CPU under Triton's interpreter."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True
     return x.is_cuda and HAS_TRITON
 
 
 def no_second_derivative(op: torch.library.CustomOpDef, name: str) -> None:
-    """``op``, the backward of ``rmfast.ops.name``, says so when it is differentiated."""
+    """Make ``op``, the backward of ``rmfast.ops.name``, raise when it is differentiated."""
 
     def refuse(ctx, *grads):
         raise NotImplementedError(

@@ -1,7 +1,6 @@
-"""What every kernel computes, in plain torch: the specification, and the path taken on a CPU.
+"""Attention over a trie in torch's own operations: dense calls on tiles of queries.
 
-Nothing here knows of models. Sums run in fp32 (in fp64 for fp64 inputs) whatever the dtype of
-the inputs.
+Sums run in fp32 (fp64 for fp64 inputs). :func:`rmfast.reference.trie_attention` specifies it.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def attend_backward(
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:  # [G, Hq, M, D] -> [G * Hk, Hq / Hk * M, D]
-    """The queries of a group of heads one under the other: no key is repeated."""
+    """Stack the query heads that share a key head, so that no key is repeated."""
     groups = x.shape[1] // kv_heads
     return x.reshape(x.shape[0] * kv_heads, groups * x.shape[2], x.shape[3])
 
@@ -119,7 +118,7 @@ def _weights(
 
 
 class Bundle(NamedTuple):
-    """Tiles of about the same size, side by side: one dense attention call."""
+    """Tiles of about the same size, padded: one dense attention call."""
 
     queries: Tensor  # int64 [G, M], rows of the query tensor; a short tile repeats its last
     keys: Tensor  # int64 [G, L], packed indices; a short tile repeats its last

@@ -59,7 +59,7 @@ class TriePlan:
         return self.subtree_end, self.position_ids, self.queries
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What ``make`` makes, made when it is first asked for."""
+        """Return ``make()`` of the first call with this key."""
         if key not in self.carrier.made:
             self.carrier.made[key] = make()
         return self.carrier.made[key]
@@ -75,5 +75,5 @@ class TriePlan:
 
 
 def made_for(carrier: Tensor) -> dict[Any, Any]:
-    """What a plan has already; nothing where a copy of its tensors came here."""
+    """What a plan has already; an empty dict where only a copy of its tensors came here."""
     return getattr(carrier, "made", {})

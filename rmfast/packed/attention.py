@@ -134,7 +134,7 @@ class TrieRun:
 
 
 def register(before: str) -> str:
-    """Enter rmfast's attention, standing in for ``before``, in transformers' registries."""
+    """Register rmfast's attention, which stands in for ``before``, with transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -154,14 +154,14 @@ def use(config: Any) -> str:
 
 
 def leave(config: Any) -> None:
-    """Put back the name that :func:`use` took; what was named since stays."""
+    """Put back the name that :func:`use` replaced; leave another name alone."""
     name = getattr(config, "_attn_implementation", None)
     if name is not None and name.startswith(PREFIX):
         config._attn_implementation_internal = name.removeprefix(PREFIX)
 
 
 def unpacked_function(before: str, module: nn.Module) -> Callable | None:
-    """What ``module`` called before rmfast; None where that cannot be told."""
+    """The attention function that ``module`` called before rmfast; None where it is unknown."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if before != "eager":

@@ -65,7 +65,7 @@ _BLOCK = 128  # queries, and nodes, that FlexAttention looks up together
 
 
 def _block_mask(plan: ops.TriePlan, window: int | None) -> Any:
-    """Blocks by their extrema alone: create_block_mask would make all pairs of nodes."""
+    """The mask from the extrema of blocks: create_block_mask tests all pairs of nodes."""
     from torch.nn.attention.flex_attention import BlockMask
 
     end, position, row = plan.tensors

@@ -31,7 +31,7 @@ _KNOWN = frozenset(
 
 
 class PackedForward(Override):
-    """What the model's and the backbone's stand-ins share: read a call, pack it, run it."""
+    """Base of the stand-ins for the model and the backbone: reads a call, packs it, runs it."""
 
     served: frozenset[str] = frozenset()  # outputs the packed path can give
 
@@ -160,16 +160,16 @@ class PackedForward(Override):
         pieces.run(step, trie, budget, take, models.device(self.patch.base))
 
     def inside(self) -> Callable:
-        """The backbone, past the stand-in."""
+        """The forward of the backbone without its stand-in."""
         raise NotImplementedError
 
     def may_prune(self) -> bool:
-        """Whether the stand-in sits on what runs last, and nowhere else."""
+        """Whether the last layer's stand-in is on the layer that runs last, and on no other."""
         layers, last = models.decoder_layers(self.patch.base), self.patch.last_layer
         return layers is not None and layers[-1] is last and sum(m is last for m in layers) == 1
 
     def no_cache(self, call: dict[str, Any]) -> models.NoCache | None:
-        """In place of the cache that Hugging Face returns by default."""
+        """What a packed call returns instead of the cache that Hugging Face returns by default."""
         asked = call.get("use_cache")
         by_default = getattr(self.patch.base.config, "use_cache", False)
         return models.NoCache() if asked is None and by_default else None
@@ -213,7 +213,7 @@ _given: contextvars.ContextVar[tuple[PackedForward | None, Any]] = contextvars.C
 
 @contextlib.contextmanager
 def giving(stand_in: PackedForward, output: Any) -> Iterator[None]:
-    """In this thread the backbone is not run, and gives ``output``."""
+    """In this thread, the stand-in returns ``output`` instead of running the backbone."""
     token = _given.set((stand_in, output))
     try:
         yield

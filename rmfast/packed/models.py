@@ -36,7 +36,7 @@ def _transformers_folder() -> str:
 
 
 def _owner(module: nn.Module) -> type:
-    """The class whose ``forward`` runs: a subclass that leaves it alone is as good as that."""
+    """The class that defines the ``forward`` of a module."""
     return next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
 
 
@@ -52,26 +52,26 @@ def _runs_transformers(module: nn.Module) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether accelerate's hooks, which move weights and inputs to a device, come first."""
+    """Whether accelerate has wrapped the forward to move weights and inputs to a device."""
     function = getattr(module.__dict__.get("forward"), "func", None)
     hooks = getattr(function, "__module__", None) == "accelerate.hooks"
     return hooks and "_old_forward" in module.__dict__
 
 
 def slot(module: nn.Module) -> str:
-    """Where an instance has the forward that runs once accelerate's hooks have moved things."""
+    """The attribute that holds an instance's forward, inside of accelerate's wrapper."""
     return "_old_forward" if hooked(module) else "forward"
 
 
 def replaced(module: nn.Module) -> Any:
-    """What an instance has there instead of its class's forward; None: nothing."""
+    """The forward that somebody put on an instance; None: it runs its class's."""
     now = module.__dict__.get(slot(module))
     own = hooked(module) and getattr(now, "__func__", None) is type(module).forward
     return None if own else now
 
 
 def device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs, also while its weights lie elsewhere for want of room."""
+    """The device of a model's inputs, also while its weights are offloaded."""
     for module in model.modules():
         for p in module.parameters(recurse=False):
             hook = getattr(module, "_hf_hook", None)
@@ -81,7 +81,7 @@ def device(model: nn.Module) -> torch.device:
 
 
 def decoder_layers(module: nn.Module) -> nn.ModuleList | None:
-    """The stack of decoder layers a backbone holds directly; None where there is not just one."""
+    """The one stack of decoder layers that a backbone holds; None where there is no such one."""
     count = getattr(getattr(module, "config", None), "num_hidden_layers", None)
     lists = [m for m in module.children() if isinstance(m, nn.ModuleList) and len(m) == count]
     return lists[0] if len(lists) == 1 else None
@@ -211,7 +211,7 @@ def is_sharded(base: nn.Module) -> bool:
 
 
 def draws_noise(model: nn.Module, active: bool) -> bool:
-    """Whether the model draws noise for each token: ever, or now, with ``active``."""
+    """Whether the model can draw noise for each token; with ``active``, whether it does now."""
     for module in model.modules():
         if active and not module.training:
             continue
@@ -243,14 +243,14 @@ def position_limit(config: Any) -> float:
 
 
 def has_absolute_positions(base: nn.Module) -> bool:
-    """Whether a token's place itself counts, not only its distance to others."""
+    """Whether a token's position counts, not only its distance to other tokens."""
     tokens = base.get_input_embeddings()
     learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in base.modules())
     return learned or any("llama_4_scaling_beta" in kind for kind in _rope(base.config))
 
 
 def arguments(base: nn.Module) -> frozenset[str]:
-    """Names of arguments the backbone reads; what else a caller passes is ignored, as it was."""
+    """Names of the arguments that the backbone reads; it ignores all others."""
     from transformers.utils import TransformersKwargs
 
     named = inspect.signature(type(base).forward).parameters
@@ -265,7 +265,7 @@ def can_generate(model: nn.Module) -> bool:
 
 
 class NoCache:
-    """Stands where transformers would return a key/value cache nobody asked for by name.
+    """Returned where transformers would return a key/value cache that nobody asked for by name.
 
     The packed pass keeps none. Using this one is an error, so that decoding step by step on a
     patched model fails loudly.
@@ -291,7 +291,7 @@ class NoCache:
 
 @contextlib.contextmanager
 def keeping_modes(model: nn.Module) -> Iterator[None]:
-    """Each of its modules ends in the mode, training or eval, in which it began."""
+    """Put every module back into the mode, training or eval, that it had before."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield

@@ -87,7 +87,7 @@ class Patch(State):
             delattr(module, _ATTRIBUTE)
 
     def marked(self) -> list[nn.Module]:
-        """Where the patch is found again: also from inside or outside of a wrapper like PEFT's."""
+        """Modules that know of the patch, so that it is found inside and outside of wrappers."""
         marked = [self.holder, self.base if self.packs else None]
         return [m for m in dict.fromkeys(marked) if m is not None]
 
@@ -163,7 +163,7 @@ class Patch(State):
 
 
 def _drops_soft_cap(config: Any, attention_before: str | None) -> bool:
-    """Whether the model's own attention is handed a soft cap that it does not know.
+    """Whether the model's own attention ignores the soft cap of its config.
 
     gemma2 alone hands one on, of the families that run packed. Later versions refuse it with SDPA.
     """
@@ -320,7 +320,7 @@ def patch(
 
 
 def repatch(model: nn.Module, **given: Any) -> Patch:
-    """The patch of a model as it is, but for what is given; of one that has none, the default's.
+    """Patch a model with the options given; the others stay as they are, or are the defaults.
 
     Where somebody has wrapped the model's forward since, the wrapper has a say in the scores: it is
     patched anew, inside of it.
@@ -342,7 +342,7 @@ def repatch(model: nn.Module, **given: Any) -> Patch:
 
 
 def _apply_again(model: nn.Module, found: Patch) -> None:
-    """Put a patch back that was undone; a new one, where somebody has replaced a forward since."""
+    """Apply a patch that was undone; make a new one where somebody has replaced a forward since."""
     if all(stand_in.fits() for stand_in in found.overrides):
         found.apply()
     else:

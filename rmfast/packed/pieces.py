@@ -25,7 +25,7 @@ _MOST = {"cpu": 4096, "cuda": 65536}
 
 
 def most(device: torch.device) -> int:
-    """Tokens that run together on a device, however much memory it has."""
+    """The most tokens that run together on a device, however much memory it has."""
     return _MOST.get(device.type, _MOST["cuda"])
 
 
@@ -111,7 +111,7 @@ class Budget:
 
     @untraced()
     def attempt(self, work: Callable[..., Any], *args: Any, size: int) -> Any:
-        """What ``work(*args)`` gives; None where memory ran out, and the budget is halved.
+        """Return ``work(*args)``; where memory runs out, halve the budget and return None.
 
         Args:
             size: tokens that it runs, or a few more.

@@ -42,7 +42,7 @@ class ScoringForward(PackedForward):
         return self.unpacked(call)
 
     def pools_first(self, call: dict[str, Any]) -> bool:
-        """Whether a padded batch is pooled here: as packed rows are, where the head would round."""
+        """Whether a padded batch is pooled here: the model's own head would round its scores."""
         if self.patch.level == "head" or not self.has_loss(call):
             return self.has_loss(call)
         ids, linear = call.get("input_ids"), models.linear(self.module.score)
@@ -78,7 +78,7 @@ class ScoringForward(PackedForward):
         return self.scored(call, self.scores(out[0][0], trie.pool_index))
 
     def in_pieces(self, device: torch.device) -> bool:
-        """Whether nothing of a call need be kept, so that its tokens may run bit by bit."""
+        """Whether a call keeps nothing for a backward, so that its trie may run in pieces."""
         if self.patch.options.max_tokens == 0 or device != models.device(self.patch.base):
             return False
         needed = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
@@ -140,7 +140,7 @@ class ScoringForward(PackedForward):
         return self.patch.base
 
     def padded(self, call: dict[str, Any]) -> Any:
-        """Hugging Face's backbone on the padded batch; pooled first, so the head sees B rows."""
+        """Run Hugging Face's backbone on the padded batch, then the head on pooled rows only."""
         ids = call.get("input_ids")
         if ids is None:
             if self.patch.options.pooling == "mask":

@@ -44,13 +44,13 @@ class Override(Member):
         self.__dict__.setdefault("_patch", None)
 
     def put(self) -> None:
-        """Take the place of what the instance has; inside somebody's wrapper it stays there."""
+        """Replace the instance's forward, unless somebody's wrapper holds this stand-in already."""
         if not self.placed:
             setattr(self.module, models.slot(self.module), self)
             self.placed = True
 
     def leave(self) -> None:
-        """Put back what was there, unless somebody has wrapped this since."""
+        """Put the forward before it back, unless somebody has wrapped this stand-in since."""
         slot = self.slot()
         if slot is None:
             return
@@ -61,7 +61,7 @@ class Override(Member):
             setattr(self.module, slot, self.before or self.of_class())
 
     def slot(self) -> str | None:
-        """The attribute of its module that it is; None inside somebody's wrapper."""
+        """The attribute of the module that holds this stand-in; None inside somebody's wrapper."""
         for slot in ("forward", "_old_forward"):
             now = None if self.module is None else self.module.__dict__.get(slot)
             if now is self or (now is not None and getattr(now, "__func__", None) is self):
@@ -69,7 +69,7 @@ class Override(Member):
         return None
 
     def fits(self) -> bool:
-        """Whether it can be put again: nobody has put a forward of their own there since."""
+        """Whether the stand-in can be put again: nobody has replaced the forward since."""
         if self.module is None:
             return False
         return self.placed or models.replaced(self.module) == self.before

@@ -13,7 +13,7 @@ from rmfast.packed import attention, models, pieces
 
 
 class Weak:
-    """An attribute that keeps nothing alive: None where what it was has gone."""
+    """An attribute that is a weak reference; it reads None once its object is gone."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = f"_{name}"
@@ -27,7 +27,7 @@ class Weak:
 
 
 class Member:
-    """Part of a patched model, which it does not keep alive. A copy belongs to the model's copy."""
+    """Base of what belongs to a patched model: pickles and copies along with the model."""
 
     def __getstate__(self) -> dict[str, Any]:
         names = [name.removeprefix("_") for name in self.__dict__]
@@ -133,7 +133,7 @@ class State(Member):
                     layer.compile(dynamic=True)
 
     def budget(self) -> pieces.Budget:
-        """What runs together without gradients."""
+        """The budget of calls without gradients, on the device of the model."""
         device = models.device(self.base)
         if device.type not in self.budgets:
             tokens = self.options.max_tokens or pieces.most(device)

@@ -1,6 +1,6 @@
 """The specification of every kernel, in plain torch: fp32 sums of any dtype, fp64 of fp64."""
 
-from rmfast.reference.attention import trie_mask
+from rmfast.reference.attention import trie_attention, trie_mask
 from rmfast.reference.head import (
     last_token,
     pooled_reward_head,
@@ -22,6 +22,7 @@ __all__ = [
     "pooled_reward_head",
     "reward_head",
     "reward_head_pairwise_loss",
+    "trie_attention",
     "trie_mask",
     "wide",
 ]
