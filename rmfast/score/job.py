@@ -56,6 +56,7 @@ def run(options: ScoreOptions, make_scorer: Callable[..., Any] | None = None) ->
         print(f"already complete: {state.rows:,} rows in {path}")
         return state.exit_code()
     source = look(options, reader)
+    output.check(path, source)
     job = Job(source, state, path, options.strict)
     keywords = options.for_scorer(template) | {"progress": job.ran}
     keywords["max_tokens"] = state.max_tokens or options.max_tokens

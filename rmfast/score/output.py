@@ -25,7 +25,7 @@ import numpy as np
 
 from rmfast.data import columns, files
 from rmfast.errors import RowError, UserError
-from rmfast.score.parquet import Parquet
+from rmfast.score.parquet import Parquet, schema_of
 from rmfast.score.source import Source
 
 _REASON = 1000  # characters: what a tokenizer's template says may be long
@@ -46,6 +46,12 @@ def open_output(path: Path, source: Source, mark: int = 0) -> JsonLines | Csv | 
     if kind == "jsonl":
         return JsonLines(path, gzipped, source, mark)
     return Csv(path, gzipped, source, mark) if kind == "csv" else Parquet(path, source, mark)
+
+
+def check(path: Path, source: Source) -> None:
+    """Raise what :func:`open_output` would raise for its columns, before a model is loaded."""
+    if files.file_format(path)[0] == "parquet":
+        schema_of(path, source)
 
 
 class _Appended:

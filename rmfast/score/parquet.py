@@ -29,11 +29,10 @@ class Parquet:
     """
 
     def __init__(self, path: Path, source: Source, mark: int) -> None:
-        files.need("pyarrow", str(path))
         import pyarrow
 
         self.path, self._source, self._count = path, source, mark
-        self._given = _schema(path, source)
+        self._given = schema_of(path, source)
         score = pyarrow.float32()
         if source.layout.kind == "responses":
             score = pyarrow.list_(score)
@@ -113,12 +112,13 @@ class Parquet:
 # --- types
 
 
-def _schema(path: Path, source: Source) -> pyarrow.Schema:
+def schema_of(path: Path, source: Source) -> pyarrow.Schema:
     """The schema of the input's columns.
 
     Raises:
         UserError: a column of the first rows has values that no type of Parquet holds.
     """
+    files.need("pyarrow", str(path))
     import pyarrow
     from pyarrow import parquet
 
