@@ -123,13 +123,13 @@ class BulkScorer:
 
     def _table(self, rows: Iterable, count: int, width: int) -> np.ndarray:  # fp32 [count, width]
         table = np.full((count, width), np.nan, np.float32)
-        for i, scores in enumerate(self._each(rows, count)):
+        for i, scores in enumerate(self._each(rows, count * width)):
             if scores is not None:
                 table[i] = scores
         return table
 
     def _each(self, rows: Iterable, count: int | None) -> Iterator[np.ndarray | None]:
-        """The scores of each row; None for one that is skipped."""
+        """The scores of each row, of ``count`` conversations in all; None for one skipped."""
         with (
             self._bar(count) as progress,
             contextlib.closing(self._windows(enumerate(rows), progress)) as windows,
@@ -146,7 +146,7 @@ class BulkScorer:
         if self._progress is not True:
             yield self._progress
             return
-        with progress_bar(total=count, unit=" rows") as bar:
+        with progress_bar(total=count, unit=" conversations") as bar:
             yield lambda conversations, tokens: bar.update(conversations)
 
     def _encoded(self, window: list[Tagged]) -> tuple[list[Any], list[Any]]:
@@ -165,6 +165,7 @@ class BulkScorer:
         return encoded
 
     def _scored(self, window: list[Any]) -> list[Scored]:
+        """The scores of encoded rows."""
         rows = [ids for row in window if isinstance(row, list) for ids in row]
         halvings = self._budget.halvings
         scores = iter(self._scores(rows) if rows else ())

@@ -37,12 +37,12 @@ class Scorer(BulkScorer):
         model: a reward model; patched in place, as by :func:`rmfast.patch`. One that is patched
             already keeps its options, but for those given here.
         tokenizer: its tokenizer; None where only token ids come.
-        max_tokens: trie nodes (distinct prefixes) a micro-batch. When not given, the limit that the
-            model was patched with; where that has none, or 0, an estimate of what the free memory
-            holds (:func:`rmfast.score.memory.bytes_a_token`). The limit of other calls stays as it
-            is. Halved when memory runs out, and doubled again, up to there, after a while. Where
-            processes share the parts of a model, they must run as many micro-batches: nothing is
-            estimated then, and nothing is halved.
+        max_tokens: trie nodes (distinct prefixes) a micro-batch; the limit of other calls stays as
+            it is. When not given, the limit that the model was patched with; where that has none,
+            or 0, an estimate of what the free memory holds
+            (:func:`rmfast.score.memory.bytes_a_token`). Halved when memory runs out, and doubled
+            again after a while. Where processes share the parts of a model, nothing is estimated or
+            halved: all must run as many micro-batches.
         max_length: most tokens of a conversation; the model's own limit when not given.
         on_overlong: ``"error"``, ``"skip"`` (the score is NaN), or ``"truncate_left"``: the BOS
             and the last tokens are scored.
