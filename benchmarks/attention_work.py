@@ -15,7 +15,7 @@ import torch
 import rmfast
 from rmfast import reference
 from rmfast.benchmarks import launches
-from rmfast.data import read_pairs
+from rmfast.data import preferences
 from rmfast.demo import embedded
 from rmfast.kernels import chips
 
@@ -29,7 +29,7 @@ def tries(data: Path | None) -> dict[str, rmfast.PackedTrie]:
     for name, values, length in (("random, much shared", 2, 300), ("random", 5, 700)):
         rows = [rng.integers(values, size=rng.integers(1, length + 1)) for _ in range(64)]
         out[name] = rmfast.pack(rows)
-    found = embedded.pairs("held-out") if data is None else read_pairs(data)
+    found = embedded.pairs("held-out") if data is None else preferences(data, ranks="pairs").records
     sides = [_bytes(side) for pair in found[:64] for side in pair.whole()]
     out["8 pairs"] = rmfast.pack(sides[:16])
     out["64 pairs"] = rmfast.pack(sides)

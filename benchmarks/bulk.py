@@ -123,7 +123,10 @@ def prepare(args: argparse.Namespace, path: Path) -> dict[str, shared.Job]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    pairs = embedded.pairs("held-out") if args.data is None else data.read_pairs(args.data)
+    if args.data is None:
+        pairs = embedded.pairs("held-out")
+    else:
+        pairs = data.preferences(args.data, ranks="pairs").records
     if args.groups:
         records = groups(pairs, args.groups, tokenizer)
         conversations = [(r["prompt"], x) for r in records for x in r["responses"]]

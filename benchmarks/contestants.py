@@ -538,7 +538,10 @@ def jobs(
 def _rows(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
     """Token ids: chosen, rejected, chosen, ..."""
     try:
-        pairs = embedded.pairs("held-out") if args.data is None else data.read_pairs(args.data)
+        if args.data is None:
+            pairs = embedded.pairs("held-out")
+        else:
+            pairs = data.preferences(args.data, ranks="pairs").records
         encode = Encoder(tokenizer).pair
         return [row for pair in pairs[: args.pairs] for row in encode(pair)]
     except errors.DataError as error:

@@ -27,11 +27,11 @@ def _text(prompt, start, length):
     return " ".join([*WORDS[:prompt], *words])
 
 
-# ragged, with a shared prompt, an equal pair, a prefix of another sequence, and nothing shared
+# ragged, with a shared prompt, an equal sequence, a prefix of another sequence, and nothing shared
 PAIRS = [
     (_text(9, 3, 12), _text(9, 4, 5)),
     (_text(9, 3, 2), _text(9, 3, 12)),
-    (_text(4, 1, 7), _text(4, 1, 7)),
+    (_text(9, 3, 12), _text(4, 1, 7)),
     (_text(0, 5, 3), _text(0, 6, 20)),
     (_text(2, 0, 1), _text(2, 9, 30)),
 ]

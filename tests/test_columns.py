@@ -39,6 +39,10 @@ LISTS = json.dumps([[USER, GOOD], [USER, BAD]])
             "pair",
             [("p", [USER, GOOD]), ("p", [USER, BAD])],
         ),
+        ({"prompt": "p", "chosen": "c", "rejected": [BAD]}, "pair", [("p", "c"), ("p", [BAD])]),
+        ({"prompt": "p", "response": "r", "question": "q"}, "response", [("p", "r")]),
+        ({"prompt": "p", "response": "r", "system": ""}, "response", [("p", "r")]),
+        ({"messages": [{**USER, "name": None}, GOOD]}, "messages", [[USER, GOOD]]),
         ({"text": "t", "prompt": "p"}, "text", ["t"]),
         ({"messages": json.dumps([USER, GOOD])}, "messages", [[USER, GOOD]]),
         ({"prompt": "p", "responses": '["r", "s"]'}, "responses", [("p", "r"), ("p", "s")]),
@@ -97,6 +101,22 @@ def test_cells_of_csv_may_hold_messages(cells):
     assert columns.choose(text, cells=cells).conversations(text) == [row["prompt"]]
     lists = {"prompt": "p", "responses": json.dumps([json.dumps([GOOD]), "[x"])}
     assert columns.choose(lists, cells=cells).conversations(lists)[1] == ("p", "[x")
+    json_text = {"prompt": "p", "response": '[{"a": 1}]'}
+    assert columns.choose(json_text, cells=cells).conversations(json_text) == [("p", '[{"a": 1}]')]
+
+
+def test_a_cell_of_broken_messages_is_not_scored_as_text():
+    row = {"prompt": "p", "response": json.dumps([{"role": "assistant"}])}
+    with pytest.raises(RowError, match='"response" message 0: "content" must be text, is missing'):
+        columns.choose(row, cells=True).conversations(row)
+
+
+def test_a_column_that_is_named_is_read():
+    row = {"question": "q", "chosen": "c", "rejected": "r"}
+    found = columns.choose(row, {"prompt": "question"})
+    assert found.conversations(row) == [("q", "c"), ("q", "r")]
+    same = columns.choose(row, {"chosen": "chosen", "rejected": "chosen", "prompt": "question"})
+    assert same.conversations(row) == [("q", "c"), ("q", "c")]
 
 
 BAD_ROWS = [
@@ -118,9 +138,13 @@ BAD_ROWS = [
     ({"prompt": "p", "responses": {"a": 1}}, '"responses" must be a list of responses, not an obj'),
     ({"prompt": "p", "responses": ["r", ""]}, '"responses" item 1 is empty'),
     ({"prompt": "p", "responses": ["r", 7]}, '"responses" item 1 must be text or a list of messa'),
-    ({"chosen": "c", "rejected": [BAD]}, '"chosen" and "rejected" must both be text, or both'),
+    ({"chosen": "c", "rejected": [BAD]}, '"chosen", "rejected" must all be text, or all be lists'),
     ({"chosen": "c", "rejected": None}, '"rejected" must be text or a list of messages, not null'),
     ({"chosen": "c", "rejected": "r", "prompt": 3}, '"prompt" must be text or a list of messages'),
+    ({"chosen": "c", "rejected": "r", "question": "q"}, 'has "question", which seems to belong to'),
+    ({"chosen": "c", "rejected": "r", "instruction": "i"}, 'has "instruction", which seems to bel'),
+    ({"prompt": "p", "response": "r", "system": "s"}, 'has "system", which seems to belong to the'),
+    ({"prompt": "p", "responses": ["r"], "tools": [{}]}, 'has "tools", which seems to belong to'),
 ]
 
 

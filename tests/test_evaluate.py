@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tiny
 from rmfast import loading
 from rmfast.commands.main import main
-from rmfast.data import rows as data_rows
+from rmfast.data.rows import Row, RowReader
 from rmfast.errors import RowError
 from rmfast.evaluate import job as eval_job
 from rmfast.evaluate import show
@@ -433,9 +433,14 @@ def test_files_without_rows(model, tmp_path, capsys, text, said):
     assert said in capsys.readouterr().err
 
 
+def read(record: dict, cells: bool = False, **columns: str) -> Row:
+    """A row as the command reads it."""
+    columns = {"prompt": "prompt", "subset": "subset", **columns}
+    return RowReader(columns, cells=cells, lists=True).read(record, "pair")
+
+
 def test_rows_are_read_as_what_they_are():
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    read = data_rows.read_row
     row = read({"prompt": "p", "chosen": "c", "rejected": ["r", "s"], "subset": 3})
     assert (row.chosen, row.rejected, row.subset) == ([("p", "c")], [("p", "r"), ("p", "s")], "3")
     row = read({"chosen": turns, "rejected": [turns, turns[:1]]})
@@ -466,13 +471,13 @@ def test_rows_are_read_as_what_they_are():
         ({"subset": ["a"]}, '"subset" must be a name, not a list'),
         (
             {"prompt": None, "rejected": [{"role": "user", "content": "x"}]},
-            '"chosen" and "rejected" must both be text, or both messages',
+            '"chosen", "rejected" must all be text, or all be lists of messages',
         ),
     ],
 )
 def test_rows_that_are_none(change, said):
     with pytest.raises(RowError) as error:
-        data_rows.read_row({"prompt": "p", "chosen": "c", "rejected": "r", **change})
+        read({"prompt": "p", "chosen": "c", "rejected": "r", **change})
     assert error.value.reason.startswith(said)
 
 

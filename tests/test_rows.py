@@ -250,11 +250,11 @@ WRONG = [
     (GROUP, '"responses" needs one of ranks, ratings, scores'),
     ({**GROUP, "ranks": [1]}, '"ranks" has 1 numbers for 2 responses'),
     ({**GROUP, "ranks": [1, 2, 3]}, '"ranks" has 3 numbers for 2 responses'),
-    ({**GROUP, "ranks": 1}, '"ranks" must be a list, not a number'),
+    ({**GROUP, "ranks": 1}, '"ranks" must be a list of numbers, not a number'),
     ({**GROUP, "ranks": [1, None]}, '"ranks" item 1 must be a number, not null'),
     ({**GROUP, "ratings": [math.nan, 1]}, '"ratings" item 0 must be a finite number, not nan'),
     ({**GROUP, "scores": [True, 1]}, '"scores" item 0 must be a number, not true or false'),
-    ({"responses": "ab", "ranks": [1, 2]}, '"responses" must be a list, not text'),
+    ({"responses": "ab", "ranks": [1, 2]}, '"responses" must be a list of responses, not text'),
     ({"responses": ["a", 1], "ranks": [1, 2]}, '"responses" item 1 must be text or a list of mess'),
     (
         {"completions": [{"response": "a"}]},

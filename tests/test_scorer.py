@@ -380,6 +380,21 @@ def test_every_kind_of_input_in_order():
     assert both[3, 0] == both[3, 1]
 
 
+def test_pairs_of_token_ids_and_pairs_that_cannot_be_scored():
+    scorer = Scorer(tiny.model("llama"), tiny.tokenizer())
+    ids = scorer.score_pairs([{"chosen": [5, 6], "rejected": [7]}, ([5, 6], [7])])
+    assert np.allclose(ids[0], ids[1])
+    for bad, reason in (
+        ({"chosen": "a"}, '"rejected" is missing'),
+        ({"chosen": "a", "rejected": "b", "question": "q"}, 'has "question", which seems to'),
+        ({"chosen": "a", "rejected": TALK}, '"chosen", "rejected" must all be text'),
+        (Pair([5, 6], [7], "hé"), '"chosen" message 0 must be an object'),
+        (Pair("a", "b", 3), '"prompt" must be text or a list of messages'),
+    ):
+        with pytest.raises(DataError, match=f"^row 1: {reason}"):
+            scorer.score_pairs([("a", "b"), bad])
+
+
 def test_nothing_and_one():
     scorer = Scorer(tiny.model("llama"))
     assert scorer.score([]).shape == (0,) and scorer.score_pairs([]).shape == (0, 2)

@@ -305,7 +305,7 @@ def test_rows_that_say_nothing_are_dropped_and_counted(tmp_path, caplog):
     rows[3]["responses"][0] = "x" * 80
     out = trainer(RewardTrainer, tmp_path, rows)
     assert out.dropped["train"] == {
-        "group of one": 1, "all responses tied": 1, "empty response": 1,
+        "fewer than two responses": 1, "all responses tied": 1, "empty response": 1,
         "longer than max_length": 1,
     }  # fmt: skip
 
@@ -313,10 +313,14 @@ def test_rows_that_say_nothing_are_dropped_and_counted(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (pairs(3, margin=True), {"margin": float("nan")}, "row 1: margin is nan"),
+        (
+            pairs(3, margin=True),
+            {"margin": float("nan")},
+            "row 1: margin must be a finite number, not nan",
+        ),
         (pairs(3), {"chosen": "", "rejected": ""}, None),
         (groups(3), {"ranks": [1]}, "row 1: 2 responses and 1 ranks"),
-        (groups(3), {"ranks": [1.0, float("inf")]}, "row 1: ranks must be finite"),
+        (groups(3), {"ranks": [1.0, float("inf")]}, "row 1: each of ranks must be a finite"),
         (groups(3), {"responses": ["a"] * 65, "ranks": list(range(65))}, "row 1: 65 responses"),
         ([{"question": "a", "good": "b"}] * 2, {}, "columns question, good; needed are chosen"),
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}], {}, "no row left"),

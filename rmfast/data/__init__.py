@@ -1,6 +1,6 @@
 """Preference data: what a row is, where rows come from, and what is wrong with one."""
 
-from rmfast.data.reading import preferences, read_pairs
+from rmfast.data.reading import preferences
 from rmfast.data.records import Group, Pair, Preferences, by_question
 from rmfast.errors import DataError, RowError
 
@@ -12,5 +12,4 @@ __all__ = [
     "RowError",
     "by_question",
     "preferences",
-    "read_pairs",
 ]

@@ -1,17 +1,17 @@
-"""From what people score (messages, prompt and response, text, token ids) to token ids."""
+"""Token ids of conversations: messages, prompt and response, text, or token ids already."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from rmfast.data.records import Pair
-from rmfast.data.values import Conversation as Messages
-from rmfast.data.values import checked
-from rmfast.errors import DataError, RowError
+from rmfast.data.values import Messages, as_messages, check_conversation
+from rmfast.errors import DataError, RowError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,8 +21,25 @@ Conversation = str | Messages | tuple[str | Messages, str | Messages] | Sequence
 ON_OVERLONG = ("error", "skip", "truncate_left")
 
 
+def read_template(path: str | None) -> str | None:
+    """The chat template in a file, as ``--chat-template`` names it; None where nothing is named.
+
+    Raises:
+        UserError: there is no such file, or it is not text.
+    """
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--chat-template {path}: not a text file with a Jinja template (names of FastChat's "
+            f"templates are not known here): {error}"
+        ) from None
+
+
 class Encoder:
-    """Token ids of conversations, each with one BOS at most, however its text came by it.
+    """Makes token ids of conversations, with at most one BOS each.
 
     Args:
         tokenizer: None where only token ids come.
@@ -62,8 +79,8 @@ class Encoder:
         if tokenizer is not None:
             self.template = chat_template or tokenizer.chat_template
             self.bos = tokenizer.bos_token_id
-            # of text; the tokens of a template say for themselves
-            self.adds_bos = self.bos is not None and self._tokens(["a"], True)[0][:1] == [self.bos]
+            # to text; a template writes its own special tokens
+            self.adds_bos = self.bos is not None and self.bos in self._ids(["a"], False)[0][:1]
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[np.ndarray | RowError]:
         """int32 token ids of each conversation, or why it has none.
@@ -71,18 +88,19 @@ class Encoder:
         Raises:
             DataError: a tokenizer or a chat template is needed and there is none.
         """
-        out: list[Any] = []
+        encoded: list[Any] = []
         for conversation in conversations:
             try:
-                out.append(self._prepare(conversation))
+                encoded.append(self._prepare(conversation))
             except RowError as error:
-                out.append(error)
+                encoded.append(error)
         for templated in (False, True):
-            where = [i for i, x in enumerate(out) if isinstance(x, tuple) and x[1] is templated]
-            ids = self._tokens([out[i][0] for i in where], not templated) if where else []
-            for i, tokens in zip(where, ids, strict=True):
-                out[i] = self._one_bos(tokens, templated)
-        return [x if isinstance(x, RowError) else self._fit(x) for x in out]
+            text = {
+                i: x[0] for i, x in enumerate(encoded) if isinstance(x, tuple) and x[1] is templated
+            }
+            for i, ids in zip(text, self._ids([*text.values()], templated), strict=True):
+                encoded[i] = ids
+        return [x if isinstance(x, RowError) else self._fit(x) for x in encoded]
 
     def text(self, conversation: Conversation) -> str:
         """What is tokenised of text or messages, or decoded from token ids.
@@ -103,13 +121,12 @@ class Encoder:
         Raises:
             RowError, DataError: as above.
         """
-        checked("the prompt", prompt)
-        if isinstance(prompt, str):
-            if self.chat is False:
-                return self._one_bos(self._tokens([self._plain(prompt)[0]], True)[0], False)
-            prompt = [{"role": "user", "content": prompt}]
-        text, _ = self._render(prompt, add_generation_prompt=True)
-        return self._one_bos(self._tokens([text], False)[0], True)
+        check_conversation("the prompt", prompt)
+        if isinstance(prompt, str) and self.chat is False:
+            text, templated = self._plain(prompt)
+        else:
+            text, templated = self._render(as_messages("user", prompt), add_generation_prompt=True)
+        return self._ids([text], templated)[0]
 
     def pair(self, pair: Pair) -> tuple[list[int], list[int]]:
         """Token ids of chosen and of rejected, text prompts put before text as it is.
@@ -139,28 +156,27 @@ class Encoder:
         return _token_ids(conversation)
 
     def _plain(self, text: str) -> tuple[str, bool]:
-        checked("the text", text)
+        check_conversation("the text", text)
         if self.system_prompt is not None:
             raise RowError("a system prompt goes with messages, and this is plain text")
         return text, False
 
     def _answered(self, prompt: Any, response: Any) -> tuple[str, bool]:
-        for name, part in (("prompt", prompt), ("response", response)):
-            checked(f"the {name}", part)
+        check_conversation("the prompt", prompt)
+        check_conversation("the response", response)
         if self.chat is False:
             if not (isinstance(prompt, str) and isinstance(response, str)):
                 raise RowError("messages need the chat template: do not read them as plain text")
             return self._plain(prompt + response)
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        if isinstance(response, str):
-            response = [{"role": "assistant", "content": response}]
-        elif response[: len(prompt)] == prompt or response[0]["role"] in ("system", "user"):
-            prompt = []  # the response is the whole conversation
-        return self._render(prompt + response)
+        prompt = as_messages("user", prompt)
+        if isinstance(response, list) and (
+            response[: len(prompt)] == prompt or response[0]["role"] in ("system", "user")
+        ):
+            return self._render(response)  # it is the whole conversation
+        return self._render(prompt + as_messages("assistant", response))
 
     def _render(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[str, bool]:
-        checked("the list of messages", messages)
+        check_conversation("the list of messages", messages)
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         self._need_tokenizer()
@@ -185,27 +201,29 @@ class Encoder:
         if self.tokenizer is None:
             raise DataError("text and messages need a tokenizer: pass one, or token ids")
 
-    def _tokens(self, texts: list[str], special: bool) -> list[list[int]]:
+    def _ids(self, texts: list[str], templated: bool) -> list[np.ndarray]:
+        """int32 token ids of texts, with one BOS each if the tokenizer puts one before text."""
+        if not texts:
+            return []
         self._need_tokenizer()
-        return self.tokenizer(
+        rows = self.tokenizer(
             texts,
-            add_special_tokens=special,
+            add_special_tokens=not templated,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-
-    def _one_bos(self, tokens: list[int], templated: bool) -> np.ndarray:
-        if self.bos is not None:
-            while tokens[:2] == [self.bos, self.bos]:
+        for i, tokens in enumerate(rows):
+            while self.bos is not None and tokens[:2] == [self.bos, self.bos]:
                 tokens = tokens[1:]
             if templated and self.adds_bos and tokens[:1] != [self.bos]:
                 tokens = [self.bos, *tokens]
-        return np.array(tokens, np.int32)
+            rows[i] = np.array(tokens, np.int32)
+        return rows
 
     def _fit(self, ids: np.ndarray) -> np.ndarray | RowError:
         if not ids.size:
-            return RowError("it comes out as no token at all")
+            return RowError("it has no tokens")
         if self.vocabulary is not None and (ids.min() < 0 or ids.max() >= self.vocabulary):
             wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]
             return RowError(f"token id {wrong}, and the model has embeddings for {self.vocabulary}")

@@ -1,28 +1,41 @@
-"""Preference data: pairs and ranked groups, where they come from, and what is wrong with a row.
-
-:func:`preferences` reads every usual kind of data set for training; :func:`read_pairs` reads pairs
-alone, from JSON lines. There a line is ``{"chosen": …, "rejected": …}``, both text or both lists of
-messages ``{"role": …, "content": …}``. A ``"prompt"`` of the same kind may be there, which comes
-before both, and a ``"margin"``.
-"""
+"""Makes :class:`Pair` and :class:`Group` of the rows of published data sets."""
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import itertools
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rmfast.data.records import Pair, Preferences, _check_like
-from rmfast.data.values import kind_of, parse_json, why_not_number, why_not_text_or_messages
+from rmfast.data.files import Reader
+from rmfast.data.records import (
+    Group,
+    Pair,
+    Preferences,
+    check_alike,
+    is_blank,
+    useless_group,
+    useless_pair,
+)
+from rmfast.data.rows import Row, RowReader, check_record
+from rmfast.data.values import TURN, Messages, as_messages, kind_of
 from rmfast.errors import DataError, RowError
 
 if TYPE_CHECKING:
     import datasets
+
+SHAPES = ("pairs", "all_pairs", "groups")
+_SEVERAL = ("responses", "completions", "answers")
+_TEXTS = ("response", "text", "answer")  # of an answer that is an object
+_RATINGS = ("overall_score", "rating", "score", "fine-grained_score")  # of the same
+_NUMBERS = ("ranks", "ratings", "scores")  # of a row
+_UNDERSTOOD = (
+    'chosen and rejected; completions, or responses with "ratings", "scores" or "ranks", after '
+    '"prompt" or "instruction"; or answers with ranks'
+)
+_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def preferences(
@@ -50,8 +63,9 @@ def preferences(
     - ``responses`` with ``ratings`` or ``scores``, or with ``ranks`` (lower is better, equal ties);
     - ``answers``, objects with ``answer`` and ``rank``: berkeley-nest/Nectar.
 
-    A row is left out, and counted, if it says nothing: an empty response (of several responses only
-    that one), identical chosen and rejected, fewer than two responses, all tied or all the same.
+    A row is dropped, and counted, if nothing can be learnt from it: an empty response (of several
+    responses only that one), identical chosen and rejected, fewer than two responses, all tied or
+    all the same.
 
     Args:
         source: a file, folder or data set as :class:`rmfast.data.files.Reader` takes it, a
@@ -68,33 +82,32 @@ def preferences(
             answer joined as TRL does. True: dialogues (``"\\n\\nHuman: …\\n\\nAssistant: …"``)
             become turns, as fits a model that was trained to chat; so do text prompts and answers.
             False: no text does, as fits a model without a chat template.
-        strict: what would be left out is an error.
+        strict: raise an error where a row or a response would be dropped.
         name: configuration of a data set that ``source`` names.
         split: split of that data set.
         limit: stop after so many rows.
 
     Raises:
-        DataError: it cannot be read; no record comes out; or a row is not understood, has a value
-            of a wrong kind, NaN or infinity, ranks that do not match its responses, or is of
-            another kind than the first one. The message begins with the place of the row.
+        DataError: the source cannot be read or holds no preferences; or a row is not understood,
+            has a value of a wrong kind, NaN or infinity, ranks that do not match its responses, or
+            is of another kind than the first one. The message begins with the place of the row.
         ValueError: an unknown option.
     """
-    from rmfast.data.rows import Rows
-
-    label, cells, found = _rows(source, name, split, limit)
-    rows = Rows(ratings, ranks, margins=margins, rating=rating, chat=chat, cells=cells)
+    label, cells, rows = _rows(source, name, split, limit)
+    row_reader = RowReader(cells=cells, empty=True)
+    reader = _Reader(ratings, ranks, margins, rating, chat, row_reader)
     records: list[Any] = []
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
     count = 0
-    for where, row in found:
+    for where, row in rows:
         count += 1
         try:
-            made, reasons = rows.read(row, where)
+            made, reasons = reader.read(row, where)
             if strict and reasons:
                 raise RowError(reasons[0])
             for record in made:
-                _check_like(records[0] if records else made[0], record)
+                check_alike(records[0] if records else made[0], record)
         except RowError as error:
             raise DataError(f"{where}: {error.reason}") from None
         records += made
@@ -102,8 +115,8 @@ def preferences(
             dropped[reason] += 1
             first.setdefault(reason, where)
     if not records:
-        why = "".join(f"; dropped: {n:,} × {reason}" for reason, n in dropped.items())
-        raise DataError(f"{label}: no preferences in {count:,} rows{why}")
+        reasons = "".join(f"; dropped: {n:,} × {reason}" for reason, n in dropped.items())
+        raise DataError(f"{label}: no preferences in {count:,} rows{reasons}")
     return Preferences(records, label, count, dropped, first)
 
 
@@ -112,11 +125,9 @@ def _rows(
 ) -> tuple[str, bool, Iterator[tuple[str, Any]]]:
     """What the source is called, whether all values are text, and its rows with their places."""
     if isinstance(source, (str, Path)):
-        from rmfast.data.files import Reader
-
         reader = Reader(source, name=name, split=split, limit=limit)
-        found = ((f"{source}:{x.number}", x.value) for x in reader.read())
-        return str(source), reader.format == "csv", found
+        rows = ((f"{source}:{x.number}", x.value) for x in reader.read())
+        return str(source), reader.format == "csv", rows
     if isinstance(source, Mapping):
         names = ", ".join(map(str, source))
         raise DataError(f"a {type(source).__name__} of {names}: give one of them, or an iterable")
@@ -127,70 +138,194 @@ def _rows(
     return label, False, ((f"{label}[{i}]", row) for i, row in rows)
 
 
-def read_pairs(path: str | Path) -> list[Pair]:
-    """Read preference pairs from a ``.jsonl`` or ``.jsonl.gz`` file; blank lines are passed over.
+class _Dropped(Exception):
+    """Nothing can be learnt from a row; the reason is the argument."""
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Makes pairs or groups of rows; the options are those of :func:`preferences`."""
+
+    ratings: str
+    ranks: str
+    margins: bool
+    rating: str | None
+    chat: bool | None
+    row_reader: RowReader
+
+    def __post_init__(self) -> None:
+        for name in ("ratings", "ranks"):
+            value = getattr(self, name)
+            if value not in SHAPES:
+                raise ValueError(f"{name} must be one of {', '.join(SHAPES)}, got {value!r}")
+
+    def read(self, record: Any, where: str) -> tuple[list[Any], list[str]]:
+        """The records of a row, none if it is dropped, and the reason of everything dropped.
+
+        Raises:
+            RowError: the row is not understood, or has something wrong in it.
+        """
+        missing = (None, "") if self.row_reader.cells else (None,)
+        record = {k: v for k, v in check_record(record).items() if v not in missing}
+        reasons: list[str] = []
+        try:
+            if "chosen" in record or "rejected" in record:
+                return [self._pair(record, where)], reasons
+            for name in _SEVERAL:
+                if name in record:
+                    return self._several(name, record, where, reasons), reasons
+        except _Dropped as dropped:
+            return [], [*reasons, str(dropped)]
+        names = ", ".join(map(str, record)) or "none"
+        raise RowError(f"has the fields {names}; understood are {_UNDERSTOOD}")
+
+    def _reader_of(self, record: dict[str, Any]) -> RowReader:
+        prompt = "instruction" if not record.get("prompt") else "prompt"
+        return replace(self.row_reader, columns={"prompt": prompt})
+
+    def _pair(self, record: dict[str, Any], where: str) -> Pair:
+        prompt, (chosen, rejected) = self._turns(self._reader_of(record).read(record, "pair"))
+        if reason := useless_pair(chosen, rejected, prompt):
+            raise _Dropped(reason)
+        margin = None
+        if "margin" in record:
+            margin = self.row_reader.number('"margin"', record["margin"])
+        elif self.margins:
+            better, worse = (
+                self.row_reader.number(f'"{name}"', record.get(name))
+                for name in ("score_chosen", "score_rejected")
+            )
+            if better < worse:
+                raise _Dropped("score_rejected above score_chosen")
+            margin = better - worse
+        return Pair(chosen, rejected, prompt, margin, where)
+
+    def _several(
+        self, name: str, record: dict[str, Any], where: str, reasons: list[str]
+    ) -> list[Pair] | list[Group]:
+        answers, numbers, rated = self._numbered(name, record)
+        if self.margins and not rated:
+            raise RowError("has ranks, of which no margins can be made: leave margins off")
+        row = self._reader_of(record).row(record, self.row_reader.answers(name, answers))
+        prompt, answers = self._turns(row, rated)
+        kept = [i for i, answer in enumerate(answers) if not is_blank(answer, prompt)]
+        reasons += ["empty response among several"] * (len(answers) - len(kept))
+        answers, numbers = [answers[i] for i in kept], [numbers[i] for i in kept]
+        if reason := useless_group(answers, numbers):
+            raise _Dropped(reason)
+        shape = self.ratings if rated else self.ranks
+        if shape == "groups":
+            order = sorted(set(numbers), reverse=True)
+            ranks = [float(order.index(x) + 1) if rated else -x for x in numbers]
+            return [Group(answers, ranks, prompt, where)]
+        sides = [(numbers.index(max(numbers)), numbers.index(min(numbers)))]
+        if shape == "all_pairs":
+            both = itertools.permutations(range(len(answers)), 2)
+            sides = [(i, j) for i, j in both if numbers[i] > numbers[j]]
+        pairs = []
+        for i, j in sides:
+            if answers[i] == answers[j]:
+                reasons.append("identical chosen and rejected")
+                continue
+            margin = numbers[i] - numbers[j] if self.margins else None
+            pairs.append(Pair(answers[i], answers[j], prompt, margin, where))
+        return pairs
+
+    def _numbered(self, name: str, record: dict[str, Any]) -> tuple[list[Any], list[float], bool]:
+        """Several answers, how good they are (more is better), and whether that is a rating."""
+        answers = self.row_reader.items(name, record[name], "responses")
+        if any(isinstance(x, Mapping) and "role" not in x for x in answers):
+            text, key = self._keys(name, answers)
+            values = {f'"{name}" item {i}: "{key}"': x.get(key) for i, x in enumerate(answers)}
+            answers = [x.get(text) for x in answers]
+        else:
+            key = next((key for key in _NUMBERS if key in record), None)
+            if key is None and answers:
+                raise RowError(f'"{name}" needs one of {", ".join(_NUMBERS)}')
+            items = [] if key is None else self.row_reader.items(key, record[key])
+            values = {f'"{key}" item {i}': x for i, x in enumerate(items)}
+        if len(values) != len(answers):
+            raise RowError(f'"{key}" has {len(values)} numbers for {len(answers)} {name}')
+        numbers = [self.row_reader.number(*x) for x in values.items()]
+        ranked = key in ("rank", "ranks")
+        return answers, [-x for x in numbers] if ranked else numbers, not ranked
+
+    def _keys(self, name: str, answers: list[Any]) -> tuple[str, str]:
+        """Which field of answers that are objects is their text, and which their number."""
+        for i, answer in enumerate(answers):
+            if not isinstance(answer, Mapping):
+                raise RowError(f'"{name}" item {i} must be an object, not {kind_of(answer)}')
+        known = (self.rating,) if self.rating else _RATINGS
+        if self.rating is None and "rank" in answers[0]:
+            known = ("rank",)
+        text = next((key for key in _TEXTS if key in answers[0]), None)
+        number = next((key for key in known if answers[0].get(key) is not None), None)
+        if text is None:
+            raise RowError(f'"{name}" item 0 has none of {", ".join(_TEXTS)}')
+        if number is None:
+            raise RowError(f'"{name}" item 0 has none of {", ".join(known)} that is a number')
+        return text, number
+
+    # --- text and turns
+
+    def _turns(self, row: Row, rated: bool = False) -> tuple[Any, list[Any]]:
+        """The prompt, or None, and the answers; all of text or all of messages."""
+        prompt, answers = row.prompt, [answer for _, answer in row.answers]
+        text = all(isinstance(x, str) for x in answers)
+        if prompt is None:
+            turns = self.chat and text
+            return None, [_dialogue(*x) for x in row.answers] if turns else answers
+        if not (text and isinstance(prompt, str)):
+            return _messages(prompt, row.answers)
+        dialogue = TURN.match(prompt)
+        turns = row.prompt_column == "instruction" or (rated and not dialogue)
+        if self.chat is False or not (self.chat or turns):
+            return prompt, answers
+        if not dialogue:
+            return as_messages("user", prompt), [as_messages("assistant", x) for x in answers]
+        before = _dialogue(f'"{row.prompt_column}"', prompt)
+        if before[-1]["role"] == "assistant":  # where the answer begins
+            if before.pop()["content"]:
+                raise RowError(
+                    f'"{row.prompt_column}" ends within an answer: chat=True cannot part them'
+                )
+        return before, [as_messages("assistant", x.strip()) for x in answers]
+
+
+def _messages(
+    prompt: str | Messages, named: list[tuple[str, Any]]
+) -> tuple[Messages | None, list[Messages]]:
+    """Prompt and answers as messages; no prompt where the answers begin with it."""
+    text = isinstance(prompt, str)
+    prompt = as_messages("user", prompt)
+    answers = [as_messages("assistant", x) for _, x in named]
+    if text and any(x and x[0]["role"] in ("system", "user") for x in answers):
+        for (name, _), answer in zip(named, answers, strict=True):
+            if prompt[0] not in answer[:2]:  # a system message may come first
+                raise RowError(f'{name} is a whole conversation that does not have "prompt"')
+        return None, answers
+    if all(x[: len(prompt)] == prompt and len(x) > len(prompt) for x in answers):
+        return None, answers
+    return prompt, answers
+
+
+def _dialogue(name: str, text: str) -> Messages:
+    """The messages of a dialogue as in HH-RLHF; what one side says twice in a row is one message.
 
     Raises:
-        DataError: no such file, no pair in it, or a line that is not a pair; the message begins
-            with ``file:line``.
+        RowError: the text is no dialogue.
     """
-    out = []
-    for number, line in _lines(Path(path)):
-        where = f"{path}:{number}"
-        try:
-            record = parse_json(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
-        except RowError as error:
-            raise DataError(f"{where}: {error}") from None
-        reason = _why_not_a_pair(record)
-        if reason is not None:
-            raise DataError(f"{where}: {reason}")
-        out.append(
-            Pair(
-                record["chosen"],
-                record["rejected"],
-                record.get("prompt"),
-                None if record.get("margin") is None else float(record["margin"]),
-                where,
-            )
+    before, *parts = TURN.split(text)
+    if before or not parts:
+        raise RowError(
+            f"{name} is text that is no dialogue, and there is no prompt: chat=True cannot tell "
+            "whose turns are in it"
         )
-    if not out:
-        raise DataError(f"{path}: no pairs: the file is empty")
-    return out
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers."""
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}:{number + 1}: damaged gzip file: {error}") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _why_not_a_pair(record: Any) -> str | None:
-    if not isinstance(record, dict):
-        return f"a line must be a JSON object, this is {kind_of(record)}"
-    for name in ("chosen", "rejected"):
-        if name not in record:
-            return f'"{name}" is missing'
-    names = ["chosen", "rejected"] + (["prompt"] if record.get("prompt") is not None else [])
-    for name in names:
-        reason = why_not_text_or_messages(record[name])
-        if reason is not None:
-            return f'"{name}" {reason}'
-    if len({type(record[name]) for name in names}) > 1:
-        return f"{', '.join(names)} must all be text, or all be lists of messages"
-    for name in ("chosen", "rejected"):
-        if not record[name]:
-            return f'"{name}" is empty'
-    if record.get("margin") is not None:
-        reason = why_not_number(record["margin"])
-        return None if reason is None else f'"margin" {reason}'
-    return None
+    turns: Messages = []
+    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
+        role, content = _ROLES[speaker], content.strip()
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += f"\n\n{content}"
+        else:
+            turns += as_messages(role, content)
+    return turns

@@ -1,4 +1,4 @@
-"""Preference data in memory: pairs, ranked groups, and what was dropped."""
+"""Preference data in memory: pairs and ranked groups, and what was dropped."""
 
 from __future__ import annotations
 
@@ -6,17 +6,44 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rmfast.data.values import Conversation
+from rmfast.data.values import TURN, Messages
 from rmfast.errors import RowError
 
 if TYPE_CHECKING:
     import datasets
 
 
+class _Record:
+    """Answers to one prompt; ``answers`` are without it, where it is given."""
+
+    answers: Sequence[str] | Sequence[Messages]
+    prompt: str | Messages | None
+
+    def whole(self) -> Any:
+        """The answers with the prompt before them; a pair's as a tuple, a group's as a list."""
+        if self.prompt is None:
+            return self.answers
+        return type(self.answers)(self.prompt + answer for answer in self.answers)
+
+    def question(self) -> str:
+        """What all answers begin with, as a key: records of one prompt have the same."""
+        if self.prompt is not None:
+            return json.dumps(self.prompt)
+        same = 0
+        for column in zip(*self.answers, strict=False):
+            if any(item != column[0] for item in column):
+                break
+            same += 1
+        shared = self.answers[0][:same]
+        if isinstance(shared, str):  # answers may begin with the same words: back to the line break
+            shared = shared[: shared.rfind("\n") + 1] or shared
+        return json.dumps(shared)
+
+
 @dataclass(frozen=True)
-class Pair:
+class Pair(_Record):
     """Two answers, of which the first is preferred.
 
     Attributes:
@@ -24,66 +51,74 @@ class Pair:
         rejected: the same kind.
         prompt: what comes before both, or None where both already begin with it.
         margin: by how much the chosen answer is to score higher (Llama 2, arXiv 2307.09288, eq. 2);
-            None: not said.
+            None: not known.
         where: where the pair is from, for messages: ``file:line``.
     """
 
-    chosen: str | Conversation
-    rejected: str | Conversation
-    prompt: str | Conversation | None = None
+    chosen: str | Messages
+    rejected: str | Messages
+    prompt: str | Messages | None = None
     margin: float | None = None
     where: str = field(default="", compare=False)
 
-    def whole(self) -> tuple[str, str] | tuple[Conversation, Conversation]:
-        """Chosen and rejected with the prompt before them."""
-        if self.prompt is None:
-            return self.chosen, self.rejected
-        return self.prompt + self.chosen, self.prompt + self.rejected
-
-    def question(self) -> str:
-        """What both sides begin with, as a key: pairs of one prompt have the same."""
-        return _question(self.prompt, [self.chosen, self.rejected])
+    @property
+    def answers(self) -> tuple[str, str] | tuple[Messages, Messages]:
+        return self.chosen, self.rejected
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(_Record):
     """K >= 2 answers to one prompt, in an order of preference.
 
     Attributes:
-        responses: text, or messages, without the prompt where ``prompt`` is given.
+        responses: text or messages, without the prompt where ``prompt`` is given.
         ranks: a number for each response; lower is better, equal is a tie.
-        prompt: what comes before each, or None where all already begin with it.
-        where: where the group is from, for messages: ``file:line``.
+        prompt, where: as for :class:`Pair`.
     """
 
-    responses: list[str] | list[Conversation]
+    responses: list[str] | list[Messages]
     ranks: list[float]
-    prompt: str | Conversation | None = None
+    prompt: str | Messages | None = None
     where: str = field(default="", compare=False)
 
-    def whole(self) -> list[str] | list[Conversation]:
-        """The responses with the prompt before them."""
-        if self.prompt is None:
-            return self.responses
-        return [self.prompt + response for response in self.responses]
-
-    def question(self) -> str:
-        """What all responses begin with, as a key."""
-        return _question(self.prompt, self.responses)
+    @property
+    def answers(self) -> list[str] | list[Messages]:
+        return self.responses
 
 
-def _question(prompt: str | Conversation | None, sides: Sequence[str | Conversation]) -> str:
-    if prompt is not None:
-        return json.dumps(prompt)
-    same = 0
-    for column in zip(*sides, strict=False):
-        if any(item != column[0] for item in column):
-            break
-        same += 1
-    shared = sides[0][:same]
-    if isinstance(shared, str):  # answers may begin with the same words: back to the line break
-        shared = shared[: shared.rfind("\n") + 1] or shared
-    return json.dumps(shared)
+# --- records from which nothing can be learnt
+
+
+def is_blank(answer: Any, prompt: Any = None) -> bool:
+    """Whether an answer (text, messages or token ids) is missing: its last turn has no text."""
+    if isinstance(answer, str):
+        if prompt is None and TURN.match(answer):
+            answer = TURN.split(answer)[-1]
+        return not answer.strip()
+    if answer and isinstance(answer[-1], dict):
+        content = answer[-1].get("content")
+        return isinstance(content, str) and not content.strip()
+    return not answer
+
+
+def useless_pair(chosen: Any, rejected: Any, prompt: Any = None) -> str:
+    """Why nothing can be learnt from a pair; empty where something can."""
+    if is_blank(chosen, prompt) or is_blank(rejected, prompt):
+        return "empty response"
+    return "identical chosen and rejected" if chosen == rejected else ""
+
+
+def useless_group(answers: Sequence[Any], numbers: Sequence[float]) -> str:
+    """Why nothing can be learnt from answers with ranks or ratings; empty where something can."""
+    if len(answers) < 2:
+        return "fewer than two responses"
+    if len(set(numbers)) == 1:
+        return "all responses tied"
+    same = all(answer == answers[0] for answer in answers)
+    return "all responses the same" if same else ""
+
+
+# --- many records
 
 
 @dataclass(frozen=True)
@@ -118,13 +153,12 @@ class Preferences:
     @property
     def conversational(self) -> bool:
         """Whether the answers are messages, for which a tokenizer needs a chat template."""
-        one = self.records[0]
-        return not isinstance(one.responses[0] if isinstance(one, Group) else one.chosen, str)
+        return not isinstance(self.records[0].answers[0], str)
 
     def __str__(self) -> str:
-        of = "messages" if self.conversational else "text"
+        content = "messages" if self.conversational else "text"
         kind = self.kind if len(self) > 1 else self.kind[:-1]
-        lines = [f"{self.source}: {len(self):,} {kind} of {of}, from {self.rows:,} rows"]
+        lines = [f"{self.source}: {len(self):,} {kind} of {content}, from {self.rows:,} rows"]
         if isinstance(self.records[0], Group):
             sizes = [len(group.responses) for group in self.records]
             least, most = min(sizes), max(sizes)
@@ -150,44 +184,36 @@ class Preferences:
         need("datasets", "a data set")
         import datasets
 
-        records = self.records
-        if self.kind == "groups":
-            columns = {"responses": [x.responses for x in records]}
-            whole = {"responses": [x.whole() for x in records]}
-        else:
-            columns = {"chosen": [x.chosen for x in records]}
-            columns["rejected"] = [x.rejected for x in records]
-            chosen, rejected = zip(*(x.whole() for x in records), strict=True)
-            whole = {"chosen": list(chosen), "rejected": list(rejected)}
-        if all(x.prompt is not None for x in records):
-            columns = {"prompt": [x.prompt for x in records], **columns}
-        else:
-            columns = whole
-        if self.kind == "groups":
-            columns["ranks"] = [[float(rank) for rank in x.ranks] for x in records]
-        elif records[0].margin is not None:
-            columns["margin"] = [float(x.margin) for x in records]
-        return datasets.Dataset.from_dict(columns)
+        apart = all(record.prompt is not None for record in self.records)
+        rows = []
+        for record in self.records:
+            answers = record.answers if apart else record.whole()
+            row = {"prompt": record.prompt} if apart else {}
+            if isinstance(record, Group):
+                row |= {"responses": answers, "ranks": [float(rank) for rank in record.ranks]}
+            else:
+                row |= {"chosen": answers[0], "rejected": answers[1]}
+                row |= {} if record.margin is None else {"margin": float(record.margin)}
+            rows.append(row)
+        return datasets.Dataset.from_list(rows)
 
 
-def _check_like(first: Pair | Group, record: Pair | Group) -> None:
+def check_alike(first: Pair | Group, record: Pair | Group) -> None:
     """Trainers look at the first record to see what all are.
 
     Raises:
-        RowError: they are of different kinds.
+        RowError: the records are of different kinds.
     """
-    one, other = _about(first), _about(record)
-    for mine, firsts in zip(other, one, strict=True):
-        if mine != firsts:
-            raise RowError(f"{mine}, and the first one ({first.where}) {firsts}")
+    for trait, expected in zip(_traits(record), _traits(first), strict=True):
+        if trait != expected:
+            raise RowError(f"{trait}, and the first one ({first.where}) {expected}")
 
 
-def _about(record: Pair | Group) -> tuple[str, str, str]:
+def _traits(record: Pair | Group) -> tuple[str, str, str]:
     group = isinstance(record, Group)
-    side = record.responses[0] if group else record.chosen
     return (
         "is a group of responses" if group else "is a pair",
-        "is text" if isinstance(side, str) else "is messages",
+        "is text" if isinstance(record.answers[0], str) else "is messages",
         "has no margin" if group or record.margin is None else "has a margin",
     )
 

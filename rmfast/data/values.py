@@ -5,104 +5,109 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import re
+from collections.abc import Callable
 from typing import Any
 
 from rmfast.errors import RowError
 
-Message = dict[str, Any]
-Conversation = list[Message]
-DEEPEST = 64  # lists and objects inside one another, in a line of JSON
+Messages = list[dict[str, Any]]  # each with "role" and "content"
+TURN = re.compile(r"\n\n(Human|Assistant):")  # where a turn of HH-RLHF's dialogues begins
 
 
-def parse_json(line: bytes) -> Any:
-    """What a line of JSON says.
+def as_messages(role: str, content: str | Messages) -> Messages:
+    """Text as one message of ``role``; messages as they are."""
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
+
+
+def parse_json(line: bytes) -> dict[str, Any]:
+    """The object of a line of JSON.
 
     Raises:
-        RowError: not UTF-8, not JSON, an object that names something twice, or nested too deep.
+        RowError: not UTF-8, not JSON, or not an object.
     """
     try:
-        value = json.loads(line.decode(), object_pairs_hook=_object)
+        value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
         raise RowError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise RowError(f"nested more than {DEEPEST} deep") from None
-    except RowError:
-        raise
-    except ValueError as error:  # a number of too many digits
+    except (ValueError, RecursionError) as error:  # a number of too many digits, nested too deep
         raise RowError(f"not JSON that can be read: {error}") from None
-    if line.count(b"[") + line.count(b"{") > DEEPEST and _depth(value) > DEEPEST:
-        raise RowError(f"nested more than {DEEPEST} deep")
+    if not isinstance(value, dict):
+        raise RowError(f"a line must be a JSON object, this is {kind_of(value)}")
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RowError(f"{json.dumps(twice)} is there twice")
-    return out
+def parse_list(value: Any, fits: Callable[[list], Any]) -> Any:
+    """The list that a text is as JSON, if it fits; any other value as it is.
 
-
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level := [x for x in level if isinstance(x, (dict, list))]:
-        depth += 1
-        level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
-    return depth
-
-
-def why_not_number(value: Any) -> str | None:
-    """What is wrong with a number, which must be finite; None: nothing."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return f"must be a number, not {kind_of(value)}"
+    This is how messages and lists are read from cells of CSV.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
     try:
-        return None if math.isfinite(value) else f"must be a finite number, not {value}"
-    except OverflowError:
-        return "is too large a number"
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return parsed if fits(parsed) else value
 
 
-def why_not_text_or_messages(value: Any) -> str | None:
-    """What is wrong with text, or with a list of messages; None: nothing. Both may be empty."""
-    if isinstance(value, str):
-        return why_not_unicode(value)
-    if not isinstance(value, list):
-        return f"must be text or a list of messages, not {kind_of(value)}"
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            return f"message {i} must be an object with role and content, not {kind_of(message)}"
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                what = kind_of(message[key]) if key in message else "missing"
-                return f'message {i}: "{key}" must be text, is {what}'
-            reason = why_not_unicode(message[key])
-            if reason is not None:
-                return f'message {i}: "{key}" {reason}'
-    return None
+def check_number(name: str, value: Any) -> float:
+    """The value, which must be a finite number.
 
-
-def checked(what: str, value: Any) -> Any:
-    """The value, which must be text or a list of messages, and not empty.
+    Args:
+        name: what the value is called in an error.
 
     Raises:
-        RowError: it is not; the reason begins with ``what``.
+        RowError: the value is something else.
     """
-    reason = why_not_text_or_messages(value)
-    if reason is None and not value:
-        reason = "is empty"
-    if reason is not None:
-        raise RowError(f"{what} {reason}")
-    return value
-
-
-def why_not_unicode(text: str) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise RowError(f"{name} must be a number, not {kind_of(value)}")
     try:
-        text.encode()
+        finite = math.isfinite(value)
+    except OverflowError:
+        raise RowError(f"{name} is too large a number") from None
+    if not finite:
+        raise RowError(f"{name} must be a finite number, not {value}")
+    return float(value)
+
+
+def check_text(name: str, value: Any) -> None:
+    """See that the value is text, and has no half of a surrogate pair, which UTF-8 cannot hold."""
+    if not isinstance(value, str):
+        raise RowError(f"{name} must be text, is {kind_of(value)}")
+    try:
+        value.encode()
     except UnicodeEncodeError as error:
-        return f"has half a surrogate pair at character {error.start}"
-    return None
+        reason = f"has half a surrogate pair at character {error.start}"
+        raise RowError(f"{name} {reason}") from None
+
+
+def check_conversation(name: str, value: Any, empty: bool = False) -> Any:
+    """The value, which must be text or a list of messages, and not empty but where it may be.
+
+    Raises:
+        RowError: it is not; the reason begins with ``name``.
+    """
+    if isinstance(value, str):
+        check_text(name, value)
+    elif not isinstance(value, list):
+        raise RowError(f"{name} must be text or a list of messages, not {kind_of(value)}")
+    else:
+        for i, message in enumerate(value):
+            if not isinstance(message, dict):
+                raise RowError(
+                    f"{name} message {i} must be an object with role and content, not "
+                    f"{kind_of(message)}"
+                )
+            for key in ("role", "content"):
+                if key not in message:
+                    raise RowError(f'{name} message {i}: "{key}" must be text, is missing')
+                check_text(f'{name} message {i}: "{key}"', message[key])
+    if not value and not empty:
+        raise RowError(f"{name} is empty")
+    return value
 
 
 def kind_of(value: Any) -> str:

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from rmfast import loading
-from rmfast.data.encoding import Encoder
-from rmfast.data.reading import read_pairs
+from rmfast.data.encoding import Encoder, read_template
+from rmfast.data.reading import preferences
 from rmfast.data.records import Pair, by_question
 from rmfast.demo.options import DemoOptions
 from rmfast.errors import DataError, UserError
@@ -156,10 +156,7 @@ def _tokenizer(folder: str | Path, args: DemoOptions) -> Any:
     with _loading(f"the tokenizer of {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     if args.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--chat-template {args.chat_template}: {error}") from None
+        tokenizer.chat_template = read_template(args.chat_template)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"the tokenizer of {folder} has neither a pad token nor an eos token")
@@ -187,7 +184,8 @@ def _pairs(args: DemoOptions) -> list[list[list[Pair]]]:
             return [by_question(embedded.pairs(name)) for name in ("train", "held-out")]
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
-    splits = _split(by_question(read_pairs(args.data)), args.steps * args.batch_pairs, args.seed)
+    pairs = preferences(args.data, ranks="pairs")
+    splits = _split(by_question(pairs), args.steps * args.batch_pairs, args.seed)
     if not all(splits):
         raise DataError(f"{args.data}: pairs of two different prompts are the least")
     return splits

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmfast import loading
-from rmfast.data.files import Reader, Record, file_format
-from rmfast.data.rows import Row, read_row
-from rmfast.data.values import kind_of
-from rmfast.errors import DataError, RowError, UserError
+from rmfast.data.encoding import read_template
+from rmfast.data.files import Reader
+from rmfast.data.rows import Row, RowReader
+from rmfast.errors import RowError, UserError
 from rmfast.evaluate import measures, rewardbench, show
 from rmfast.evaluate.options import EvalOptions
 from rmfast.resume import versions
@@ -107,17 +107,7 @@ def _check(args: EvalOptions) -> str | None:
         raise UserError("--ref-model is the model itself: every reward would be 0")
     if args.ref_model is not None and args.pooling != "hf":
         raise UserError("--pooling belongs to a reward model's head, and --ref-model has none")
-    return None if args.chat_template is None else _template(args.chat_template)
-
-
-def _template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--chat-template {path}: not a text file with a Jinja template (names of FastChat's "
-            f"templates are not known here): {error}"
-        ) from None
+    return read_template(args.chat_template)
 
 
 def _scorer(args: EvalOptions, template: str | None, progress: Any) -> Scorer:
@@ -143,56 +133,21 @@ def _scorer(args: EvalOptions, template: str | None, progress: Any) -> Scorer:
 # --- rows
 
 
-def _records(args: EvalOptions) -> tuple[Iterator[Record], bool]:
-    """The records, and whether all values are text, as in CSV.
-
-    A file that is one list of JSON, as RM-Bench's are, is read whole.
-    """
-    listed = _json_list(args.input)
-    if listed is None:
-        reader = Reader(args.input, name=args.name, split=args.split, limit=args.limit)
-        return reader.read(), reader.format == "csv"
-    numbered = enumerate(listed[: args.limit], start=1)
-    return (Record(i, _an_object(value), i) for i, value in numbered), False
-
-
-def _an_object(value: Any) -> dict[str, Any] | RowError:
-    if isinstance(value, dict):
-        return value
-    return RowError(f"an item must be a JSON object, this is {kind_of(value)}")
-
-
-def _json_list(source: str) -> list[Any] | None:
-    if file_format(source) != ("jsonl", False) or not Path(source).is_file():
-        return None
-    try:
-        with open(source, "rb") as file:
-            first = next((line.strip() for line in file if line.strip()), b"")
-        if not first.removeprefix(b"\xef\xbb\xbf").startswith(b"["):
-            return None
-        value = json.loads(Path(source).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{source}: a list of JSON that cannot be read: {error}") from None
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read: {error.strerror or error}") from None
-    return value
-
-
 class _Source:
     """Rows for a scorer, each with its number and what it was read as."""
 
     def __init__(self, args: EvalOptions) -> None:
-        self.records, cells = _records(args)
+        options = {"name": args.name, "split": args.split, "limit": args.limit}
+        reader = Reader(args.input, lists=True, **options)
+        self.records = reader.read()
         names = ("prompt", "chosen", "rejected", "subset")
-        self.columns = {name: getattr(args, f"{name}_column") for name in names}
-        self.columns["cells"] = cells
+        columns = {name: getattr(args, f"{name}_column") for name in names}
+        self.rows = RowReader(columns, cells=reader.format == "csv", lists=True)
 
     def __iter__(self) -> Iterator[tuple[tuple[int, Row | None], list[Conversation] | RowError]]:
         for record in self.records:
             try:
-                if isinstance(record.value, RowError):
-                    raise record.value
-                row = read_row(record.value, **self.columns)
+                row = self.rows.read(record.value, "pair")
             except RowError as error:
                 yield (record.number, None), error
             else:

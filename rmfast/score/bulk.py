@@ -9,7 +9,7 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import nn
 
 from rmfast.data.encoding import Conversation, Encoder
 from rmfast.data.records import Pair
+from rmfast.data.rows import RowReader
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
 from rmfast.packed.models import keeping_modes
@@ -194,12 +195,21 @@ class BulkScorer:
             self._show(conversations, tokens)
 
 
-def _sides(pair: Any) -> list[Conversation]:
-    if isinstance(pair, dict):
-        pair = Pair(pair.get("chosen"), pair.get("rejected"), pair.get("prompt"))
+def _is_text_or_messages(side: Any) -> bool:
+    return isinstance(side, str) or (isinstance(side, list) and isinstance([*side, 0][0], dict))
+
+
+def _sides(pair: Any) -> list[Conversation] | RowError:
     if isinstance(pair, Pair):
-        sides = [pair.chosen, pair.rejected]
-        return sides if pair.prompt is None else [(pair.prompt, side) for side in sides]
+        pair = {name: getattr(pair, name) for name in ("prompt", "chosen", "rejected")}
+    if isinstance(pair, Mapping):
+        sides = [pair.get("chosen"), pair.get("rejected")]
+        if pair.get("prompt") is None and not any(map(_is_text_or_messages, sides)):
+            return sides  # token ids
+        try:
+            return RowReader().read(pair, "pair").conversations
+        except RowError as error:
+            return error
     if len(pair) != 2:
         raise DataError(f"a pair has two sides, this one has {len(pair)}")
     return list(pair)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rmfast import loading
 from rmfast.data import files
+from rmfast.data.encoding import read_template
 from rmfast.errors import DataError, RowError, UserError
 from rmfast.resume import saving, told_to_stop, write_whole
 from rmfast.score import output, parquet
@@ -25,7 +26,7 @@ from rmfast.score.options import ScoreOptions
 from rmfast.score.progress import progress_bar
 from rmfast.score.report import as_text, report
 from rmfast.score.source import Source, look
-from rmfast.score.start import State, beside, first_state, output_path, read_template, settings
+from rmfast.score.start import State, beside, first_state, output_path, settings
 from rmfast.score.windows import memory_told
 
 if TYPE_CHECKING:

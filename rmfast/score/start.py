@@ -64,16 +64,6 @@ def output_path(options: ScoreOptions) -> Path:
     return path
 
 
-def read_template(path: str | None) -> str | None:
-    """The text of ``--chat-template``."""
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat-template {path}: {error}") from None
-
-
 def settings(options: ScoreOptions, reader: files.Reader, template: str | None) -> dict[str, Any]:
     """What decides the output. ``--resume`` continues a run with the same settings only."""
     import torch

@@ -25,7 +25,7 @@ from transformers import PrinterCallback, TrainerState
 
 from rmfast import data, loading
 from rmfast.arguments import flag
-from rmfast.data.encoding import Encoder
+from rmfast.data.encoding import Encoder, read_template
 from rmfast.data.records import Group, Pair, Preferences
 from rmfast.errors import DataError, RowError, UserError
 from rmfast.evaluate import show
@@ -126,12 +126,7 @@ def _check(options: TrainOptions) -> str | None:
             import peft  # noqa: F401 (found now, not after the data)
         except ImportError:
             raise UserError("--lora-rank needs PEFT: pip install peft") from None
-    if options.chat_template is None:
-        return None
-    try:
-        return Path(options.chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat-template {options.chat_template}: {error}") from None
+    return read_template(options.chat_template)
 
 
 # --- where it begins

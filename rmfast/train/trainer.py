@@ -20,6 +20,8 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 
+from rmfast.data.records import is_blank, useless_group, useless_pair
+from rmfast.data.values import check_number
 from rmfast.packed import models, patching
 from rmfast.packed import step as packed_step
 from rmfast.train.batches import Collator, common, first_of
@@ -512,24 +514,12 @@ def _name_of(model: Any) -> str:
     return name.rstrip("/").split("/")[-1]
 
 
-def _blank(side: Any) -> bool:
-    """Whether a response is missing: no text, or a last message without any."""
-    if isinstance(side, str):
-        return not side.strip()
-    if side and isinstance(side[-1], dict):
-        content = side[-1].get("content")
-        return isinstance(content, str) and not content.strip()
-    return not side
-
-
 def _why_not_pair(row: dict[str, Any], place: int) -> str:
     """Why a pair is dropped; nothing where it is not."""
-    if "margin" in row and (row["margin"] is None or not math.isfinite(row["margin"])):
-        raise ValueError(f"row {place}: margin is {row['margin']}, and must be a finite number")
-    sides = [row.get(f"{name}_ids", row.get(name)) for name in ("chosen", "rejected")]
-    if any(_blank(side) for side in sides):
-        return "empty response"
-    return "identical chosen and rejected" if sides[0] == sides[1] else ""
+    if "margin" in row:
+        check_number(f"row {place}: margin", row["margin"])
+    chosen, rejected = (row.get(f"{name}_ids", row.get(name)) for name in ("chosen", "rejected"))
+    return useless_pair(chosen, rejected, row.get("prompt"))
 
 
 def _why_not_group(row: dict[str, Any], place: int) -> str:
@@ -537,17 +527,15 @@ def _why_not_group(row: dict[str, Any], place: int) -> str:
     if ranks is None or len(ranks) != len(responses):
         count = "no" if ranks is None else len(ranks)
         raise ValueError(f"row {place}: {len(responses)} responses and {count} ranks")
-    if not all(x is not None and math.isfinite(x) for x in ranks):
-        raise ValueError(f"row {place}: ranks must be finite numbers, not {ranks}")
+    for rank in ranks:
+        check_number(f"row {place}: each of ranks", rank)
     if len(responses) > LARGEST_GROUP:
         raise ValueError(
             f"row {place}: {len(responses)} responses, more than {LARGEST_GROUP}: split it"
         )
-    if len(responses) < 2:
-        return "group of one"
-    if any(_blank(response) for response in responses):
+    if len(responses) > 1 and any(is_blank(x, row.get("prompt")) for x in responses):
         return "empty response"
-    return "all responses tied" if len(set(ranks)) == 1 else ""
+    return useless_group(responses, ranks)
 
 
 def _tokenize_group(row: dict[str, Any], processing_class: Any) -> dict[str, Any]:
