@@ -395,6 +395,17 @@ def test_parquet_has_the_types_of_a_data_set(run):
     assert table["n"].to_pylist() == [None, 2]
 
 
+def test_a_data_set_with_json_inside(run, capsys):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: rmfast[data]")
+    if not hasattr(datasets, "Json"):
+        pytest.skip("this version of datasets has no column of JSON")
+    Path("data").mkdir()
+    write("data/train.jsonl", [{"text": "a", "x": [1, "y"]}, {"text": "b", "x": {"z": 1}}])
+    run(source="data", name="o.parquet", code=2)
+    assert '"x" is extension<arrow.json>: write JSON lines instead' in capsys.readouterr().err
+    assert [row["x"] for row in read(run(source="data"))] == [[1, "y"], {"z": 1}]
+
+
 def test_small_windows_make_row_groups_of_a_good_size(run, monkeypatch):
     write("in.jsonl", [{"text": "t" * 100} for _ in range(40)])
     path = run("--batch-window", "4", name="o.parquet")

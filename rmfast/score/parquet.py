@@ -116,15 +116,19 @@ def schema_of(path: Path, source: Source) -> pyarrow.Schema:
     """The schema of the input's columns.
 
     Raises:
-        UserError: a column of the first rows has values that no type of Parquet holds.
+        UserError: a column has values that no type of Parquet holds.
     """
     files.need("pyarrow", str(path))
     import pyarrow
     from pyarrow import parquet
 
-    if source.reader.schema is not None:
-        return source.reader.schema
-    if source.reader.format == "csv":
+    reader = source.reader
+    if reader.schema is not None:
+        for field in reader.schema if reader.format == "dataset" else ():
+            if "extension<" in str(field.type):  # such as JSON: its values come as objects
+                raise UserError(f'--output {path}: "{field.name}" is {field.type}: {INSTEAD}')
+        return reader.schema
+    if reader.format == "csv":
         return pyarrow.schema([(name, pyarrow.string()) for name in source.names])
     fields = []
     for name in source.names:
