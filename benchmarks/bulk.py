@@ -89,8 +89,8 @@ class Runner(shared.Runner):
 def micro_batches(rows: list[list[int]], window: int, most: int) -> list[list[int]]:
     """The rows that end in each of the scorer's micro-batches."""
     out, first = [], 0
-    for part in gathered(([row] for row in rows), window):
-        trie = rmfast.pack([row for (row,) in part])
+    for part in gathered(enumerate([row] for row in rows), window):
+        trie = rmfast.pack([row for _, (row,) in part])
         start = 0
         while start < len(trie):
             piece = pieces.cut(trie, start, most)
@@ -137,9 +137,8 @@ def prepare(args: argparse.Namespace, path: Path) -> dict[str, shared.Job]:
     rows = [ids.tolist() for ids in Encoder(tokenizer)(conversations)]
     given = {"hf-sorted": shared.by_length(rows, args.sorted_batch)}
     given["rmfast-bare"] = micro_batches(rows, args.window, args.max_tokens)
-    numbers = iter(range(len(rows)))
-    windows = gathered(([next(numbers)] for _ in rows), args.window)
-    given["rmfast-score"] = [[row for (row,) in window] for window in windows]
+    windows = gathered(enumerate([row] for row in rows), args.window)
+    given["rmfast-score"] = [[i for i, _ in window] for window in windows]
     args.pairs = len(records)
     out = shared.jobs(args, rows, given, tokenizer)
     if "rmfast-score" in out:

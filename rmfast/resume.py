@@ -1,4 +1,4 @@
-"""What runs that can be stopped and resumed share: files put in place whole, digests, signals."""
+"""What runs share that can be stopped and resumed: their state on the disk, and signals."""
 
 from __future__ import annotations
 
@@ -10,24 +10,102 @@ import signal
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rmfast.errors import UserError
 
+State = TypeVar("State")
+
+_OF_MODELS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
+# settings whose values are digests or times: an error only says that they changed
+_DIGESTS = ("time of", "a file of", "the text of", "the preferences of")
+
+
+# --- the state of a run
+
+
+def stored(file: Path, kind: type[State]) -> State | None:
+    """The state that an earlier run left in ``file``; None: there is no such file.
+
+    Args:
+        kind: a dataclass, whose fields the file holds as JSON.
+    """
+    try:
+        return kind(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): --overwrite starts again") from None
+
+
+def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UserError unless the settings that decide the result are those of the earlier run."""
+    for name in {**before, **now}:
+        then, value = before.get(name), now.get(name)
+        if then == value:
+            continue
+        if None not in (then, value) and name.startswith(_DIGESTS):
+            change = "changed"
+        else:
+            change = f"was {_shown(then)}, now it is {_shown(value)}"
+        raise UserError(
+            f"--resume continues the same run only, and {name} {change}; --overwrite starts again"
+        )
+
+
+def _shown(value: Any) -> str:
+    """The value of an option in an error message."""
+    if value is None:
+        return "not given"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def model_identity(name: str) -> dict[str, Any]:
+    """Settings that tell a model from another one, and from itself before its folder changed."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return {"--model": name}
+    paths = sorted(path for path in folder.iterdir() if path.suffix in _OF_MODELS)
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return {"--model": str(folder.resolve()), "a file of --model": digest(stats)}
+
+
+def digest(value: Any) -> str:
+    """A digest of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def versions(*names: str) -> dict[str, str]:
+    """The versions of rmfast, torch, transformers and the packages named."""
+    found = {}
+    for name in ("rmfast", "torch", "transformers", *names):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a checkout that is not installed
+            found[name] = "unknown"
+    return found
+
+
+# --- writing
+
 
 @contextlib.contextmanager
-def saving(folder: Path) -> Iterator[None]:
+def saving(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into a UserError that names the file, or else ``path``."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder}: cannot be written: {error.strerror or error}; --resume "
-            "goes on from the last checkpoint"
+            f"{error.filename or path}: cannot be written: {error.strerror or error}; --resume "
+            "continues from what is saved"
         ) from error
 
 
 def put_in_place(beside: Path, path: Path) -> None:
-    """Rename a finished file to where it belongs, so that it outlives a crash of the machine."""
+    """Rename a finished file to its own name, so that it survives a crash of the machine."""
     with open(beside, "r+b") as file:
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -40,77 +118,28 @@ def put_in_place(beside: Path, path: Path) -> None:
 
 
 def write_whole(path: Path, value: Any) -> None:
-    """Replace a file by this JSON in one moment."""
+    """Replace a file by this JSON, at one moment."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     put_in_place(beside, path)
 
 
-_OF_MODELS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
+# --- signals
 
 
 @contextlib.contextmanager
-def _saving(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or path
-        raise UserError(
-            f"{where}: cannot be written: {error.strerror or error}; what was done is kept, and "
-            "--resume goes on"
-        ) from error
-
-
-@contextlib.contextmanager
-def _told_to_stop() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does."""
+def told_to_stop() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread, which alone hears of signals
+    except ValueError:  # not the main thread, the only one that receives signals
         yield
         return
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def model_identity(name: str) -> dict[str, Any]:
-    """What tells a model from another, or from itself before somebody changed its folder."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return {"--model": name}
-    about = sorted(f for f in folder.iterdir() if f.suffix in _OF_MODELS)
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in about]
-    return {"--model": str(folder.resolve()), "a file of --model": digest(files)}
-
-
-def digest(value: Any) -> str:
-    """Of anything that JSON can say."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def short(value: Any) -> str:
-    """A value of an option, for people."""
-    if value is None:
-        return "not given"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def versions(*names: str) -> dict[str, str]:
-    """The versions of rmfast, torch, transformers and the packages named."""
-    return {name: _version(name) for name in ("rmfast", "torch", "transformers", *names)}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "unknown"

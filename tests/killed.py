@@ -19,14 +19,13 @@ from pathlib import Path
 import processes
 import torch
 from processes import status
-from pyarrow import parquet
+from pyarrow.parquet import ParquetFile
 
 from rmfast import loading, resume
 from rmfast.score import job as score_job
-from rmfast.score import scorer
+from rmfast.score import output, parquet, scorer
 
-FOLDER = Path(score_job.__file__).parent
-WATCHED = {str(file) for file in FOLDER.glob("*.py")} - {scorer.__file__} | {resume.__file__}
+WATCHED = {module.__file__ for module in (resume, output, parquet, score_job)}
 forked = functools.partial(processes.forked, watched=WATCHED)
 
 
@@ -137,7 +136,7 @@ def main() -> None:
     jobs = json.load(sys.stdin)
     loaded = loading.load(jobs["model"])
     loading.load = lambda *_, **__: loaded
-    assert scorer.Scorer and parquet.ParquetWriter  # imported before the forks
+    assert scorer.Scorer and ParquetFile  # imported before the forks
     does: dict[str, Callable] = {"kill": kill, "chain": chain, "interrupt": interrupt}
     for number, job in enumerate(jobs["jobs"]):
         folder = new(Path(jobs["folder"]), str(number))

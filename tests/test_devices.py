@@ -358,7 +358,7 @@ def worker(rank, port, family, folder):
         Path(folder) / family, tp_plan="auto", dtype=torch.float64
     ).eval()
     assert models.is_sharded(model.model)
-    memory._free = lambda device: [1, 1 << 60][rank]  # bytes: each has a memory of its own
+    memory.free_bytes = lambda device: [1, 1 << 60][rank]  # bytes: each has a memory of its own
 
     def trained():
         logits, grads = tiny.run(model, **INPUTS)

@@ -61,7 +61,7 @@ def by_hand(model: nn.Module, reference: nn.Module, rows: list, beta: float = 0.
 
 
 def scores(scorer: ImplicitScorer, rows: list) -> np.ndarray:
-    out = [one for window in scorer.windows(rows) for one in window]
+    out = [one for window in scorer.windows(enumerate(rows)) for _, one in window]
     assert all(one.error is None for one in out)
     return np.concatenate([one.scores for one in out])
 
@@ -199,9 +199,9 @@ def test_rows_that_cannot_be_scored():
     models = [policy(seed=seed) for seed in (0, 1)]
     scorer = ImplicitScorer(*models, tiny.tokenizer(), max_length=40)
     rows = [[("q", "x" * 50), ("q", "y")], RowError("no good"), [("", "a")], [("q", "a")]]
-    (window,) = scorer.windows(rows)
-    assert [one.error and one.error.kind for one in window] == ["overlong", "bad", "bad", None]
-    assert window[0].error.reason.startswith("conversation 1 of 2: ")
+    (window,) = scorer.windows(enumerate(rows))
+    assert [one.error and one.error.kind for _, one in window] == ["overlong", "bad", "bad", None]
+    assert window[0][1].error.reason.startswith("conversation 1 of 2: ")
     assert (scorer.stats.overlong, scorer.stats.errors, scorer.stats.rows) == (1, 2, 1)
 
 
@@ -309,8 +309,9 @@ def test_threads():
 def test_limits_are_the_smaller_models():
     small = policy(seed=1, max_position_embeddings=24)
     scorer = ImplicitScorer(policy(), small, tiny.tokenizer())
-    (window,) = scorer.windows([[("q", "x" * 20)], [("q", "x")], [[5, 6, tiny.WORDS]]])
-    assert [one.error and one.error.kind for one in window] == ["overlong", None, "bad"]
+    rows = [[("q", "x" * 20)], [("q", "x")], [[5, 6, tiny.WORDS]]]
+    (window,) = scorer.windows(enumerate(rows))
+    assert [one.error and one.error.kind for _, one in window] == ["overlong", None, "bad"]
 
 
 def test_what_is_refused():

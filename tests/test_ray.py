@@ -51,14 +51,14 @@ def scored(folder):
     loaded = loading.load(folder)
 
     def score(rows, **options):
-        windows = Scorer(loaded.model, loaded.tokenizer, **options).windows(rows)
-        return [[_plain(one) for one in window] for window in windows]
+        windows = Scorer(loaded.model, loaded.tokenizer, **options).windows(enumerate(rows))
+        return [[_plain(*one) for one in window] for window in windows]
 
     return score
 
 
-def _plain(one):
-    return str(one.error) if one.error else one.scores.tolist()
+def _plain(tag, one):
+    return tag, str(one.error) if one.error else one.scores.tolist()
 
 
 def rows(count):
@@ -77,22 +77,21 @@ def test_two_actors_score_as_one_process_does(cluster, folder, scored):
     scorer = RayScorer(
         folder, actors=2, window=8, max_tokens=64, progress=lambda *done: seen.append(done)
     )
-    windows = list(scorer.windows(iter(given)))
-    assert [[_plain(one) for one in w] for w in windows] == expected
-    assert windows[1][1].error.kind == "overlong"
+    windows = list(scorer.windows(enumerate(given)))
+    assert [[_plain(*one) for one in w] for w in windows] == expected
+    assert windows[1][1][1].error.kind == "overlong"
     assert scorer.stats.rows == 60 and scorer.stats.errors == 1 and scorer.stats.overlong == 1
     assert np.sum(seen, axis=0).tolist() == [scorer.stats.conversations, scorer.stats.tokens]
     assert scorer.about()["level"] == "trie" and scorer.max_tokens == 64
 
-    windows, pid = [], scorer._actors[0].pid
-    for window in scorer.windows(iter(given)):
+    windows, actor = [], scorer._actors[0].__ray_call__
+    for window in scorer.windows(enumerate(given)):
         windows.append(window)
         if len(windows) == 3:
-            killed = ray.get(pid.remote())
+            killed = ray.get(actor.remote(lambda _: os.getpid()))
             os.kill(killed, signal.SIGKILL)
-    assert [[_plain(one) for one in w] for w in windows] == expected
-    assert ray.get(pid.remote()) != killed, "it was never started again"
-    scorer.close()
+    assert [[_plain(*one) for one in w] for w in windows] == expected
+    assert ray.get(actor.remote(lambda _: os.getpid())) != killed, "it was never started again"
 
 
 def test_errors_come_out_as_they_were(cluster, folder, tmp_path):
@@ -131,11 +130,11 @@ def test_a_data_set(cluster, folder, scored):
         ray.data.from_items(given), folder, actors=2, rows=16, max_tokens=64
     ).take_all()
     expected = [
-        one
+        scores
         for window in scored(
             [[(r["prompt"], x) for x in r["responses"]] for r in given], max_tokens=64
         )
-        for one in window
+        for _, scores in window
     ]
     assert [row["prompt"] for row in out] == [row["prompt"] for row in given]
     assert out[0]["rewards"] is None and "is empty" in out[0]["reward_error"]

@@ -26,7 +26,8 @@ from rmfast.commands import main
 from rmfast.data import files
 from rmfast.score import job as score_job
 from rmfast.score import parquet as score_parquet
-from rmfast.score import progress, scorer
+from rmfast.score import scorer
+from rmfast.score import source as score_source
 
 USER, GOOD, BAD = (
     {"role": role, "content": text}
@@ -322,32 +323,87 @@ def test_parquet_keeps_its_types(run):
     assert (first["raw"], first["small"]) == ("/w==", 1)
 
 
-def test_types_of_parquet_are_those_that_hold_every_window(run):
-    values = [
-        ("numbers", [1, 2.5, None, 4], pyarrow.float64()),
-        ("words", ["a", None, "", "é"], pyarrow.string()),
-        ("mixed", [1, "x", [2], {"y": None}], pyarrow.string()),
-        ("lists", [[], [1], None, [2.5]], pyarrow.list_(pyarrow.float64())),
-        ("empty", [{}, {}, {}, {}], pyarrow.string()),
-        ("huge", [1, 10**30, 2, 3], pyarrow.string()),
-        ("precise", [0.5, 2**60 + 1, 0.5, 1.5], pyarrow.string()),
-        ("nothing", [None] * 4, pyarrow.null()),
-    ]
-    rows = [{"text": "t", **{name: column[i] for name, column, _ in values}} for i in range(4)]
-    rows[2]["late"] = {"a": 1}
-    rows[3]["late"] = {"b": "x"}
+def test_types_of_parquet_are_those_of_the_first_rows(run):
+    values = {
+        "numbers": [1, 2.5, None, 4],
+        "words": ["a", None, "", "é"],
+        "lists": [[], [1], None, [2.5]],
+        "nothing": [None] * 4,
+        "objects": [None, {"a": 1}, {}, {"b": "x"}],
+    }
+    rows = [{"text": "t", **{name: column[i] for name, column in values.items()}} for i in range(4)]
+    rows[3]["late"] = "x"
     write("in.jsonl", rows)
     for window in ("1", "2", "9"):
         path = run("--batch-window", window, "--overwrite", name="o.parquet")
         table = parquet.read_table(path)
-        for name, column, kind in values:
-            assert table.schema.field(name).type == kind, (name, window)
-            expected = column
-            if kind == pyarrow.string():
-                expected = [x if x is None or isinstance(x, str) else json.dumps(x) for x in column]
-            assert table[name].to_pylist() == expected
-        assert table["late"].to_pylist() == [None, None, {"a": 1, "b": None}, {"a": None, "b": "x"}]
-        assert table.column_names[-1] == "reward"
+        assert [str(kind) for kind in table.schema.types] == [
+            "string", "double", "string", "list<element: double>", "null",
+            "struct<a: int64, b: string>", "string", "float",
+        ]  # fmt: skip
+        values["objects"] = [x and {"a": x.get("a"), "b": x.get("b")} for x in values["objects"]]
+        values["objects"][2] = {"a": None, "b": None}
+        for name, column in values.items():
+            assert table[name].to_pylist() == column
+        assert table["late"].to_pylist() == [None, None, None, "x"]
+
+
+def test_a_later_row_of_another_type_is_an_error(run, monkeypatch):
+    monkeypatch.setattr(score_source, "LOOK", 2)
+    first = {"text": "t", "n": 1, "x": 0.5, "o": {"a": [1]}, "none": None}
+    later = [
+        ({"n": 2.5}, '"n" is a number that is not of the column\'s type int64: write JSON lines'),
+        ({"n": "2"}, '"n" is text that'),
+        ({"n": True}, '"n" is true or false that'),
+        ({"n": 10**30}, '"n" is a number that'),
+        ({"x": 2**60 + 1}, '"x" is a number that'),
+        ({"x": True}, '"x" is true or false that'),
+        ({"o": {"a": [1], "b": 2}}, '"o" is an object that'),
+        ({"o": {"a": [1.5]}}, '"o" is an object that'),
+        ({"none": 1}, '"none" is a number that is not of the column\'s type null'),
+        ({"new": 1}, '"new" is not among the columns of the first rows: write JSON lines'),
+    ]
+    rows = [first, first, *({**first, **other} for other, _ in later), {"text": "t", "x": 2}]
+    write("in.jsonl", rows)
+    got = read(run(name="o.parquet", code=1))
+    assert [row["x"] for row in got] == [0.5, 0.5, 2.0]
+    errors = lines("o.parquet.errors.jsonl")
+    assert [error["line"] for error in errors] == [*range(3, 13)]
+    for error, (_, said) in zip(errors, later, strict=True):
+        assert said in error["reason"]
+    run(code=0)  # JSON lines keep them all
+
+
+@pytest.mark.parametrize("values", [[1, "x"], [{}, {}], [[1], {"a": 1}], [1, 10**30]])
+def test_columns_that_parquet_cannot_hold(run, capsys, monkeypatch, values):
+    monkeypatch.setattr(loading, "load", None)  # it is told before a model is loaded
+    write("in.jsonl", [{"text": "t", "x": value} for value in values])
+    run(name="o.parquet", code=2)
+    assert 'no type holds the values of "x"' in capsys.readouterr().err
+    assert [file.name for file in Path().iterdir()] == ["in.jsonl"]
+
+
+def test_parquet_has_the_types_of_a_data_set(run):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: rmfast[data]")
+    kinds = {"text": datasets.Value("large_string"), "n": datasets.Value("int8")}
+    data = datasets.Dataset.from_dict(
+        {"text": ["a", "b"], "n": [None, 2]}, datasets.Features(kinds)
+    )
+    data.save_to_disk("data")
+    table = parquet.read_table(run(source="data", name="o.parquet"))
+    assert [str(kind) for kind in table.schema.types] == ["large_string", "int8", "float"]
+    assert table["n"].to_pylist() == [None, 2]
+
+
+def test_a_data_set_with_json_inside(run, capsys):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: rmfast[data]")
+    if not hasattr(datasets, "Json"):
+        pytest.skip("this version of datasets has no column of JSON")
+    Path("data").mkdir()
+    write("data/train.jsonl", [{"text": "a", "x": [1, "y"]}, {"text": "b", "x": {"z": 1}}])
+    run(source="data", name="o.parquet", code=2)
+    assert '"x" is extension<arrow.json>: write JSON lines instead' in capsys.readouterr().err
+    assert [row["x"] for row in read(run(source="data"))] == [[1, "y"], {"z": 1}]
 
 
 def test_small_windows_make_row_groups_of_a_good_size(run, monkeypatch):
@@ -361,7 +417,7 @@ def test_small_windows_make_row_groups_of_a_good_size(run, monkeypatch):
 
 
 def test_csv_has_the_columns_of_the_first_rows(run, monkeypatch):
-    monkeypatch.setattr(score_job, "_LOOK", 2)
+    monkeypatch.setattr(score_source, "LOOK", 2)
     write("in.jsonl", [{"text": "a"}, {"b": None, "text": "b"}, {"text": "c", "late": 1}])
     got = read(run(name="o.csv", code=1))
     assert [list(row.values())[:2] for row in got] == [["a", ""], ["b", ""]]
@@ -428,7 +484,7 @@ BAD_ROWS: list[tuple[str | bytes, str]] = [
 
 @pytest.mark.parametrize("target", ["o.jsonl", "o.parquet"])
 def test_bad_rows_are_told_by_line_and_left_out(run, monkeypatch, capsys, target):
-    monkeypatch.setattr(score_job, "_LOOK", 1)
+    monkeypatch.setattr(score_source, "LOOK", 1)
     good = [json.dumps({"messages": [USER, GOOD], "n": i}) for i in range(len(BAD_ROWS) + 1)]
     raw = [line if isinstance(line, bytes) else line.encode() for line, _ in BAD_ROWS]
     both = [line for pair in zip(good, raw, strict=False) for line in pair] + good[-1:]
@@ -529,7 +585,7 @@ def stopped(model, tmp_path_factory) -> list[dict]:
             {"do": "interrupt", "name": "o.jsonl"},
         ],
     }
-    root = Path(score_job.__file__).parent.parent
+    root = Path(score_job.__file__).parents[2]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("killed.py"))],
@@ -566,7 +622,7 @@ def test_interrupted_it_says_how_to_go_on(stopped):
     for x in both:
         assert x["ended"] == 130
         assert 0 < x["rows"] < 64
-        assert x["said"].strip().endswith("the same command with --resume goes on")
+        assert x["said"].strip().endswith("the same command with --resume continues")
         assert "Traceback" not in x["said"]
         assert x["same"]
 
@@ -599,7 +655,7 @@ def test_resume_is_for_the_same_run_only(run, monkeypatch, capsys, model):
         assert said in capsys.readouterr().err
         assert Path("o.jsonl").read_bytes() == before
 
-    refused("--batch-window", "4", said="8 rows done: --resume goes on, --overwrite starts again")
+    refused("--batch-window", "4", said="8 rows done: --resume continues, --overwrite starts again")
     refused("--resume", said="--batch-window was 4, now it is 1024")
     same = ("--resume", "--batch-window", "4")
     refused(*same, "--max-length", "9", said="--max-length was not given, now it is 9")
@@ -624,7 +680,7 @@ def test_resume_where_there_is_nothing_to_go_on_with(run, capsys):
     Path("o.jsonl").write_text("precious")
     for argv in ((), ("--resume",)):
         run(*argv, code=2)
-        assert "o.jsonl is there already" in capsys.readouterr().err
+        assert "o.jsonl already exists" in capsys.readouterr().err
         assert Path("o.jsonl").read_text() == "precious"
     run("--overwrite")
     whole = Path("o.jsonl").read_bytes()
@@ -632,7 +688,7 @@ def test_resume_where_there_is_nothing_to_go_on_with(run, capsys):
     run("--resume")
     assert "already complete: 5 rows" in capsys.readouterr().out
     run(code=2)
-    assert "o.jsonl is there already, complete: --overwrite" in capsys.readouterr().err
+    assert "o.jsonl already exists and is complete: --overwrite" in capsys.readouterr().err
     Path("o.jsonl").unlink()
     run("--resume", code=2)
     assert "o.jsonl is gone" in capsys.readouterr().err
@@ -707,15 +763,15 @@ def test_a_full_disk_loses_nothing(run, monkeypatch, capsys):
         patch.setattr(os, "fsync", full)
         run("--batch-window", "4", code=2)
     said = capsys.readouterr().err
-    assert "No space left on device" in said and "--resume goes on" in said
+    assert "No space left on device" in said and "--resume continues" in said
     assert run("--batch-window", "4", "--resume").read_bytes() == whole
 
 
 def test_out_of_memory_is_told_and_can_go_on(run, monkeypatch, capsys):
     write("in.jsonl", conversations(20))
-    interrupted(run, monkeypatch, error=MemoryError("not even 16 tokens fit"))
+    interrupted(run, monkeypatch, error=MemoryError("out of memory with 16 tokens"))
     said = capsys.readouterr().err
-    assert "out of memory: not even 16 tokens fit; --resume goes on" in said
+    assert "out of memory with 16 tokens; --resume continues" in said
     run("--batch-window", "4", "--resume")
     assert len(lines("o.jsonl")) == 20
 
@@ -749,9 +805,7 @@ def test_report(run, capsys):
     assert (report["rows"], report["scored"], report["errors"]) == (21, 20, 1)
     assert report["conversations"] == 20
     assert report["distinct_prefixes"] == report["tokens_run"] < report["tokens"]
-    assert report["tokens"] < report["padded_slots"]
     assert report["sharing_saved"] == 1 - report["distinct_prefixes"] / report["tokens"]
-    assert report["padding_saved"] == 1 - report["tokens"] / report["padded_slots"]
     assert report["tokens_per_second"] == report["tokens"] / report["seconds"] > 0
     assert (report["level"], report["dtype"], report["device"]) == ("trie", "float32", "cpu")
     assert set(report["versions"]) == {"rmfast", "torch", "transformers", "python"}
@@ -770,26 +824,18 @@ def test_nothing_is_said_to_be_shared_where_batches_are_padded(run, monkeypatch)
     run("--max-tokens", "300")
     report = json.loads(Path("o.jsonl.report.json").read_text())
     assert report["level"] == "head"
-    assert report["sharing_saved"] == 0 < report["padding_saved"]
-    assert report["padding_saved"] == 1 - report["tokens_run"] / report["padded_slots"]
+    assert report["sharing_saved"] == 0 and report["tokens_run"] > report["tokens"]
 
 
-def test_progress_is_a_line_now_and_then(run, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "_PAUSE", 0.0)
-    write("in.jsonl", conversations(20))
-    run("--batch-window", "4")
-    said = capsys.readouterr().err.splitlines()
-    assert all(line.startswith("rmfast score: ") for line in said)
-    last = [line for line in said if line.startswith("rmfast score: 20 rows, ")][-1]
-    assert "tokens/s" in last and "shared, 100% of the input, 0:00:00 left" in last
-
-
-def test_progress_is_a_bar_on_a_terminal(run, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    write("in.jsonl", conversations(20))
-    run("--batch-window", "4")
-    last = capsys.readouterr().err.replace("\n", "\r").split("\r")
-    assert any("100%" in part and "20 rows" in part and "shared" in part for part in last)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(run, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    Path("in.jsonl").write_text("\n".join(map(json.dumps, conversations(20))) + "\nbad\n")
+    run("--batch-window", "4", code=1)
+    last = capsys.readouterr().err.strip().replace("\n", "\r").split("\r")[-1]
+    report = json.loads(Path("o.jsonl.report.json").read_text())
+    assert "100%" in last and f"21 rows, {report['tokens']:,} tokens, " in last
+    assert f"{report['sharing_saved']:.0%} saved by sharing, 1 left out" in last
 
 
 @pytest.mark.parametrize(

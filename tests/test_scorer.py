@@ -4,10 +4,10 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import mmap
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -21,8 +21,8 @@ from rmfast import Scorer
 from rmfast.data import Pair
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
-from rmfast.score import scorer
-from rmfast.score.scorer import evaluating
+from rmfast.score import memory
+from rmfast.score.bulk import evaluating
 
 TALK = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "yes"}]
 
@@ -115,7 +115,7 @@ def test_scores_do_not_depend_on_budget_window_and_order(seed, most, window):
     scorer = Scorer(model, max_tokens=most, window=window)
     got = scorer.score([rows[i] for i in order])
     assert np.abs(got - expected[order]).max() <= 1e-4 * expected.std()
-    assert scorer.stats.nodes <= scorer.stats.tokens <= scorer.stats.padded_slots
+    assert scorer.stats.nodes <= scorer.stats.tokens
     assert scorer.stats.tokens_run == scorer.stats.nodes
 
 
@@ -174,7 +174,7 @@ def test_a_model_with_a_head_of_its_own():
     scorer = Scorer(model, max_tokens=150)
     assert rmfast.report(model).level == "backbone"
     assert np.abs(scorer.score(rows) - expected).max() <= 1e-4 * np.std(expected)
-    assert scorer.stats.nodes < scorer.stats.tokens_run < scorer.stats.padded_slots
+    assert scorer.stats.nodes < scorer.stats.tokens_run
 
 
 def test_a_window_of_rope_that_depends_on_the_length():
@@ -257,7 +257,7 @@ def test_what_the_model_was_patched_with_stays():
 
 
 def test_a_limit_of_none_is_none_of_the_scorers(monkeypatch):
-    monkeypatch.setattr(scorer, "_most_tokens", lambda device, probe: 77)
+    monkeypatch.setattr(memory, "most_tokens", lambda *_: 77)
     for limit, most in ((None, 77), (0, 77), (50, 50)):
         model = rmfast.patch(tiny.model("llama"), max_tokens=limit)
         assert Scorer(model).max_tokens == most
@@ -420,12 +420,14 @@ def test_stream_reads_no_more_than_it_must():
     assert np.allclose(got[:3], got[7:10])
     time.sleep(0.3)
     assert len(read) == now
-    assert not any(t.name == "rmfast-encode" and t.is_alive() for t in threading.enumerate())
+    assert not any(
+        t.name.startswith("rmfast-encode") and t.is_alive() for t in threading.enumerate()
+    )
 
 
 def test_an_error_of_the_reader_is_raised_here():
     def rows():
-        yield [[5]]
+        yield 1, [[5]]
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
@@ -435,9 +437,9 @@ def test_an_error_of_the_reader_is_raised_here():
 def test_rows_of_several_and_rows_that_cannot_be_read():
     scorer = Scorer(tiny.model("llama"), window=3)
     rows = [[[5], [6, 7]], RowError("not JSON"), [[5], [], [8]], [], [[5]], [[9], [9], [9], [9]]]
-    windows = list(scorer.windows(rows))
-    assert [len(w) for w in windows] == [2, 1, 3]
-    flat = [one for w in windows for one in w]
+    windows = list(scorer.windows(zip("abcdef", rows, strict=True)))
+    assert [[tag for tag, _ in w] for w in windows] == [["a", "b"], ["c"], ["d", "e", "f"]]
+    flat = [scored for w in windows for _, scored in w]
     assert flat[0].lengths.tolist() == [1, 2] and flat[5].scores.shape == (4,)
     assert [str(one.error) for one in flat[1:4]] == [
         "not JSON", "conversation 2 of 3: it is empty", "it holds no conversation",
@@ -685,32 +687,37 @@ def test_nothing_fits():
 
 
 def test_the_budget_is_what_memory_holds(monkeypatch):
-    from rmfast.score import memory
-
     model = tiny.model("llama")
-    monkeypatch.setattr(memory, "_free", lambda device: 100_000_000)
-    held = iter([(1000, 0), (0, 257_000), (1000, 0), (0, 513_000)] * 2)
-    monkeypatch.setattr(memory, "_memory", lambda device: next(held))
+    token = memory.bytes_a_token(model.config, torch.float32)
     monkeypatch.setattr(pieces, "_MOST", {"cpu": 4096, "cuda": 4096})
-    assert Scorer(model).max_tokens == 4096  # 1000 bytes a token: far more would fit
-    monkeypatch.setattr(memory, "_free", lambda device: 2_000_000)
-    assert 1150 < Scorer(model).max_tokens <= 1200
-    monkeypatch.setattr(memory, "_memory", lambda device: None)
-    assert Scorer(model).max_tokens == 4096
+    for free, most in ((10**12, 4096), (2000 * token, 1152), (0, 64), (None, 4096)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        assert Scorer(model).max_tokens == most
 
 
-def test_looking_at_the_memory_of_this_machine():
-    device = torch.device("cpu")
-    from rmfast.score import memory
+def test_the_budget_is_an_estimate_and_nothing_runs(monkeypatch):
+    model = tiny.model("llama")
+    Full(model, 0, RuntimeError("it ran"))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
+    Scorer(model)
+    cpu = torch.device("cpu")
+    smollm = types.SimpleNamespace(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64,
+    )  # fmt: skip
+    layer = 2 * (4 * 576 + 2 * (9 + 2 * 3) * 64 + 3 * 1536) + 8 * 576
+    carried = 2 * 2 * 3 * 64 * 30
+    assert memory.bytes_a_token(smollm, torch.bfloat16) == layer + carried == 45312
+    assert memory.bytes_a_token(smollm, torch.bfloat16, False) == layer + 4 * 1024 * 9
+    assert memory.most_tokens(smollm, torch.bfloat16, cpu, True) == 4096
+    for family in ("bloom", "gpt2", "deepseek_v3", "gpt_oss", "jamba", "bert"):
+        assert memory.bytes_a_token(tiny.model(family).config, torch.float32) > 1000
 
-    assert memory._free(device) > 0
-    before = memory._memory(device)
-    if before is None:
-        pytest.skip("this system does not say what a process holds")
-    with mmap.mmap(-1, 100_000_000) as block:  # past malloc, which may have some left
-        block.write(bytes(100_000_000))
-    assert memory._memory(device)[1] - before[0] > 90e6
-    assert patching.attached(Scorer(tiny.model("llama")).model) is not None
+
+def test_the_free_memory_of_this_machine():
+    free = memory.free_bytes(torch.device("cpu"))
+    assert free is None or free > 0
+    assert memory.free_bytes(torch.device("meta")) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])

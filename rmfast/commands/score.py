@@ -36,7 +36,6 @@ def run(options: ScoreOptions) -> int:
 
 def on_ray(options: ScoreOptions, settings: dict[str, Any]) -> Any:
     from rmfast.integrations.ray import RayScorer
-    from rmfast.score import job
 
-    load = job.loading_options(options)
+    load = options.for_loading() | {"revision": options.revision}
     return RayScorer(options.model, actors=options.ray, load=load, **settings)

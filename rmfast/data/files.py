@@ -83,7 +83,7 @@ class Reader:
     Attributes:
         format: ``"jsonl"``, ``"csv"``, ``"parquet"`` or ``"dataset"``.
         columns: names of the columns, if they are known before the first row, else None.
-        schema: Arrow schema of a Parquet file, else None.
+        schema: Arrow schema of a Parquet file, and of a data set where it is known; else None.
         total: what ``Record.position`` goes up to, or None.
         unit: of ``total`` and ``position``: ``"B"`` of the file as it is on disk, or ``"row"``.
 
@@ -340,6 +340,8 @@ class _DataSet(Reader):
                 info = (self.data.info.splits or {}).get(self.split)
                 self.total = info.num_examples if info is not None else None
         self.columns = self.data.column_names
+        features = self.data.features
+        self.schema = None if features is None else features.arrow_schema
 
     @contextlib.contextmanager
     def _naming(self, problem: str) -> Iterator[None]:

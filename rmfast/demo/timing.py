@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from rmfast import loading
 from rmfast.errors import UserError
 from rmfast.packed.patching import patch
+from rmfast.packed.step import pad
 from rmfast.train import begin
 
 Batch = list[list[int]]  # token ids of all chosen sides, then of all rejected ones
@@ -103,9 +103,7 @@ def run(job: Job, model: nn.Module, work: str, batches: list[Batch]) -> list[flo
     device, scores = torch.device(job.device), []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=job.dtype == "mixed")
     for batch in batches:
-        rows = [torch.tensor(row) for row in batch]
-        ids = pad_sequence(rows, True, model.config.pad_token_id)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], True)
+        ids, mask = pad([torch.tensor(row) for row in batch], model.config.pad_token_id)
         with autocast, torch.set_grad_enabled(work == "training"):
             output = model(ids.to(device), mask.to(device), use_cache=False)
             found = output.logits[:, 0].float()

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from rmfast import loading
 from rmfast.data.encoding import read_template
 from rmfast.data.files import Reader
@@ -21,6 +19,8 @@ from rmfast.errors import RowError, UserError
 from rmfast.evaluate import measures, rewardbench, show
 from rmfast.evaluate.options import EvalOptions
 from rmfast.resume import versions
+from rmfast.score.progress import progress_bar
+from rmfast.score.windows import memory_told
 
 if TYPE_CHECKING:
     from rmfast.data.encoding import Conversation, Encoder
@@ -49,14 +49,12 @@ def run(args: EvalOptions) -> int:
     template = _check(args)
     source, judged, left_out = _Source(args), measures.Judged(), _LeftOut(args)
     with contextlib.ExitStack() as stack:
-        pause = 0.1 if sys.stderr.isatty() else 10  # a log gets a line now and then
-        bar = stack.enter_context(tqdm(desc="scoring", unit=" answers", mininterval=pause))
+        bar = stack.enter_context(progress_bar(unit=" answers"))
         scorer = _scorer(args, template, lambda conversations, _: bar.update(conversations))
         files = stack.enter_context(_RowFiles(args, scorer.encoder))
         windows = stack.enter_context(contextlib.closing(scorer.windows(source)))
-        for window in _in_words(windows):
-            for scored in window:
-                number, row = source.waiting.popleft()
+        for window in memory_told(windows):
+            for (number, row), scored in window:
                 if scored.error is not None:
                     left_out.add(number, scored.error)
                     files.error(number, scored.error)
@@ -112,23 +110,9 @@ def _check(args: EvalOptions) -> str | None:
     return read_template(args.chat_template)
 
 
-def _in_words(windows: Iterator[list[Scored]]) -> Iterator[list[Scored]]:
-    try:
-        yield from windows
-    except MemoryError as error:
-        raise UserError(str(error)) from None
-
-
 def _scorer(args: EvalOptions, template: str | None, progress: Any) -> Scorer:
-    names = "max_tokens max_length on_overlong system_prompt attention compile".split()
-    options = {name: getattr(args, name) for name in names} | {
-        "chat_template": template,
-        "chat": False if args.plain else None,
-        "window": args.batch_window,
-        "progress": progress,
-    }
-    names = ("dtype", "device", "trust_remote_code")
-    load = functools.partial(loading.load, **{name: getattr(args, name) for name in names})
+    options = args.for_scorer(template) | {"progress": progress}
+    load = functools.partial(loading.load, **args.for_loading())
     task = "reward" if args.ref_model is None else "causal"
     loaded = load(args.model, revision=args.revision, task=task, tokenizer=args.tokenizer)
     try:
@@ -150,7 +134,7 @@ def _scorer(args: EvalOptions, template: str | None, progress: Any) -> Scorer:
 
 
 class _Source:
-    """Rows for a scorer, which reads them ahead; ``waiting`` holds those it has not given back."""
+    """Rows for a scorer, each with its number and what it was read as."""
 
     def __init__(self, args: EvalOptions) -> None:
         options = {"name": args.name, "split": args.split, "limit": args.limit}
@@ -159,18 +143,15 @@ class _Source:
         names = ("prompt", "chosen", "rejected", "subset")
         columns = {name: getattr(args, f"{name}_column") for name in names}
         self.rows = RowReader(columns, cells=reader.format == "csv", lists=True)
-        self.waiting: collections.deque[tuple[int, Row | None]] = collections.deque()
 
-    def __iter__(self) -> Iterator[list[Conversation] | RowError]:
+    def __iter__(self) -> Iterator[tuple[tuple[int, Row | None], list[Conversation] | RowError]]:
         for record in self.records:
             try:
                 row = self.rows.read(record.value, "pair")
             except RowError as error:
-                self.waiting.append((record.number, None))
-                yield error
+                yield (record.number, None), error
             else:
-                self.waiting.append((record.number, row))
-                yield [*row.chosen, *row.rejected]
+                yield (record.number, row), [*row.chosen, *row.rejected]
 
 
 # --- results

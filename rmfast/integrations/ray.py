@@ -1,25 +1,20 @@
-"""Scoring on several devices or machines, by Ray: ``pip install 'rmfast[ray]'``.
-
-:func:`score_dataset` is for pipelines of Ray Data; :class:`RayScorer` stands in for a
-:class:`rmfast.Scorer` where rows come one after the other, as in ``rmfast score --ray``.
-"""
+"""Scoring on several devices or machines, by Ray: ``pip install 'rmfast[ray]'``."""
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rmfast import loading
-from rmfast.data.encoding import Conversation
+from rmfast.data import columns as data_columns
 from rmfast.errors import RowError, UserError
 from rmfast.score.scorer import Scorer
-from rmfast.score.windows import Scored, Stats, gathered
+from rmfast.score.windows import Scored, Stats, Tagged, gathered
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,49 +24,39 @@ _AHEAD = 2  # windows that each actor holds, so that none waits for its next
 
 
 class Worker:
-    """A scorer in a process of its own.
+    """A scorer in a process of its own; ``named`` and ``stem`` are for tables."""
 
-    Args:
-        model: folder or hub name.
-        load: options of :func:`rmfast.loading.load`.
-        options: options of :class:`rmfast.Scorer`.
-    """
-
-    def __init__(self, model: str, load: dict[str, Any], options: dict[str, Any]) -> None:
-        self._arguments = model, load, options
+    def __init__(
+        self,
+        model: str,
+        load: dict[str, Any],
+        options: dict[str, Any],
+        named: dict[str, str] | None = None,
+        stem: str = "reward",
+    ) -> None:
+        self.model, self.load, self.options = model, load, options
+        self.named, self.stem = named, stem
 
     @functools.cached_property
     def scorer(self) -> Scorer:
-        """Made when it is used: what a constructor raises does not reach whoever called."""
-        model, load, options = self._arguments
+        """Made when it is used: an error of a constructor does not reach the caller."""
         loading.silence_transformers()
-        loaded = loading.load(model, **load)
-        return Scorer(loaded.model, loaded.tokenizer, **options)
-
-    def pid(self) -> int:
-        return os.getpid()
+        loaded = loading.load(self.model, **self.load)
+        return Scorer(loaded.model, loaded.tokenizer, **self.options)
 
     def about(self) -> dict[str, Any]:
         return {**self.scorer.about(), "max_tokens": self.scorer.max_tokens}
 
-    def score(self, rows: list) -> tuple[list[Scored], Stats, int]:
-        """A window's scores, what it took, and the tokens of a micro-batch from now on."""
+    def score(self, rows: list[Any]) -> tuple[list[Scored], Stats, int]:
+        """A window's scores, its figures, and the tokens of a micro-batch from now on."""
         self.scorer.stats = Stats()
-        scored = [one for window in self.scorer.windows(rows) for one in window]
+        windows = self.scorer.windows(enumerate(rows))
+        scored = [scored for window in windows for _, scored in window]
         return scored, self.scorer.stats, self.scorer.max_tokens
 
-
-class TableWorker(Worker):
-    """Scores the tables of a Ray data set."""
-
-    def __init__(self, named: dict[str, str], stem: str, *args: Any) -> None:
-        super().__init__(*args)
-        self.named, self.stem = named, stem
-
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
+        """A table of a Ray data set, with its scores."""
         import pyarrow as pa
-
-        from rmfast.data import columns as data_columns
 
         layout = data_columns.choose(table.column_names, self.named, stem=self.stem)
         if layout is None:
@@ -79,18 +64,17 @@ class TableWorker(Worker):
                 f"the data set has the columns {', '.join(table.column_names)}, and needs "
                 f"{data_columns.needed(self.named)}"
             )
-        rows = [_conversations(layout, row) for row in table.to_pylist()]
-        scored, _, _ = self.score(rows)
+        scored, _, _ = self.score([_conversations(layout, row) for row in table.to_pylist()])
         kind = pa.list_(pa.float32()) if layout.kind == "responses" else pa.float32()
-        values = [one.scores is not None and layout.scores(one.scores) for one in scored]
+        values = [x.scores is not None and layout.scores(x.scores) for x in scored]
         for i, name in enumerate(layout.added):
             added = [row[i] if row else None for row in values]
             table = table.append_column(name, pa.array(added, kind))
-        errors = [None if one.error is None else one.error.reason for one in scored]
+        errors = [x.error and x.error.reason for x in scored]
         return table.append_column(f"{self.stem}_error", pa.array(errors, pa.string()))
 
 
-def _conversations(layout: Any, row: dict[str, Any]) -> Any:
+def _conversations(layout: data_columns.Columns, row: dict[str, Any]) -> list[Any] | RowError:
     try:
         return layout.conversations(row)
     except RowError as error:
@@ -118,22 +102,20 @@ def score_dataset(
         actors: processes, each with a model of its own.
         rows: rows an actor gets at a time: prefixes meet among them.
         columns: names of the fields above, where they are others.
-        reward_column: what the added columns are called, or end with: ``reward``; ``rewards`` for
+        reward_column: name of the added column, or its end: ``reward``; ``rewards`` for
             ``responses``; ``chosen_reward`` and ``rejected_reward``.
         load: options of :func:`rmfast.loading.load`, such as ``dtype`` and ``device``.
-        resources: of an actor, for Ray; left out: a GPU where there is one.
+        resources: of an actor, for Ray; when not given: a GPU where there is one.
         options: of :class:`rmfast.Scorer`.
 
     Returns:
         The data set with the scores, fp32, and ``reward_error``: why a row's score is null, else
         null.
     """
-    _need_ray()
-    import ray.data
-
+    ray = _ray()
     return dataset.map_batches(
-        TableWorker,
-        fn_constructor_args=(columns or {}, reward_column, model, load or {}, options),
+        Worker,
+        fn_constructor_args=(model, load or {}, options, columns, reward_column),
         batch_size=rows,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=actors),
@@ -142,18 +124,10 @@ def score_dataset(
 
 
 class RayScorer:
-    """Scores windows of rows with several actors, in the order in which the rows came.
+    """Scores windows of rows with several actors, in the order of the rows.
 
-    An actor that dies is started again, and its windows with it.
-
-    Args:
-        model: folder or hub name of a reward model, for the actors to load.
-        actors: processes, each with a model of its own.
-        window: as for :class:`rmfast.Scorer`, whose scores these are.
-        max_tokens: as for :class:`rmfast.Scorer`; what the first actor finds is for all.
-        progress: called with conversations and tokens after each window.
-        load: options of :func:`rmfast.loading.load`.
-        options: of :class:`rmfast.Scorer`.
+    Ray starts an actor that dies again, and its windows with it. The options are those of
+    :class:`rmfast.Scorer`; ``progress`` is called after each window.
 
     Raises:
         UserError: Ray is not installed, or has no room for so many actors.
@@ -166,81 +140,61 @@ class RayScorer:
         actors: int,
         window: int = 1024,
         max_tokens: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int], None] = lambda *_: None,
         load: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        _need_ray()
-        import ray
-
+        ray = _ray()
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
         resources = _resources(load)
         for kind, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
-            there = ray.cluster_resources().get(name, 0)
-            if actors * resources.get(kind, 0) > there:
-                raise UserError(f"Ray has {there:g} {name}s, too few for {actors} actors")
-        # a restarted actor does again what its predecessor was doing
+            available = ray.cluster_resources().get(name, 0)
+            if actors * resources.get(kind, 0) > available:
+                raise UserError(f"Ray has {available:g} {name}s, too few for {actors} actors")
         worker = ray.remote(max_restarts=-1, max_task_retries=-1, **resources)(Worker)
-
-        def start(tokens: int | None) -> Any:
-            return worker.remote(
-                model, load or {}, {**options, "max_tokens": tokens, "window": window}
-            )
-
-        first = start(max_tokens)
-        self._about = _words(ray, first.about.remote())
-        self.max_tokens = self._about.pop("max_tokens")
-        self._actors = [first, *(start(self.max_tokens) for _ in range(actors - 1))]
-        self._window, self._progress = window, progress
-        self.stats = Stats()
+        options |= {"window": window, "max_tokens": max_tokens}
+        first = worker.remote(model, load or {}, options)
+        self._about = _result(first.about.remote())
+        self.max_tokens = options["max_tokens"] = self._about.pop("max_tokens")
+        rest = [worker.remote(model, load or {}, options) for _ in range(actors - 1)]
+        self._actors = [first, *rest]
+        self._window, self._progress, self.stats = window, progress, Stats()
 
     def about(self) -> dict[str, Any]:
         return self._about
 
-    def windows(self, rows: Iterable[Sequence[Conversation] | RowError]) -> Iterator[list[Scored]]:
+    def windows(self, rows: Iterable[Tagged]) -> Iterator[list[tuple[Any, Scored]]]:
         """As :meth:`rmfast.Scorer.windows`: the same windows, in order."""
-        import ray
-
         waiting: collections.deque = collections.deque()
-        busy = dict.fromkeys(range(len(self._actors)), 0)
+        actors = itertools.cycle(self._actors)
         for window in gathered(rows, self._window):
-            if len(waiting) >= _AHEAD * len(self._actors):
-                yield self._next(ray, waiting, busy)
-            idle = min(busy, key=busy.__getitem__)
-            busy[idle] += 1
-            waiting.append((idle, self._actors[idle].score.remote(window)))
+            if len(waiting) == _AHEAD * len(self._actors):
+                yield self._next(*waiting.popleft())
+            tags, conversations = zip(*window, strict=True)
+            waiting.append((tags, next(actors).score.remote(list(conversations))))
         while waiting:
-            yield self._next(ray, waiting, busy)
+            yield self._next(*waiting.popleft())
 
-    def _next(self, ray: Any, waiting: collections.deque, busy: dict[int, int]) -> list[Scored]:
-        actor, future = waiting.popleft()
-        scored, stats, tokens = _words(ray, future)
-        busy[actor] -= 1
+    def _next(self, tags: tuple, future: Any) -> list[tuple[Any, Scored]]:
+        scored, stats, tokens = _result(future)
         self.max_tokens = min(self.max_tokens, tokens)
-        for name, value in dataclasses.asdict(stats).items():
-            setattr(self.stats, name, getattr(self.stats, name) + value)
-        if self._progress is not None:
-            self._progress(stats.conversations, stats.tokens)
-        return scored
-
-    def close(self) -> None:
-        """End the actors."""
-        import ray
-
-        for actor in self._actors:
-            ray.kill(actor)
+        self.stats += stats
+        self._progress(stats.conversations, stats.tokens)
+        return list(zip(tags, scored, strict=True))
 
 
-def _need_ray() -> None:
+def _ray() -> Any:
     try:
-        import ray  # noqa: F401
+        import ray.data
     except ImportError:
         raise UserError("Ray is not installed: pip install 'rmfast[ray]'") from None
+    return ray
 
 
-def _words(ray: Any, future: Any) -> Any:
-    """The result; an exception as the actor raised it, not as Ray wraps it."""
+def _result(future: Any) -> Any:
+    """The result of a call; an exception as the actor raised it, not as Ray wraps it."""
+    ray = _ray()
     try:
         return ray.get(future)
     except ray.exceptions.RayTaskError as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +22,21 @@ def trie_of(batch: Batch) -> PackedTrie:
 def padded(batch: Batch, pad_token_id: int) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` ``[B, T]`` of a packed batch, padded on the right."""
     trie = trie_of(batch)
-    rows = [
-        trie.input_ids[torch.from_numpy(path).to(trie.input_ids.device)] for path in trie.paths()
-    ]
-    return {
-        "input_ids": nn.utils.rnn.pad_sequence(rows, True, pad_token_id),
-        "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True),
-    }
+    device = trie.input_ids.device
+    rows = [trie.input_ids[torch.from_numpy(path).to(device)] for path in trie.paths()]
+    ids, mask = pad(rows, pad_token_id)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def pad(
+    rows: Sequence[Tensor | np.ndarray],  # B of int [t]
+    pad_token_id: int,
+) -> tuple[Tensor, Tensor]:  # int64 [B, T], int64 [B, T]
+    """Token ids padded on the right, and their attention mask."""
+    ids = [torch.as_tensor(row).long() for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    pad_sequence = nn.utils.rnn.pad_sequence
+    return pad_sequence(ids, True, pad_token_id), pad_sequence(mask, True)
 
 
 class Rows(NamedTuple):

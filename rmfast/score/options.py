@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from rmfast.arguments import Options, option
 
@@ -88,6 +88,17 @@ class ScoringOptions(Options):
     )
     strict: bool = option("Stop at the first row that cannot be scored.", False, **RUN)
 
+    def for_loading(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`rmfast.loading.load`, for models of any revision."""
+        names = ("dtype", "device", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
+
+    def for_scorer(self, template: str | None) -> dict[str, Any]:
+        """Keyword arguments of a scorer, with the text of ``--chat-template``."""
+        names = "max_tokens max_length on_overlong system_prompt attention compile".split()
+        chat = {"chat_template": template, "chat": False if self.plain else None}
+        return {name: getattr(self, name) for name in names} | chat | {"window": self.batch_window}
+
 
 def column(help: str) -> str | None:
     return option(f"Read {help} from this column.", None, metavar="NAME", **INPUT)
@@ -146,3 +157,7 @@ class ScoreOptions(ScoringOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.one_of("resume", "overwrite")
+
+    def for_scorer(self, template: str | None) -> dict[str, Any]:
+        scores = {"normalize": self.normalize, "sigmoid": self.sigmoid}
+        return super().for_scorer(template) | scores | {"pooling": self.pooling}

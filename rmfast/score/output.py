@@ -1,51 +1,57 @@
-"""Scored rows into JSON lines, CSV or Parquet, window by window, so that a killed run can go on.
+"""Scored rows into JSON lines, CSV or Parquet, so that a killed run can be resumed.
 
-An output takes rows in two steps: ``prepare`` turns a record into what will be written, or says why
-it cannot be (before anybody scores it); ``write`` adds the scores to some prepared rows. When
-``write`` returns, its rows are on the disk. ``mark`` says how far that is: an output opened with an
-earlier mark forgets what was written after it.
+An output takes rows in two steps: ``prepare`` turns a record into what will be written, or raises
+RowError, before it is scored; ``write`` adds the scores to prepared rows. When ``write`` returns,
+its rows are on the disk. ``mark`` says how much is: an output opened with an earlier mark cuts off
+what was written after it.
 """
 
 from __future__ import annotations
 
+import base64
 import csv
+import datetime
+import decimal
 import gzip
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from rmfast.data import columns, files
 from rmfast.errors import RowError, UserError
-from rmfast.score.cells import _cell, as_text, to_json
-from rmfast.score.parquet import Parquet
+from rmfast.score.parquet import Parquet, schema_of
+from rmfast.score.source import Source
 
 _REASON = 1000  # characters: what a tokenizer's template says may be long
 
 
-def open_output(
-    path: Path, source: files.Reader, seen: list[str], layout: columns.Columns, mark: int = 0
-) -> JsonLines | Csv | Parquet:
+def open_output(path: Path, source: Source, mark: int = 0) -> JsonLines | Csv | Parquet:
     """The output of a file's format.
 
     Args:
-        path: what it is called says the format.
-        source: where the records come from.
-        seen: the input's columns, as far as they are known.
-        layout: says which columns are added.
-        mark: how much of what is there already stays.
+        path: its name says the format.
+        mark: how much of the file stays.
 
     Raises:
-        UserError: less is there than the mark says.
+        UserError: the file is shorter than the mark says, or cannot hold the columns.
         DataError: a library is missing.
     """
     kind, gzipped = files.file_format(path)
     if kind == "jsonl":
-        return JsonLines(path, gzipped, layout.added, mark)
-    if kind == "csv":
-        return Csv(path, gzipped, seen, layout.added, mark)
-    return Parquet(path, source.schema, seen, layout, mark)
+        return JsonLines(path, gzipped, source, mark)
+    return Csv(path, gzipped, source, mark) if kind == "csv" else Parquet(path, source, mark)
+
+
+def check(path: Path, source: Source) -> None:
+    """Raise what :func:`open_output` would raise for its columns, before a model is loaded."""
+    if files.file_format(path)[0] == "parquet":
+        schema_of(path, source)
 
 
 class _Appended:
@@ -57,8 +63,7 @@ class _Appended:
         if self._file.tell() < mark:
             self._file.close()
             raise UserError(
-                f"{path} is shorter than when it was last written: somebody changed it; "
-                "start again with --overwrite"
+                f"{path} is shorter than when it was last written: start again with --overwrite"
             )
         self._file.truncate(mark)
         self._file.seek(mark)
@@ -75,41 +80,36 @@ class _Appended:
         self._file.close()
 
 
-class Errors:
-    """The rows that were left out: a line of JSON each, in a file that is there if one was."""
+class Errors(_Appended):
+    """The rows that were left out: a line of JSON each, and no file if there are none."""
 
     def __init__(self, path: Path, mark: int) -> None:
-        self._path, self._file = path, None
-        if mark:
-            self._file = _Appended(path, False, mark)
-        else:
-            path.unlink(missing_ok=True)
+        super().__init__(path, False, mark)
+        self._path = path
 
     def write(self, rows: Sequence[tuple[int, RowError]]) -> None:
-        if not rows:
-            return
-        self._file = self._file or _Appended(self._path, False, 0)
         lines = [
             {"line": number, "reason": str(error)[:_REASON], "kind": error.kind}
             for number, error in rows
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        self._file.append(text.encode("utf-8", "backslashreplace"))
-
-    def mark(self) -> int:
-        return self._file.mark() if self._file else 0
+        if text:
+            self.append(text.encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
-        if self._file:
-            self._file.close()
+        empty = self.mark() == 0
+        super().close()
+        if empty:
+            self._path.unlink()
 
 
 class JsonLines(_Appended):
     """A line a row: that of the input, where that is JSON lines too, with the scores put in."""
 
-    def __init__(self, path: Path, gzipped: bool, added: list[str], mark: int) -> None:
+    def __init__(self, path: Path, gzipped: bool, source: Source, mark: int) -> None:
         super().__init__(path, gzipped, mark)
-        self._keys = [f", {json.dumps(name, ensure_ascii=False)}: ".encode() for name in added]
+        names = [json.dumps(name, ensure_ascii=False) for name in source.layout.added]
+        self._keys = [f", {name}: ".encode() for name in names]
 
     def prepare(self, record: files.Record) -> bytes:
         """The row's object, without its closing brace.
@@ -137,11 +137,9 @@ class JsonLines(_Appended):
 class Csv(_Appended):
     """A header, then a record a row. What is not text is written as JSON."""
 
-    def __init__(
-        self, path: Path, gzipped: bool, seen: list[str], added: list[str], mark: int
-    ) -> None:
+    def __init__(self, path: Path, gzipped: bool, source: Source, mark: int) -> None:
         super().__init__(path, gzipped, mark)
-        self._seen, self._added = seen, added
+        self._source = source
 
     def prepare(self, record: files.Record) -> list[str]:
         """The row's cells.
@@ -149,28 +147,71 @@ class Csv(_Appended):
         Raises:
             RowError: a column that the header does not have, or text that is not Unicode.
         """
-        new = next((name for name in record.value if name not in self._seen), None)
-        if new is not None:
-            raise RowError(
-                f"{to_json(new)} is not among the columns of the rows before, and a CSV file has "
-                "one header: write .jsonl"
-            )
+        self._source.check_columns(record.value)
         if isinstance(record.raw, list):
             return record.raw
-        return [_cell(record.value.get(name)) for name in self._seen]
+        return [_as_cell(record.value.get(name)) for name in self._source.names]
 
     def write(self, rows: Sequence[tuple[list[str], list[columns.Scores]]]) -> None:
-        if rows:
-            self.append(self._text([*cells, *map(as_text, scores)] for cells, scores in rows))
-
-    def _text(self, rows: Iterable[list[str]]) -> bytes:
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         if self.mark() == 0:
-            writer.writerow([*self._seen, *self._added])
-        writer.writerows(rows)
-        return text.getvalue().encode()
+            writer.writerow([*self._source.names, *self._source.layout.added])
+        writer.writerows([*cells, *map(as_text, scores)] for cells, scores in rows)
+        if text.tell():
+            self.append(text.getvalue().encode())
 
     def finish(self) -> None:
-        if self.mark() == 0:
-            self.append(self._text([]))
+        self.write([])  # of an empty file, the header
+
+
+# --- values
+
+
+def as_text(score: columns.Scores) -> str:
+    """The shortest decimal that gives the same fp32; several as a list of JSON."""
+    if isinstance(score, np.ndarray):
+        return f"[{', '.join(map(str, score))}]"
+    return str(score)
+
+
+def to_json(value: Any) -> str:
+    """JSON, with types that it does not have as text.
+
+    Raises:
+        RowError: text that is not Unicode, or an object that cannot be written.
+    """
+    try:
+        return _unicode(json.dumps(value, ensure_ascii=False, default=_plain))
+    except TypeError as error:
+        raise RowError(str(error)) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (bytes, bytearray)):
+        return base64.b64encode(value).decode()
+    if isinstance(value, (decimal.Decimal, datetime.timedelta, uuid.UUID)):
+        return str(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _as_cell(value: Any) -> str:
+    """Text as it is; other values as JSON, but without the quotes of a time or of bytes."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return _unicode(value)
+    text = to_json(value)
+    return json.loads(text) if text.startswith('"') else text
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError("it has half a surrogate pair, which only JSON lines can keep") from None
+    return text

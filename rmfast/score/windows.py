@@ -1,17 +1,18 @@
-"""Windows of rows: gathered, read ahead in a thread, and what became of them."""
+"""Windows of rows: gathered, made in a background thread, and their scores."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import queue
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmfast.errors import RowError
+from rmfast.errors import RowError, UserError
+
+# what the caller knows a row by, and its conversations or why it has none
+Tagged = tuple[Any, Sequence[Any] | RowError]
 
 
 class Scored(NamedTuple):
@@ -24,46 +25,59 @@ class Scored(NamedTuple):
 
 @dataclasses.dataclass
 class Stats:
-    """What a scorer did since it was made.
+    """What a scorer did since it was made."""
 
-    Attributes:
-        rows: rows scored.
-        conversations: conversations scored.
-        tokens: their tokens.
-        nodes: their distinct prefixes, window by window: the fewest tokens an exact method runs.
-        tokens_run: what the backbone was given, padding included where there is any.
-        padded_slots: token slots, had they been padded in batches of 16 in input order.
-        micro_batches: forward passes.
-        overlong: rows left out because a conversation is too long.
-        errors: rows left out for any other reason.
-        halvings: times that memory ran out and the micro-batch was halved.
-        seconds: spent in forward passes and on what leads to them, reading left out.
-    """
+    rows: int = 0  # scored
+    conversations: int = 0  # scored
+    tokens: int = 0  # of conversations
+    nodes: int = 0  # distinct prefixes, by window: the fewest tokens an exact method runs
+    tokens_run: int = 0  # by the backbone, padding included where there is any
+    micro_batches: int = 0  # forward passes
+    overlong: int = 0  # rows left out because a conversation is too long
+    errors: int = 0  # rows left out for any other reason
+    halvings: int = 0  # times that memory ran out and the micro-batch was halved
+    seconds: float = 0.0  # in forward passes and what leads to them, reading left out
 
-    rows: int = 0
-    conversations: int = 0
-    tokens: int = 0
-    nodes: int = 0
-    tokens_run: int = 0
-    padded_slots: int = 0
-    micro_batches: int = 0
-    overlong: int = 0
-    errors: int = 0
-    halvings: int = 0
-    seconds: float = 0.0
+    def __add__(self, other: Stats) -> Stats:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Stats(*(a + b for a, b in pairs))
+
+    def count(self, scored: Iterable[Scored]) -> None:
+        """Count the rows of a window."""
+        for row in scored:
+            if row.error is None:
+                self.rows += 1
+                self.conversations += len(row.scores)
+            elif row.error.kind == "overlong":
+                self.overlong += 1
+            else:
+                self.errors += 1
+
+    @property
+    def left_out(self) -> int:
+        """Rows that have no scores."""
+        return self.overlong + self.errors
+
+    @property
+    def saved(self) -> float:
+        """The share of the tokens that did not run; 0 where the model runs padded batches."""
+        return max(0.0, 1 - self.tokens_run / self.tokens) if self.tokens else 0.0
 
     def as_dict(self) -> dict[str, int | float]:
         return dataclasses.asdict(self)
 
 
-def gathered(rows: Iterable, size: int) -> Iterator[list[list | RowError]]:
-    """Windows of rows, with ``size`` conversations or more each but the last."""
-    window: list[list | RowError] = []
+def gathered(rows: Iterable[Tagged], size: int) -> Iterator[list[Tagged]]:
+    """Windows of tagged rows, with ``size`` conversations or more each but the last.
+
+    A row without conversations counts as one.
+    """
+    window: list[Tagged] = []
     count = 0
-    for row in rows:
+    for tag, row in rows:
         if not isinstance(row, RowError):
             row = list(row) or RowError("it holds no conversation")
-        window.append(row)
+        window.append((tag, row))
         count += 1 if isinstance(row, RowError) else len(row)
         if count >= size:
             yield window
@@ -73,7 +87,7 @@ def gathered(rows: Iterable, size: int) -> Iterator[list[list | RowError]]:
 
 
 def first_error(ids: list[np.ndarray | RowError]) -> RowError | None:
-    """Why a row cannot be scored, with the place in the row; None: it can."""
+    """Why a row cannot be scored, with the place in the row; None if it can."""
     for at, found in enumerate(ids, start=1):
         if isinstance(found, RowError):
             if len(ids) == 1:
@@ -82,36 +96,22 @@ def first_error(ids: list[np.ndarray | RowError]) -> RowError | None:
     return None
 
 
-def _ahead(items: Iterator) -> Iterator:
+def ahead(items: Iterator) -> Iterator:
     """The same items, the next one being made in a background thread."""
-    ready: queue.Queue = queue.Queue(maxsize=1)
-    stop = threading.Event()
-
-    def put(*what: Any) -> bool:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(what, timeout=0.1)
-                return True
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put(item, None):
-                    return
-            put(None, StopIteration())
-        except BaseException as error:
-            put(None, error)
-
-    thread = threading.Thread(target=work, name="rmfast-encode", daemon=True)
-    thread.start()
+    pool, end = ThreadPoolExecutor(1, "rmfast-encode"), object()
     try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
+        item = pool.submit(next, items, end).result()
+        while item is not end:
+            following = pool.submit(next, items, end)
             yield item
+            item = following.result()
     finally:
-        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def memory_told(windows: Iterable, advice: str = "") -> Iterator:
+    """The same windows; a MemoryError becomes a UserError, with some advice."""
+    try:
+        yield from windows
+    except MemoryError as error:
+        raise UserError(f"{error}{advice}") from None

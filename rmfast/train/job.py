@@ -24,7 +24,15 @@ from rmfast.data.encoding import read_template
 from rmfast.data.records import Preferences
 from rmfast.errors import UserError
 from rmfast.evaluate import show
-from rmfast.resume import digest, model_identity, saving, short, versions, write_whole
+from rmfast.resume import (
+    digest,
+    model_identity,
+    same_run,
+    saving,
+    stored,
+    versions,
+    write_whole,
+)
 from rmfast.train import begin, card, rows
 from rmfast.train.options import TrainOptions
 from rmfast.train.watch import COMPLETE, Watch, last_checkpoint, step_of
@@ -37,7 +45,6 @@ except ImportError as _error:
 
 # Options that may differ when a run goes on: its data is told by digest, its model by its files.
 _MAY_DIFFER = {"output", "model", "data", "eval_data", "resume", "overwrite"}
-_NO_WORDS = ("the preferences of", "a file of", "the text of")
 _OURS = ("checkpoints", "metrics.jsonl", "training.png", "config.yaml", "README.md")
 _EARLY = {"checkpoints", "metrics.jsonl", "training.png", "metrics.jsonl.tmp"}
 
@@ -211,22 +218,10 @@ def _digest(records: Preferences) -> str:
 
 def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> State:
     """The state to start from: a new one, or that of the run that is to go on."""
-    file = folder / "checkpoints" / "run.json"
-    if not resume or not file.exists():
+    before = stored(folder / "checkpoints" / "run.json", State) if resume else None
+    if before is None:
         return State(settings)
-    try:
-        before = State(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): --overwrite starts again") from None
-    for name in {**settings, **before.settings}:
-        then, now = before.settings.get(name), settings.get(name)
-        if then != now:
-            known = None not in (then, now) and name.startswith(_NO_WORDS)
-            how = "changed" if known else f"was {short(then)}, now it is {short(now)}"
-            raise UserError(
-                f"--resume goes on with the same run only, and {name} {how}; --overwrite starts "
-                "again"
-            )
+    same_run(before.settings, settings)
     return before
 
 

@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from rmfast import resume
-from rmfast.errors import DataError, UserError
+from rmfast.errors import UserError
 from rmfast.evaluate import measures, show
 from rmfast.resume import saving
 from rmfast.score.scorer import Scorer
@@ -147,17 +147,14 @@ class Watch(TrainerCallback):
         args = self.trainer.args
         gpu = [args.device] if args.device.type == "cuda" else []
         autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16)
-        try:
-            with torch.random.fork_rng(gpu), autocast:
-                scores = self.scorer.score([ids for _, sides in self.rows for ids in sides])
-        except DataError as error:
-            step = self.trainer.state.global_step
-            raise UserError(f"step {step:,}: held-out data cannot be scored: {error}") from None
-        judged, first = measures.Judged(), 0
-        for chosen, sides in self.rows:
-            of_row = scores[first : first + len(sides)]
-            judged.add(of_row, [len(ids) for ids in sides], chosen)
-            first += len(sides)
+        judged = measures.Judged()
+        with torch.random.fork_rng(gpu), autocast:
+            for window in self.scorer.windows(self.rows):
+                for chosen, scored in window:
+                    if scored.error is not None:
+                        step, reason = self.trainer.state.global_step, scored.error.reason
+                        raise UserError(f"step {step:,}: a row cannot be scored: {reason}")
+                    judged.add(scored.scores, scored.lengths, chosen)
         return judged
 
     # --- what is shown

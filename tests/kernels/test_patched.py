@@ -35,8 +35,8 @@ def test_scoring_keeps_no_backward_state(device, launches):
     kept = []
     forward = trie_attention.trie_attention
 
-    def spy(*args):
-        out, lse = forward(*args)
+    def spy(*args, **kwargs):
+        out, lse = forward(*args, **kwargs)
         kept.append(lse.numel())
         return out, lse
 

@@ -1,0 +1,241 @@
+"""Any number of conversations in, their scores out, a window at a time.
+
+Conversations are read and tokenised in a background thread, a window ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rmfast.data.encoding import Conversation, Encoder
+from rmfast.data.records import Pair
+from rmfast.data.rows import RowReader
+from rmfast.errors import DataError, RowError
+from rmfast.packed import patching, pieces
+from rmfast.packed.models import keeping_modes
+from rmfast.score.progress import progress_bar
+from rmfast.score.windows import Scored, Stats, Tagged, ahead, first_error, gathered
+
+Progress = bool | Callable[[int, int], None]
+
+
+class BulkScorer:
+    """What scorers share: from conversations to rows of token ids, and from scores to results.
+
+    A scorer gives ``_scores``, and sets ``encoder``, ``_budget``, and ``_patches``: the models that
+    it runs, with the patches that it was made with.
+    """
+
+    encoder: Encoder
+    _budget: pieces.Budget
+    _patches: list[tuple[Any, patching.Patch]]
+
+    def __init__(self, window: int, progress: Progress) -> None:
+        self.window = window
+        self.stats = Stats()
+        self._progress = progress
+        self._show: Progress = False  # for the window that runs
+
+    def _scores(self, rows: list) -> np.ndarray:  # fp32 [len(rows)]
+        raise NotImplementedError
+
+    def score(self, conversations: Sequence[Conversation]) -> np.ndarray:
+        """Scores of conversations, fp32 ``[n]``, in their order; NaN for those skipped.
+
+        Raises:
+            DataError: a conversation that cannot be scored; the message names it.
+        """
+        rows = ([conversation] for conversation in conversations)
+        return self._table(rows, len(conversations), 1)[:, 0]
+
+    def score_pairs(self, pairs: Sequence[Any]) -> np.ndarray:
+        """Scores of preference pairs, fp32 ``[n, 2]``: chosen, rejected.
+
+        Args:
+            pairs: (chosen, rejected) tuples of conversations, ``{"chosen", "rejected"}`` with or
+                without ``"prompt"``, or :class:`rmfast.data.Pair`.
+
+        Raises:
+            DataError: a pair that cannot be scored; the message names it.
+        """
+        return self._table(map(_sides, pairs), len(pairs), 2)
+
+    def stream(self, conversations: Iterable[Conversation]) -> Iterator[float]:
+        """Scores one by one, in order, for an iterable of any length; NaN for those skipped.
+
+        Scores come a window at a time: the first when ``window`` conversations were read.
+
+        Raises:
+            DataError: a conversation that cannot be scored; those before it have been given out.
+        """
+        rows = ([conversation] for conversation in conversations)
+        for scores in self._each(rows, None):
+            yield float("nan") if scores is None else float(scores[0])
+
+    def windows(self, rows: Iterable[Tagged]) -> Iterator[list[tuple[Any, Scored]]]:
+        """Score rows of conversations that belong together, a window at a time.
+
+        Args:
+            rows: each a tag and some conversations, or a tag and the RowError that says why the
+                row could not be read. They are read in a background thread, a window ahead.
+
+        Yields:
+            The rows of a window, in input order, each as its tag and what became of it. A window
+            ends when it holds ``window`` conversations or more (a row without one counts as one),
+            so where it ends depends on the rows alone.
+
+        Raises:
+            DataError: messages without a chat template, or text without a tokenizer.
+            MemoryError: not even a few tokens fit.
+            RuntimeError: a model was unpatched, or patched anew.
+        """
+        return self._windows(rows, self._progress)
+
+    # --- rows
+
+    def _windows(
+        self, rows: Iterable[Tagged], progress: Progress
+    ) -> Iterator[list[tuple[Any, Scored]]]:
+        windows = map(self._encoded, gathered(rows, self.window))
+        with contextlib.closing(ahead(windows)) as encoded:
+            for tags, window in encoded:
+                with _lock_of(self):
+                    self._check_patches()
+                    start = time.perf_counter()
+                    self._show = progress
+                    scored = self._scored(window)
+                    self.stats.seconds += time.perf_counter() - start
+                yield list(zip(tags, scored, strict=True))
+
+    def _check_patches(self) -> None:
+        if any(patching.attached(model) is not patch for model, patch in self._patches):
+            raise RuntimeError(
+                "a model was unpatched or patched anew since this Scorer was made: make another one"
+            )
+
+    def _table(self, rows: Iterable, count: int, width: int) -> np.ndarray:  # fp32 [count, width]
+        table = np.full((count, width), np.nan, np.float32)
+        for i, scores in enumerate(self._each(rows, count * width)):
+            if scores is not None:
+                table[i] = scores
+        return table
+
+    def _each(self, rows: Iterable, count: int | None) -> Iterator[np.ndarray | None]:
+        """The scores of each row, of ``count`` conversations in all; None for one skipped."""
+        with (
+            self._bar(count) as progress,
+            contextlib.closing(self._windows(enumerate(rows), progress)) as windows,
+        ):
+            for window in windows:
+                for i, scored in window:
+                    skip = self.encoder.on_overlong == "skip"
+                    if scored.error is not None and not (skip and scored.error.kind == "overlong"):
+                        raise DataError(f"row {i}: {scored.error}")
+                    yield scored.scores
+
+    @contextlib.contextmanager
+    def _bar(self, count: int | None) -> Iterator[Progress]:
+        if self._progress is not True:
+            yield self._progress
+            return
+        with progress_bar(total=count, unit=" conversations") as bar:
+            yield lambda conversations, tokens: bar.update(conversations)
+
+    def _encoded(self, window: list[Tagged]) -> tuple[list[Any], list[Any]]:
+        """The tags of a window, and what :meth:`_encode` makes of its rows."""
+        return [tag for tag, _ in window], self._encode([row for _, row in window])
+
+    def _encode(self, window: list[list | RowError]) -> list[Any]:
+        """Rows of token ids, each a list of arrays, or the RowError that says why it has none."""
+        flat = iter(self.encoder([c for row in window if isinstance(row, list) for c in row]))
+        encoded: list[list[np.ndarray] | RowError] = []
+        for row in window:
+            if isinstance(row, list):
+                ids = [next(flat) for _ in row]
+                row = first_error(ids) or ids
+            encoded.append(row)
+        return encoded
+
+    def _scored(self, window: list[Any]) -> list[Scored]:
+        """The scores of encoded rows."""
+        rows = [ids for row in window if isinstance(row, list) for ids in row]
+        halvings = self._budget.halvings
+        scores = iter(self._scores(rows) if rows else ())
+        self.stats.halvings += self._budget.halvings - halvings
+        results = []
+        for row in window:
+            if isinstance(row, list):
+                found = np.array([next(scores) for _ in row], np.float32)
+                lengths = np.array([ids.size for ids in row])
+                if np.isfinite(found).all():
+                    results.append(Scored(found, lengths, None))
+                    continue
+                row = RowError(
+                    f"its score is {found[~np.isfinite(found)][0]}: weights that are not finite, "
+                    "or too large for their dtype (rmfast doctor tells)"
+                )
+            results.append(Scored(None, None, row))
+        self.stats.count(results)
+        return results
+
+    def _ran(self, run: int, conversations: int, tokens: int) -> None:
+        """Count a forward pass over ``run`` tokens, and what it finished."""
+        self.stats.micro_batches += 1
+        self.stats.tokens_run += run
+        if callable(self._show):
+            self._show(conversations, tokens)
+
+
+def _is_text_or_messages(side: Any) -> bool:
+    return isinstance(side, str) or (isinstance(side, list) and isinstance([*side, 0][0], dict))
+
+
+def _sides(pair: Any) -> list[Conversation] | RowError:
+    if isinstance(pair, Pair):
+        pair = {name: getattr(pair, name) for name in ("prompt", "chosen", "rejected")}
+    if isinstance(pair, Mapping):
+        sides = [pair.get("chosen"), pair.get("rejected")]
+        if pair.get("prompt") is None and not any(map(_is_text_or_messages, sides)):
+            return sides  # token ids
+        try:
+            return RowReader().read(pair, "pair").conversations
+        except RowError as error:
+            return error
+    if len(pair) != 2:
+        raise DataError(f"a pair has two sides, this one has {len(pair)}")
+    return list(pair)
+
+
+# --- one thread at a time
+
+# by object: a lock that was an attribute could be neither copied nor pickled
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKING = threading.Lock()
+
+
+def _lock_of(owner: Any) -> threading.RLock:
+    """The lock of a scorer or a model."""
+    with _LOCKING:
+        return _LOCKS.setdefault(owner, threading.RLock())
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode, without gradients, then back in the modes it was in.
+
+    One thread at a time: these modes are the model's, and so are rotary frequencies that depend on
+    the rows that ran before.
+    """
+    with _lock_of(patching.attached(model) or model), keeping_modes(model):
+        model.eval()
+        with torch.inference_mode():
+            yield
