@@ -38,6 +38,8 @@ from rmfast.train.options import TrainOptions
 from rmfast.train.watch import COMPLETE, Watch, last_checkpoint, step_of
 
 try:
+    import datasets
+
     from rmfast.train import fit
 except ImportError as _error:
     raise UserError(f"training needs TRL: pip install 'rmfast[train]' ({_error})") from None
@@ -83,8 +85,6 @@ def run(options: TrainOptions) -> int:
 
 
 def _run(options: TrainOptions) -> int:
-    import datasets
-
     loading.silence_transformers()
     datasets.disable_progress_bars()
     _check(options)
@@ -110,20 +110,30 @@ def _run(options: TrainOptions) -> int:
         (folder / "config.yaml").write_text(options.as_yaml(), encoding="utf-8")
     if not _train(trainer, watch, folder, checkpoint):
         return 130
-    with saving(folder):
-        fit.save(trainer, started, folder)
-        watch.draw()
-        loss, steps = trainer.objective.kind, trainer.state.global_step
-        finished = card.Finished(
-            options, started, found, loss, steps, watch.summary, state.versions
-        )
-        card.write(finished, folder)
-    if watch.summary is not None:
-        print(f"\n{show.table(watch.summary)}\n")
-    print(f"written: {folder}")
+    finished = card.Finished(
+        options,
+        started,
+        found,
+        loss=trainer.objective.kind,
+        steps=trainer.state.global_step,
+        summary=watch.summary,
+        versions=state.versions,
+    )
+    _save(folder, trainer, watch, finished)
     state.done = True
     state.save(folder)
     return 0
+
+
+def _save(folder: Path, trainer: fit.Trainer, watch: Watch, finished: card.Finished) -> None:
+    """Write the model and what belongs to it."""
+    with saving(folder):
+        fit.save(trainer, finished.started, folder)
+        watch.draw()
+        card.write(finished, folder)
+    if finished.summary is not None:
+        print(f"\n{show.table(finished.summary)}\n")
+    print(f"written: {folder}")
 
 
 def _check(options: TrainOptions) -> None:
