@@ -57,7 +57,7 @@ with torch.inference_mode():
     print(model(torch.tensor([ids])).logits[0, 0].item())
 ```
 
-{ends}
+Trained on {trained_on}.
 {figures}
 ## Training
 
@@ -92,38 +92,22 @@ _TEXT = '"How many legs has a spider? Eight."'
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """What the card tells of a finished run.
+    """What the card tells of a finished run."""
 
-    Attributes:
-        options: all of them, as the run resolved them.
-        started: the tokenizer, and how the model was when training began.
-        rows: what was trained on, and held out.
-        loss: one of :data:`rmfast.train.objective.KINDS`.
-        steps: optimiser steps.
-        summary: the last held-out figures; None: nothing was held out.
-        versions: of the libraries.
-    """
-
-    options: TrainOptions
+    options: TrainOptions  # as the run resolved them
     started: Started
     rows: Rows
-    loss: str
+    loss: str  # one of train.objective.KINDS
     steps: int
-    summary: dict[str, Any] | None
-    versions: dict[str, str]
+    summary: dict[str, Any] | None  # the last held-out figures
+    versions: dict[str, str]  # of the libraries
 
     @property
-    def conversational(self) -> bool:
-        return self.rows.source.conversational
-
-    @property
-    def adds_eos(self) -> bool:
-        """Each text has the end of text after it."""
-        return self.started.tokenizer.eos_token is not None and not self.conversational
+    def is_text(self) -> bool:
+        return not self.rows.source.conversational
 
     @property
     def records(self) -> str:
-        """What the data is, in words."""
         return "pairs" if self.rows.source.kind == "pairs" else "ranked groups of answers"
 
 
@@ -133,9 +117,12 @@ def write(run: Finished, folder: Path) -> None:
     given = {name: getattr(options, name) for name in _PATHS}
     names = {name: base_name(path) for name, path in given.items() if path is not None}
     public = dataclasses.replace(options, **names)
-    conversation = _MESSAGES if run.conversational else _TEXT
-    if run.adds_eos:
-        conversation += " + tokenizer.eos_token"
+    conversation, trained_on = _MESSAGES, "messages; the tokenizer has the chat template"
+    if run.is_text:
+        conversation, trained_on = _TEXT, "text as it is"
+        if run.started.tokenizer.eos_token is not None:
+            conversation += " + tokenizer.eos_token"
+            trained_on = "text, each with the end of text after it"
     rank = options.lora_rank
     text = _CARD.format(
         metadata=_metadata(run, public).to_yaml(),
@@ -144,13 +131,13 @@ def write(run: Finished, folder: Path) -> None:
         head="new" if run.started.start.new else "kept",
         count=len(run.rows.train),
         records=run.records,
-        of="messages" if run.conversational else "text",
+        of="text" if run.is_text else "messages",
         data=public.data,
         method="" if rank is None else f", by LoRA of rank {rank}, merged into the weights",
         loss=_LOSSES[run.loss],
         load=_LOAD.format(name=public.output, conversation=conversation),
         ids=_ids(run),
-        ends=_ends(run),
+        trained_on=trained_on,
         figures=_figures(run, public),
         steps=run.steps,
         versions=", ".join(f"{name} {version}" for name, version in run.versions.items()),
@@ -171,17 +158,14 @@ def _metadata(run: Finished, public: TrainOptions) -> ModelCardData:
     options, results = run.options, None
     if run.summary is not None:
         source = public.eval_data or public.data
-        result = EvalResult(
+        results = EvalResult(
             task_type="text-classification",
-            task_name="Reward modelling",
             dataset_type=source,
             dataset_name=source if public.eval_data else f"{source}, held-out prompts",
-            dataset_split=public.eval_data_split if public.eval_data else public.split,
             metric_type="accuracy",
             metric_name="Held-out accuracy",
             metric_value=run.summary["rows"]["accuracy"],
         )
-        results = [result]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
@@ -189,35 +173,23 @@ def _metadata(run: Finished, public: TrainOptions) -> ModelCardData:
         base_model=None if Path(options.model).exists() else options.model,
         datasets=None if Path(options.data).exists() else [options.data],
         model_name=public.output,
-        eval_results=results,
+        eval_results=None if results is None else [results],
     )
 
 
 def _figures(run: Finished, public: TrainOptions) -> str:
     if run.summary is None:
         return ""
-    source = "the same data, no prompt of which was trained on"
-    if public.eval_data:
-        source = f"`{public.eval_data}`"
-    return _FIGURES.format(
-        count=len(run.rows.held_out),
-        records=run.records,
-        source=source,
-        table=show.table(run.summary),
-    )
-
-
-def _ends(run: Finished) -> str:
-    if run.conversational:
-        return "Trained on messages; the tokenizer has the chat template."
-    return "Trained on text, " + (
-        "each with the end of text after it." if run.adds_eos else "as is."
-    )
+    source = f"`{public.eval_data}`"
+    if not public.eval_data:
+        source = "the same data, no prompt of which was trained on"
+    count, table = len(run.rows.held_out), show.table(run.summary)
+    return _FIGURES.format(count=count, records=run.records, source=source, table=table)
 
 
 def _ids(run: Finished) -> str:
     """The lines that make the tokens that were trained on."""
-    if not run.conversational:
+    if run.is_text:
         return 'ids = tokenizer(conversation)["input_ids"]'
     lines = 'ids = tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]'
     tokenizer, example = run.started.tokenizer, run.rows.example

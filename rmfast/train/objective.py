@@ -18,9 +18,6 @@ KINDS = {  # by what they are for
 }
 
 
-# --- what is minimised
-
-
 @dataclass(frozen=True)
 class Objective:
     """The loss of a batch of preferences, and what is logged of it.

@@ -130,17 +130,18 @@ class Watch(TrainerCallback):
         if self.summary is None or self.summary["step"] != step:
             self.summary = self._write("eval", **measures.summarise(self._judged()))
             self.draw()
-            accuracy, log_loss = self._figures()
-            low, high = self.summary["rows"]["interval"]
+            (low, high), figures = self.summary["rows"]["interval"], self._figures()
             self._say(
-                f"step {step:,}: held-out accuracy {accuracy:.1%} [{low:.1%}, {high:.1%}], "
-                f"log loss {log_loss:.4f}"
+                f"step {step:,}: held-out accuracy {figures['eval_accuracy']:.1%} "
+                f"[{low:.1%}, {high:.1%}], log loss {figures['eval_loss']:.4f}"
             )
-        accuracy, log_loss = self._figures()
-        return {"eval_accuracy": accuracy, "eval_loss": log_loss}
+        return self._figures()
 
-    def _figures(self) -> tuple[float, float]:
-        return self.summary["rows"]["accuracy"], self.summary["calibration"]["log_loss"]
+    def _figures(self) -> dict[str, float]:
+        return {
+            "eval_accuracy": self.summary["rows"]["accuracy"],
+            "eval_loss": self.summary["calibration"]["log_loss"],
+        }
 
     def _judged(self) -> measures.Judged:
         """The held-out rows with their scores."""
