@@ -1,5 +1,6 @@
 """The ops against their definitions: values, gradients, fake kernels, misuse."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -301,3 +302,12 @@ def test_a_plan_of_tensors_that_were_refilled():
         got = ops.trie_attention(*leaves, ops.TriePlan(end, position))
         want = dense_attention(*leaves, trie, None, None, 0.5, None, None)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.sampled_from([None, 0, 2]))
+def test_one_rule_says_which_token_is_scored(row, pad):
+    """For one sequence and for a batch; tests/kernels holds the kernel against the batch's."""
+    kept = reference.until_scored(np.array(row), pad)
+    last = reference.last_token(torch.tensor([row]), None, pad, "hf")
+    assert len(kept) - 1 == last.item() and kept.tolist() == row[: len(kept)]

@@ -5,6 +5,7 @@ from rmfast.reference.head import (
     last_token,
     pooled_reward_head,
     reward_head,
+    until_scored,
     wide,
 )
 from rmfast.reference.losses import (
@@ -24,5 +25,6 @@ __all__ = [
     "reward_head_pairwise_loss",
     "trie_attention",
     "trie_mask",
+    "until_scored",
     "wide",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,17 @@ def last_token(
     if counts is None:
         return columns[-1].expand(input_ids.shape[0])
     return (columns * counts).argmax(-1)
+
+
+def until_scored(row: np.ndarray, pad_token_id: int | None) -> np.ndarray:  # int [T] -> [<= T]
+    """One sequence up to the token that :func:`last_token` picks by ``"hf"``.
+
+    What comes after that token changes nothing in a causal decoder.
+    """
+    if pad_token_id is None:
+        return row
+    counts = np.flatnonzero(row != pad_token_id)
+    return row[: counts[-1] + 1 if counts.size else 1]
 
 
 def gathered(hidden: Tensor, index: Tensor) -> Tensor:  # [M, H] or [B, T, H] -> [B, H]

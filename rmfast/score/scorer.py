@@ -18,6 +18,7 @@ from rmfast.data.encoding import Encoder
 from rmfast.packed import models, patching, pieces
 from rmfast.packed.stand_in import Unservable
 from rmfast.packed.step import pad
+from rmfast.reference import until_scored
 from rmfast.score import memory
 from rmfast.score.bulk import BulkScorer, evaluating
 from rmfast.trie import pack
@@ -163,7 +164,8 @@ class Scorer(BulkScorer):
 
     def _scores(self, rows: list[np.ndarray]) -> np.ndarray:  # fp32 [len(rows)]
         lengths = self._count(rows)
-        rows = [row[: self._pooled(row) + 1] for row in rows]
+        if self._patch.level != "head" and self._pooling == "hf":
+            rows = [until_scored(row, self._pad) for row in rows]
         raw = torch.full((len(rows),), float("nan"), dtype=torch.float64)
         packed = self._packed(rows)
         with evaluating(self.model):
@@ -180,13 +182,6 @@ class Scorer(BulkScorer):
         lengths = np.array([row.size for row in rows])
         self.stats.tokens += int(lengths.sum())
         return lengths
-
-    def _pooled(self, row: np.ndarray) -> int:
-        """The token that carries the score; what comes after it changes nothing in a decoder."""
-        if self._patch.level == "head" or self._pooling == "mask" or self._pad is None:
-            return row.size - 1
-        counts = np.flatnonzero(row != self._pad)
-        return int(counts[-1]) if counts.size else 0
 
     def _packed(self, rows: list[np.ndarray]) -> np.ndarray:  # bool [len(rows)]
         """Which rows can run in the trie."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rmfast.packed.step import Batch
+from rmfast.reference import until_scored
 from rmfast.train.objective import LARGEST_GROUP
 from rmfast.trie import pack
 
@@ -104,7 +105,10 @@ class Collator:
 
     def _packed(self, rows: Sequence[Sequence[int]]) -> Batch:
         arrays = [np.asarray(row, np.int64) for row in rows]
-        trie = pack([self.scored(row) for row in arrays], share_prefixes=self.share_prefixes)
+        trie = pack(
+            [until_scored(row, self.pad_token_id) for row in arrays],
+            share_prefixes=self.share_prefixes,
+        )
         # its length comes first: to trainers of transformers that is the size of the batch
         return {
             "pool_index": trie.pool_index,
@@ -117,17 +121,10 @@ class Collator:
             "shared": self.share_prefixes,
         }
 
-    def scored(self, row: np.ndarray) -> np.ndarray:
-        """A sequence up to the token that carries its score; what follows changes nothing."""
-        if self.pad_token_id is None:
-            return row
-        counts = np.flatnonzero(row != self.pad_token_id)
-        return row[: counts[-1] + 1 if counts.size else 1]
-
     def rows(self, example: dict[str, Any]) -> list[np.ndarray]:
         """The sequences of one example, up to the tokens that carry their scores."""
         rows = example.get("responses_ids") or [example["chosen_ids"], example["rejected_ids"]]
-        return [self.scored(np.asarray(row, np.int64)) for row in rows]
+        return [until_scored(np.asarray(row, np.int64), self.pad_token_id) for row in rows]
 
     def nodes(self, example: dict[str, Any]) -> int:
         """Trie nodes of one example."""
