@@ -15,16 +15,19 @@ from typing import Any, Literal
 from rmfast.errors import UserError
 
 
-def option(help: str, default: Any = dataclasses.MISSING, **settings: Any) -> Any:
+def option(
+    help: str, default: Any = dataclasses.MISSING, group: str | None = None, **settings: Any
+) -> Any:
     """A field of :class:`Options`.
 
     Args:
         help: what it is for; begins with a verb.
         default: left out where the option is required.
-        settings: ``metavar``; ``group``, the heading it stands under in the help; ``names``, more
-            spellings of its flag; and its range: ``least``, ``above``, ``below``.
+        group: the heading it stands under in the help.
+        settings: ``metavar``; ``names``, more spellings of its flag; and its range: ``least``,
+            ``above``, ``below``.
     """
-    return dataclasses.field(default=default, metadata={"help": help, **settings})
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, **settings})
 
 
 class Options:

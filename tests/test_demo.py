@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +24,8 @@ from transformers import (
 from transformers.utils import logging
 
 from rmfast.commands.main import main
-from rmfast.demo import demo, timing
+from rmfast.demo import demo
 from rmfast.demo.options import DemoOptions
-from rmfast.errors import UserError
 
 WORDS = "<unk> </s> user assistant : good bad what is this that one two three".split()
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' }}{% endfor %}"
@@ -94,7 +91,7 @@ def test_from_end_to_end(tmp_path, model, capsys):
     assert left == right
     assert re.search(r"held-out accuracy after +100\.0%", out)
     ratios = re.findall(r"^.* (\d+\.\d\d) +(\d+\.\d\d) +\d+\.\d\dx$", out, re.MULTILINE)
-    assert len(ratios) == 4  # seconds and memory of scoring and of training
+    assert len(ratios) == 2  # seconds of scoring and of training
     slots, tokens, nodes = (
         int(x)
         for x in re.search(r"(\d+) token slots.*, (\d+) tokens, (\d+) distinct", out).groups()
@@ -111,8 +108,7 @@ def test_from_end_to_end(tmp_path, model, capsys):
 
 def test_runs_on_the_embedded_pairs(tmp_path, capsys, monkeypatch):
     folder = save_model(tmp_path, max_position_embeddings=256)
-    figures = {work: [(2.0, 1.0), (1.0, 1.0)] for work in ("scoring", "training")}
-    monkeypatch.setattr(timing, "compare", lambda job, batches: figures)
+    monkeypatch.setattr(demo, "_seconds", lambda model, batches, train: (2.0, 1.0))
     assert main(["demo", "--model", folder, "--steps", "1", "--dtype", "mixed"]) == 0
     out = capsys.readouterr().out
     assert "a function of Python's standard library" in out and "step 1 of 1: loss" in out
@@ -175,19 +171,6 @@ def test_says_what_is_wrong_with_the_rest(tmp_path, model, capsys):
     assert "--output" in said
     said = fails(capsys, "--model", model, "--device", "nowhere")
     assert "--device must be one of cpu, cuda, got 'nowhere'" in said
-
-
-def test_a_measuring_process_that_ends_is_reported(tmp_path, monkeypatch):
-    job = timing.Job(str(tmp_path / "none"), False, "float32", "cpu", 0)
-    with pytest.raises(UserError, match="none cannot be loaded"):
-        timing.compare(job, [])
-    with pytest.raises(UserError, match="a measuring process was killed"):
-        timing.compare(Killed(str(tmp_path / "none"), False, "float32", "cpu", 0), [])
-
-
-class Killed(timing.Job):
-    def load(self):
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 # --- parts

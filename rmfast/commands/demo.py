@@ -11,7 +11,7 @@ from rmfast.errors import UserError
 HELP = """Patch a reward model, check it, train it, and time both.
 
 Holds the scores of the patched model against the unpatched model's, trains it on preference pairs,
-and compares time and memory. With no options nothing is downloaded: the model comes from a package,
+and times both. With no options nothing is downloaded: the model comes from a package,
 the pairs are from Python's own documentation, and a few minutes on two CPU cores are enough.
 """
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
 import random
+import statistics
 import tempfile
 import time
 import warnings
@@ -19,11 +19,13 @@ from transformers import PrinterCallback, TrainerCallback
 from rmfast import data, loading
 from rmfast.data.encoding import read_template
 from rmfast.data.records import Preferences
-from rmfast.demo import embedded, timing
+from rmfast.demo import embedded
 from rmfast.demo.options import DemoOptions
 from rmfast.errors import DataError, UserError
 from rmfast.evaluate.measures import interval
+from rmfast.losses import bradley_terry
 from rmfast.packed import patching
+from rmfast.packed.step import pad
 from rmfast.train import begin
 from rmfast.train.rows import Rows, hold_out, tokenised
 from rmfast.train.trainer import RewardConfig, RewardTrainer
@@ -31,7 +33,8 @@ from rmfast.trie import pack
 
 _HELD_OUT = 128  # pairs, or a fifth of the data
 _CHECKED = 24  # held-out pairs scored by the unpatched model too
-_TIMED = 3  # batches, after one that warms up
+_TIMED = 3  # batches
+_ROUNDS = 3  # of unpatched and patched in turn; the median counts
 _DTYPES = {
     "mixed": "fp32 weights, bf16 arithmetic",
     "float32": "fp32 weights and arithmetic",
@@ -58,31 +61,31 @@ def _run(options: DemoOptions) -> None:
     start = time.perf_counter()
     loading.silence_transformers()
     disable_progress_bars()
-    job = _job(options)
+    device = loading.usable_device(options.device)
+    dtype = options.dtype or ("mixed" if loading.bf16_is_fast(device) else "float32")
+    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "mixed")
     if options.output is not None:
         _make_folder(Path(options.output))
-    started, rows = _start(options, job)
+    started, rows = _start(options, device, dtype)
     _say("\n1. The patch")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(options, job, started, rows, folder)
+        trainer = _trainer(options, device, dtype, started, rows, folder)
         _say(trainer.report)
         _say("\n2. The same scores")
-        _say(_agreement(job, trainer.model, rows, options.batch_pairs))
+        _say(_agreement(trainer.model, rows, options.batch_pairs))
         _say("\n3. Training")
         _say(f"held-out accuracy before  {_accuracy(trainer)}")
         trainer.train()
         _say(f"held-out accuracy after   {_accuracy(trainer)}")
         _say("(in brackets the 95 % interval; ties count as wrong)")
-    if options.output is not None:
-        patching.unpatch(trainer.model).save_pretrained(options.output)
-        started.tokenizer.save_pretrained(options.output)
-        _say(f"saved to {options.output}")
-    del trainer, started
-    gc.collect()  # model and patch hold each other
-    torch.cuda.empty_cache()
-    _say("\n4. Time and memory, each model in a process of its own on this machine: "
-         f"{_machine(job.device)}")  # fmt: skip
-    _say(_comparison(job, rows, options.batch_pairs))
+        if options.output is not None:
+            with patching.unpatched(trainer.model) as model:
+                model.save_pretrained(options.output)
+            started.tokenizer.save_pretrained(options.output)
+            _say(f"saved to {options.output}")
+        _say(f"\n4. Time, without and with the patch in turn, on this machine: {_machine(device)}")
+        with autocast:
+            _say(_comparison(trainer.model, rows, options.batch_pairs))
     _say(f"\nin all {time.perf_counter() - start:.0f} s")
 
 
@@ -90,11 +93,21 @@ def _say(words: object) -> None:
     print(words, flush=True)
 
 
-def _start(options: DemoOptions, job: timing.Job) -> tuple[begin.Started, Rows]:
+def _start(options: DemoOptions, device: str, dtype: str) -> tuple[begin.Started, Rows]:
     """The model, and the data as token ids; says what they are."""
     template = read_template(options.chat_template)
     train, held_out = _preferences(options)
-    started = job.load()
+    try:
+        model = options.model or str(embedded.checkpoint())
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; or name a --model") from None
+    started = begin.load_to_train(
+        model,
+        dtype="bfloat16" if dtype == "bfloat16" else "float32",
+        device=device,
+        trust_remote_code=options.trust_remote_code,
+        seed=options.seed,
+    )
     if template is not None:
         started.tokenizer.chat_template = template
     if options.model is None:
@@ -103,23 +116,13 @@ def _start(options: DemoOptions, job: timing.Job) -> tuple[begin.Started, Rows]:
     rows = tokenised(started, train, held_out, options.max_length)
     _say(f"  data: {len(rows.train)} pairs to train on, {len(rows.held_out)} held out; "
          f"{options.batch_pairs} pairs a batch")  # fmt: skip
-    _say(f"  machine: {_machine(job.device)}; {_DTYPES[job.dtype]}")
+    _say(f"  machine: {_machine(device)}; {_DTYPES[dtype]}")
     if options.data is None:
         _say(_PAIRS)
     return started, rows
 
 
 # --- what the user gave
-
-
-def _job(options: DemoOptions) -> timing.Job:
-    device = loading.usable_device(options.device)
-    dtype = options.dtype or ("mixed" if loading.bf16_is_fast(device) else "float32")
-    try:
-        model = options.model or str(embedded.checkpoint())
-    except FileNotFoundError as error:
-        raise UserError(f"{error}; or name a --model") from None
-    return timing.Job(model, options.trust_remote_code, dtype, device, options.seed)
 
 
 def _make_folder(folder: Path) -> None:
@@ -142,7 +145,7 @@ def _preferences(options: DemoOptions) -> tuple[Preferences, Preferences]:
     questions = data.by_question(train)
     random.Random(options.seed).shuffle(questions)
     pairs = [pair for question in questions for pair in question]
-    needed = max(options.steps, _TIMED + 1) * options.batch_pairs
+    needed = max(options.steps, _TIMED) * options.batch_pairs
     return dataclasses.replace(train, records=pairs[:needed]), held_out
 
 
@@ -165,7 +168,12 @@ class _Lines(TrainerCallback):
 
 
 def _trainer(
-    options: DemoOptions, job: timing.Job, started: begin.Started, rows: Rows, folder: str
+    options: DemoOptions,
+    device: str,
+    dtype: str,
+    started: begin.Started,
+    rows: Rows,
+    folder: str,
 ) -> RewardTrainer:
     args = RewardConfig(
         output_dir=folder,
@@ -175,12 +183,12 @@ def _trainer(
         learning_rate=options.learning_rate or (2e-5 if options.model else 1.5e-4),
         warmup_steps=0.1,
         adam_beta2=0.95,
-        bf16=job.dtype != "float32",
+        bf16=dtype != "float32",
         gradient_checkpointing=False,
         train_sampling_strategy="sequential",  # pairs of one question in one batch
         max_length=None,  # longer pairs were dropped already
-        use_cpu=job.device == "cpu",
-        dataloader_pin_memory=job.device != "cpu",
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
         seed=options.seed,
         logging_steps=max(1, options.steps // 6),
         save_strategy="no",
@@ -202,16 +210,28 @@ def _trainer(
     return trainer
 
 
-def _agreement(job: timing.Job, model: Any, rows: Rows, batch_pairs: int) -> str:
+def _scores(model: Any, batches: list[list[Any]], train: bool = False) -> list[float]:
+    """Scores of padded batches; with ``train``, a backward of Bradley-Terry's loss too."""
+    out, device = [], model.device
+    for batch in batches:
+        ids, mask = pad([torch.tensor(row) for row in batch], model.config.pad_token_id)
+        with torch.set_grad_enabled(train):
+            scores = model(ids.to(device), mask.to(device), use_cache=False).logits[:, 0].float()
+        if train:
+            bradley_terry(*scores.chunk(2)).backward()
+        out += scores.tolist()  # waits for the device
+    return out
+
+
+def _agreement(model: Any, rows: Rows, batch_pairs: int) -> str:
     """How far patched and unpatched scores of the same sequences are apart, in size and order."""
     model.eval()
-    job = dataclasses.replace(job, dtype="float32")  # no autocast: in the weights' own precision
-    batches = _batches(rows.held_out[:_CHECKED], batch_pairs)
-    sides = list(dict.fromkeys(tuple(side) for batch in batches for side in batch))
+    (held_out,) = _batches(rows.held_out[:_CHECKED], _CHECKED)
+    sides = list(dict.fromkeys(map(tuple, held_out)))
     batches = [sides[i : i + 2 * batch_pairs] for i in range(0, len(sides), 2 * batch_pairs)]
-    patched = torch.tensor(timing.run(job, model, "scoring", batches))
+    patched = torch.tensor(_scores(model, batches))
     with patching.unpatched(model):
-        unpatched = torch.tensor(timing.run(job, model, "scoring", batches))
+        unpatched = torch.tensor(_scores(model, batches))
     apart = ((patched - unpatched).abs().max() / unpatched.std()).item()
     i, j = torch.triu_indices(len(unpatched), len(unpatched), offset=1)
     same = (unpatched[i] > unpatched[j]) == (patched[i] > patched[j])
@@ -230,35 +250,45 @@ def _accuracy(trainer: RewardTrainer) -> str:
     return f"{accuracy:.1%} [{low:.1%}, {high:.1%}] of {count} pairs"
 
 
-def _batches(rows: list[dict[str, Any]], size: int) -> list[timing.Batch]:
+def _batches(rows: list[dict[str, Any]], size: int) -> list[list[list[int]]]:
     """Token ids of ``size`` pairs a batch: all chosen, then all rejected."""
-    batches = []
-    for first in range(0, len(rows), size):
-        part = rows[first : first + size]
-        batches.append(
-            [row[side].tolist() for side in ("chosen_ids", "rejected_ids") for row in part]
-        )
-    return batches
+    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+    sides = ("chosen_ids", "rejected_ids")
+    return [[row[side].tolist() for side in sides for row in part] for part in parts]
 
 
-def _comparison(job: timing.Job, rows: Rows, batch_pairs: int) -> str:
-    """A table of seconds and peak GB, unpatched and patched, and what was in the batches."""
-    batches = _batches(rows.train[: (_TIMED + 1) * batch_pairs], batch_pairs)
-    figures = timing.compare(job, batches)
+def _comparison(model: Any, rows: Rows, batch_pairs: int) -> str:
+    """A table of seconds, unpatched and patched, and what was in the batches."""
+    batches = _batches(rows.train[: _TIMED * batch_pairs], batch_pairs)
     lines = [f"{'':28}{'Hugging Face':>14}{'rmfast':>10}{'ratio':>9}"]
-    for work, title in zip(timing.WORKS, ("scoring", "forward and backward"), strict=True):
-        units = (f"{title}, s", "  peak memory, GB")
-        for unit, (left, right) in zip(units, zip(*figures[work], strict=True), strict=True):
-            lines.append(f"{unit:28}{left:14.2f}{right:10.2f}{left / right:8.2f}x")
-    timed = batches[1:]
-    slots = sum(len(batch) * max(map(len, batch)) for batch in timed)
-    tokens = sum(map(len, itertools.chain(*timed)))
-    nodes = sum(len(pack(batch)) for batch in timed)
-    pairs = sum(map(len, timed)) // 2
+    for train, title in ((False, "scoring, s"), (True, "forward and backward, s")):
+        model.train(train)
+        plain, ours = _seconds(model, batches, train)
+        lines.append(f"{title:28}{plain:14.2f}{ours:10.2f}{plain / ours:8.2f}x")
+    slots = sum(len(batch) * max(map(len, batch)) for batch in batches)
+    tokens = sum(map(len, itertools.chain(*batches)))
+    nodes = sum(len(pack(batch)) for batch in batches)
+    pairs = sum(map(len, batches)) // 2
     lines.append(
-        f"{pairs} pairs in {len(timed)} batches: {slots:,} token slots with padding, {tokens:,} "
+        f"{pairs} pairs in {len(batches)} batches: {slots:,} token slots with padding, {tokens:,} "
         f"tokens, {nodes:,} distinct prefixes.\n"
-        "What a batch repeats and pads is what is saved: other data, other ratios. Peak memory is\n"
-        "the whole process's, weights and gradients included, without an optimizer's state."
+        "What a batch repeats and pads is what is saved: other data, other ratios."
     )
     return "\n".join(lines)
+
+
+def _seconds(model: Any, batches: list[list[list[int]]], train: bool) -> tuple[float, float]:
+    """Medians without and with the patch, after a round that warms up."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        _scores(model, batches, train)
+        model.zero_grad()
+        return time.perf_counter() - start
+
+    plain, ours = [], []
+    for _ in range(1 + _ROUNDS):
+        with patching.unpatched(model):
+            plain.append(timed())
+        ours.append(timed())
+    return statistics.median(plain[1:]), statistics.median(ours[1:])

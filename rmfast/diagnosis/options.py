@@ -12,13 +12,13 @@ from rmfast.arguments import Options, option
 class DoctorOptions(Options):
     """Options of ``rmfast doctor``."""
 
+    # fmt: off
     model: str = option("Check this reward model or PEFT adapter: a folder or a name on the hub.")
     json: bool = option("Print the findings as JSON.", False)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
-        "Load the weights in this dtype; auto: the checkpoint's.", "auto"
-    )
+        "Load the weights in this dtype; auto: the checkpoint's.", "auto")
     device: str | None = option(
-        "Run on cpu, cuda or cuda:N (default: a GPU if there is one).", None
-    )
+        "Run on cpu, cuda or cuda:N (default: a GPU if there is one).", None)
     revision: str | None = option("Take this branch, tag or commit on the hub.", None)
     trust_remote_code: bool = option("Run code that comes with the model.", False)
+    # fmt: on

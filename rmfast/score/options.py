@@ -7,86 +7,62 @@ from typing import Any, Literal
 
 from rmfast.arguments import Options, option
 
-MODEL = {"group": "Model"}
-CONVERSATIONS = {"group": "Conversations"}
-INPUT = {"group": "Input"}
-RUN = {"group": "Run"}
+MODEL = "Model"
+CONVERSATIONS = "Conversations"
+INPUT = "Input"
+RUN = "Run"
 
 
 @dataclasses.dataclass(kw_only=True)
 class ScoringOptions(Options):
     """How conversations are read and scored."""
 
+    # fmt: off
     model: str = option("Score with this reward model: a folder or a name on the hub.")
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
-        "Load the weights in this dtype; auto: the checkpoint's.", "auto", **MODEL
-    )
+        "Load the weights in this dtype; auto: the checkpoint's.", "auto", group=MODEL)
     device: str | None = option(
-        "Run on cpu, cuda or cuda:N (default: a GPU if there is one).", None, **MODEL
-    )
+        "Run on cpu, cuda or cuda:N (default: a GPU if there is one).", None, MODEL)
     attention: Literal["auto", "triton", "sdpa", "flex", "flash"] = option(
         "Choose the attention backend; auto: triton on a GPU where it can, else sdpa.",
-        "auto",
-        **MODEL,
-    )
-    compile: bool = option("Compile the decoder layers.", False, **MODEL)
+        "auto", group=MODEL)
+    compile: bool = option("Compile the decoder layers.", False, MODEL)
     pooling: Literal["hf", "mask"] = option(
         "Choose the token that carries the score; hf: the last that is not the pad token, as in "
-        "Hugging Face; mask: the last one.",
-        "hf",
-        **MODEL,
-    )
+        "Hugging Face; mask: the last one.", "hf", group=MODEL)
     revision: str | None = option(
-        "Take this branch, tag or commit of a model on the hub.", None, **MODEL
-    )
-    trust_remote_code: bool = option("Run code that comes with the model.", False, **MODEL)
+        "Take this branch, tag or commit of a model on the hub.", None, MODEL)
+    trust_remote_code: bool = option("Run code that comes with the model.", False, MODEL)
 
     system_prompt: str | None = option(
         "Put this before messages that have no system prompt.",
-        None,
-        metavar="TEXT",
-        **CONVERSATIONS,
-    )
+        None, metavar="TEXT", group=CONVERSATIONS)
     chat_template: str | None = option(
         "Use the Jinja template in this file instead of the tokenizer's.",
-        None,
-        metavar="FILE",
-        **CONVERSATIONS,
-    )
+        None, metavar="FILE", group=CONVERSATIONS)
     plain: bool = option(
         "Join prompt and response as plain text instead of reading them as turns of a chat.",
-        False,
-        **CONVERSATIONS,
-    )
+        False, group=CONVERSATIONS)
     max_length: int | None = option(
         "Allow this many tokens a conversation (default: the model's own limit).",
-        None,
-        metavar="TOKENS",
-        least=1,
-        **CONVERSATIONS,
-    )
+        None, metavar="TOKENS", least=1, group=CONVERSATIONS)
     on_overlong: Literal["error", "skip", "truncate_left"] = option(
         "Choose what happens to a longer conversation; error: leave it out and list it as an "
         "error; skip: leave it out; truncate_left: score its last tokens.",
-        "error",
-        **CONVERSATIONS,
-    )
+        "error", group=CONVERSATIONS)
 
-    name: str | None = option("Read this configuration of a data set.", None, **INPUT)
-    limit: int | None = option("Stop after this many rows.", None, metavar="ROWS", least=1, **INPUT)
+    name: str | None = option("Read this configuration of a data set.", None, INPUT)
+    limit: int | None = option(
+        "Stop after this many rows.", None, metavar="ROWS", least=1, group=INPUT)
 
     max_tokens: int | None = option(
         "Run this many distinct prefixes a micro-batch (default: what the device's memory holds).",
-        None,
-        metavar="TOKENS",
-        least=1,
-        **RUN,
-    )
+        None, metavar="TOKENS", least=1, group=RUN)
     batch_window: int = option(
-        "Share prefixes among this many conversations.", 1024, metavar="N", least=1, **RUN
-    )
-    strict: bool = option("Stop at the first row that cannot be scored.", False, **RUN)
+        "Share prefixes among this many conversations.", 1024, metavar="N", least=1, group=RUN)
+    strict: bool = option("Stop at the first row that cannot be scored.", False, RUN)
+    # fmt: on
 
     def for_loading(self) -> dict[str, Any]:
         """Keyword arguments of :func:`rmfast.loading.load`, for models of any revision."""
@@ -101,21 +77,19 @@ class ScoringOptions(Options):
 
 
 def column(help: str) -> str | None:
-    return option(f"Read {help} from this column.", None, metavar="NAME", **INPUT)
+    return option(f"Read {help} from this column.", None, metavar="NAME", group=INPUT)
 
 
 @dataclasses.dataclass(kw_only=True)
 class ScoreOptions(ScoringOptions):
     """Options of ``rmfast score``."""
 
+    # fmt: off
     input: str = option(
         "Read this .jsonl, .csv (both .gz too) or .parquet file, or a folder or hub name of a data "
-        "set.",
-        metavar="FILE",
-    )
+        "set.", metavar="FILE")
     output: str = option(
-        "Write this file; its name says which kind, whatever the input is.", metavar="FILE"
-    )
+        "Write this file; its name says which kind, whatever the input is.", metavar="FILE")
 
     messages_column: str | None = column("a list of messages")
     prompt_column: str | None = column("what comes before, as text or messages,")
@@ -124,35 +98,25 @@ class ScoreOptions(ScoringOptions):
     chosen_column: str | None = column("the preferred response, or the conversation with it,")
     rejected_column: str | None = column("the other response")
     text_column: str | None = column("plain text")
-    split: str = option("Read this split of a data set.", "train", **INPUT)
+    split: str = option("Read this split of a data set.", "train", group=INPUT)
 
     normalize: bool = option(
-        "Write (score - mean) / std, with both from the model's config.", False, group="Scores"
-    )
-    sigmoid: bool = option("Write scores between 0 and 1.", False, group="Scores")
+        "Write (score - mean) / std, with both from the model's config.", False, "Scores")
+    sigmoid: bool = option("Write scores between 0 and 1.", False, "Scores")
     reward_column: str = option(
         "Name the new column, or the base of its name: chosen_NAME and rejected_NAME, or NAMEs for "
-        "several responses.",
-        "reward",
-        metavar="NAME",
-        group="Scores",
-    )
+        "several responses.", "reward", metavar="NAME", group="Scores")
 
     ray: int | None = option(
-        "Score with this many processes on a Ray cluster, each with its own copy of the model "
-        "(pip install 'rmfast[ray]').",
-        None,
-        metavar="ACTORS",
-        least=1,
-        **RUN,
-    )
+        "Score with this many processes on a Ray cluster, each with its own copy of the model (pip "
+        "install 'rmfast[ray]').", None, metavar="ACTORS", least=1, group=RUN)
     resume: bool = option(
-        "Continue where a run with the same options stopped, or start.", False, **RUN
-    )
-    overwrite: bool = option("Replace the output.", False, **RUN)
+        "Continue where a run with the same options stopped, or start.", False, RUN)
+    overwrite: bool = option("Replace the output.", False, RUN)
     report: str | None = option(
-        "Write the JSON report here (default: OUTPUT.report.json).", None, metavar="FILE", **RUN
-    )
+        "Write the JSON report here (default: OUTPUT.report.json).",
+        None, metavar="FILE", group=RUN)
+    # fmt: on
 
     def __post_init__(self) -> None:
         super().__post_init__()
