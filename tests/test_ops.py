@@ -35,7 +35,7 @@ def plan_of(trie, queries=None):
 
 def dense_attention(query, key, value, trie, queries, sinks, scale, window, softcap):
     seen = (trie.subtree_end, trie.position_ids, queries)
-    return reference.trie_attention(query, key, value, *seen, sinks, scale, window, softcap)
+    return reference.trie_attention(query, key, value, seen, sinks, scale, window, softcap)
 
 
 CASES = {

@@ -15,69 +15,54 @@ from rmfast.ops._common import (
 )
 from rmfast.ops._plan import TriePlan, made_for
 
+# the rule: who sees whom, the plan that is shared by layers, and what becomes of a logit
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor subtree_end, Tensor position_ids, "
+    "Tensor? queries, Tensor plan, Tensor? sinks, float scale, int? window, float? softcap"
+)
 
-@torch.library.custom_op("rmfast::trie_attention", mutates_args=())
+
+@torch.library.custom_op(
+    "rmfast::trie_attention",
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool triton, bool keep) -> (Tensor, Tensor)",
+)
 @without_autocast
-def _trie_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    subtree_end: Tensor,
-    position_ids: Tensor,
-    queries: Tensor | None,
-    plan: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    triton: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def _trie_attention(query, key, value, *rest):
     """The second output is what the Triton backward needs besides: empty elsewhere."""
-    rule = (subtree_end, position_ids, queries, sinks, scale, window, softcap)
+    end, position, queries, plan, *rule, triton, keep = rest
+    inputs = (query, key, value, end, position, queries, *rule)
     if triton:
         from rmfast.kernels import trie_attention as kernels
 
-        return kernels.trie_attention(query, key, value, *rule, keep, made=made_for(plan))
+        return kernels.trie_attention(*inputs, keep, made=made_for(plan))
     lse = query.new_empty(1, 0, dtype=torch.float32)
-    return cpu.trie_attention(query, key, value, *rule, made=made_for(plan)), lse
+    return cpu.trie_attention(*inputs, made=made_for(plan)), lse
 
 
-@torch.library.custom_op("rmfast::trie_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "rmfast::trie_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_INPUTS}, Tensor? out, Tensor? lse)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
 @without_autocast
-def _trie_attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    subtree_end: Tensor,
-    position_ids: Tensor,
-    queries: Tensor | None,
-    plan: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (query, key, value, subtree_end, position_ids, queries, sinks, scale, window, softcap)
+def _trie_attention_backward(grad, query, *rest):
+    key, value, end, position, queries, plan, *rule, out, lse = rest
+    inputs = (grad, query, key, value, end, position, queries, *rule)
+    made = made_for(plan)
     if lse is not None:
         from rmfast.kernels import trie_attention as kernels
 
-        *grads, grad_sinks = kernels.trie_attention_backward(
-            grad, *inputs, out, lse, made=made_for(plan)
-        )
+        *grads, sinks = kernels.trie_attention_backward(*inputs, out, lse, made=made)
     else:
-        *grads, grad_sinks = cpu.trie_attention_backward(grad, *inputs, made=made_for(plan))
-    return *grads, query.new_empty(0) if grad_sinks is None else grad_sinks
+        *grads, sinks = cpu.trie_attention_backward(*inputs, made=made)
+    return *grads, query.new_empty(0) if sinks is None else sinks
 
 
 @_trie_attention.register_fake
-def _(
-    query, key, value, subtree_end, position_ids, queries, plan, sinks, scale, window, softcap,
-    triton, keep,
-):  # fmt: skip
+def _(query, key, value, *rest):
+    *_, triton, keep = rest
     _, heads, rows, _ = query.shape
     shape = (heads, (rows + 15) // 16 * 16) if triton and keep else (1, 0)
     lse = query.new_empty(shape, dtype=torch.float32)
@@ -85,10 +70,7 @@ def _(
 
 
 @_trie_attention_backward.register_fake
-def _(
-    grad, query, key, value, subtree_end, position_ids, queries, plan, sinks, scale, window,
-    softcap, out, lse,
-):  # fmt: skip
+def _(grad, query, key, value, end, position, queries, plan, sinks, *_):
     grad_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return *(cpu.tokens_first(x, x.dtype) for x in (query, key, value)), grad_sinks
 

@@ -27,9 +27,7 @@ def trie_attention(
     query: Tensor,  # [1, Hq, M, D]
     key: Tensor,  # [1, Hk, N, D]
     value: Tensor,  # [1, Hk, N, Dv]
-    subtree_end: Tensor,  # int32 [N]
-    position_ids: Tensor,  # int64 [N]
-    queries: Tensor | None,  # int64 [M]; None: all, M == N
+    seen: tuple[Tensor, Tensor, Tensor | None],  # subtree_end, position_ids, queries (None: all)
     sinks: Tensor | None,  # [Hq], one more logit per head that takes weight and gives none
     scale: float,
     window: int | None,
@@ -39,6 +37,7 @@ def trie_attention(
 
     Soft cap: Gemma 2, arXiv 2408.00118, section 2. Sinks: gpt-oss, arXiv 2508.10925.
     """
+    subtree_end, position_ids, queries = seen
     acc, nodes = wide(query.dtype), torch.arange(len(subtree_end), device=query.device)
     rows = nodes if queries is None else queries
     allowed = trie_mask(rows, nodes, subtree_end, position_ids, window)
