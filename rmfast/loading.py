@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
+UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
 
 
 class Loaded(NamedTuple):
@@ -97,7 +97,7 @@ def read_checkpoint(
         else:
             model, keys = auto.from_pretrained(name, output_loading_info=True, **options, **remote)
             missing, unused = sorted(keys["missing_keys"]), sorted(keys["unexpected_keys"])
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(f"{name} cannot be loaded: {error}") from None
     return model, found, missing, unused
 

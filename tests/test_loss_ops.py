@@ -330,3 +330,37 @@ def test_a_small_gamma_is_near_none_and_a_tie_counts_in_full():
     assert torch.equal(losses[0][1:], losses[2][1:]) and losses[2][0] < losses[0][0]
     (grad,) = torch.autograd.grad(losses[2][1], scores)
     assert grad.tolist() == [0, -0.5, 0, 0, 0.5, 0]
+
+
+def test_gradients_of_rows_that_repeat_are_the_same_in_every_run():
+    """Sums in one order: torch's index_put adds in any, where it is large and threads are many."""
+    torch.manual_seed(0)
+    hidden = torch.randn(8, 4096, requires_grad=True)
+    index, weight = torch.arange(64) % 8, torch.randn(1, 4096, requires_grad=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        grads = [
+            torch.autograd.grad(
+                ops.reward_head(hidden, index, weight).square().sum(), [hidden, weight]
+            )
+            for _ in range(20)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for again in grads for a, b in zip(again, grads[0], strict=True))
+
+
+@pytest.mark.parametrize("op", ["reward_head", "reward_head_pairwise_loss"])
+def test_a_backward_under_autocast_is_not_rounded(op):
+    hidden, weight, bias = head(torch.float32)
+
+    def grads():
+        out = getattr(ops, op)(hidden, ROWS, weight, bias)
+        loss = out.square().sum() if op == "reward_head" else out.loss
+        return torch.autograd.grad(loss, [hidden, weight, bias])
+
+    want = grads()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = grads()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import subprocess
 import sys
 import threading
 import time
@@ -774,3 +775,30 @@ def test_small_passes_say_nothing_of_the_size_that_ran_out():
         for _ in range(40):
             assert budget.attempt(work, 10, size=10)
     assert budget.halvings <= 2  # as many as there were passes of a size that matters
+
+
+def test_an_iterator_that_blocks_holds_up_no_exit():
+    code = """
+import time
+from rmfast.score.windows import ahead
+def items():
+    yield 1
+    time.sleep(60)
+given = ahead(items())
+assert next(given) == 1
+given.close()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+def test_reading_ahead_goes_on_after_the_main_thread_has_ended():
+    code = """
+import threading, time
+from rmfast.score.windows import ahead
+def work():
+    time.sleep(0.5)
+    print(list(ahead(iter(range(5)))), flush=True)
+threading.Thread(target=work).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[0, 1, 2, 3, 4]\n", done.stderr

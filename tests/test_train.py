@@ -297,6 +297,7 @@ def test_yaml_and_flags(run, model):
         ("resume: true", "there is no option 'resume'"),
         ("epochs: many", "Invalid value for '--epochs'"),
         ("chat: 3", "Invalid value for '--chat'"),
+        ("limit: true", "Invalid value for '--limit'"),
         (
             "loss: hinge",
             "--loss must be one of bradley_terry, focal, all_pairs, plackett_luce, got",

@@ -60,7 +60,8 @@ def parameter(options: type[Options], field: dataclasses.Field) -> inspect.Param
         how["metavar"] = f"[{'|'.join(choices)}]"
         kind = str
     elif kind is bool:
-        names = (f"{names[0]}/--no-{names[0][2:]}",) if default is not False else names
+        both = default is not False or field.metadata.get("both")
+        names = (f"{names[0]}/--no-{names[0][2:]}",) if both else names
         how["metavar"] = ""
     else:
         how["metavar"] = field.metadata.get("metavar", field.name.upper())

@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own: a wrong or missing option
             raise
-        return fail(name, f"{error.format_message()} ({name} --help lists the options)")
+        message = error.format_message()  # none where the help was printed
+        return fail(name, f"{message} ({name} --help lists the options)") if message else 2
 
 
 def fail(name: str, message: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import typer
 
+from rmfast.arguments import kind_of
 from rmfast.commands.arguments import command
 from rmfast.errors import UserError
 from rmfast.train.options import TrainOptions
@@ -63,7 +64,8 @@ def read_config(context: typer.Context, path: str | None) -> None:
         if isinstance(value, (list, dict)):
             raise UserError(f"--config {path}: {key} needs one value, got {value!r}")
         if value is not None:
-            defaults[name] = value if isinstance(value, bool) else str(value)
+            switch = isinstance(value, bool) and kind_of(TrainOptions, name) is bool
+            defaults[name] = value if switch else str(value)
     context.default_map = defaults
 
 

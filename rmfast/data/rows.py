@@ -125,7 +125,8 @@ class RowReader:
             names = ", ".join(name for name, _ in answers)
             raise RowError(f"{names} must all be text, or all be lists of messages")
         for unread in _INSTEAD if prompt is None else _BESIDE:
-            if record.get(unread) and unread not in self.columns.values():
+            empty = self.cells and record.get(unread) in ("[]", "{}")
+            if record.get(unread) and not empty and unread not in self.columns.values():
                 raise RowError(
                     f'has "{unread}", which seems to belong to the prompt and is not read: put it '
                     'into "prompt", or take the column away'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -133,10 +134,15 @@ class Case:
 
 
 def saved_tensors(folder: str | None) -> list[str]:
-    """Names in a folder's safetensors files but for LoRA's matrices; none: they are not known."""
+    """Names in a checkpoint's safetensors files but for LoRA's matrices; none: they are not known.
+
+    Of a name on the hub, those files that are in its cache.
+    """
     from safetensors import SafetensorError, safe_open
 
     names: set[str] = set()
+    if folder and not Path(folder).is_dir():
+        folder = cached_folder(folder)
     try:
         for file in Path(folder).glob("*.safetensors") if folder else ():
             with safe_open(file, "pt") as tensors:
@@ -144,6 +150,18 @@ def saved_tensors(folder: str | None) -> list[str]:
     except (OSError, SafetensorError):
         return []
     return sorted(name for name in names if "lora_" not in name)
+
+
+def cached_folder(name: str) -> str | None:
+    """Where the hub's cache holds a model's weights; None: it does not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"):
+        with contextlib.suppress(ValueError):  # a path, or no name of the hub
+            found = try_to_load_from_cache(name, file)
+            if isinstance(found, str):
+                return str(Path(found).parent)
+    return None
 
 
 def adapter_settings(folder: str | None) -> dict[str, Any] | None:

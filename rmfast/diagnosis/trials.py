@@ -139,7 +139,11 @@ def fp32_scores(case: Case, rows: Rows) -> Exact:
     needed = 1.2 * 4 * sum(p.numel() for p in case.model.parameters())
     if getattr(case.model, "is_quantized", False) or needed > free_memory(case.model):
         return None
-    return scores(case, copy.deepcopy(case.model).float(), rows)
+    try:
+        twin = copy.deepcopy(case.model).float()
+    except Exception:  # a model that cannot be copied may score all the same
+        return None
+    return scores(case, twin, rows)
 
 
 def free_memory(model: nn.Module) -> float:  # bytes

@@ -60,8 +60,8 @@ class LikelihoodScorer(Scorer):
         self._count(rows)
         self.stats.nodes += len(pack([row.ids for row in rows]))
         found = np.zeros(len(rows))
-        packed = self._packed([row.ids for row in rows])
         with evaluating(self.model):
+            packed = self._packed([row.ids for row in rows])
             for run, which in ((self._run_packed, packed), (self._run_alone, ~packed)):
                 if which.any():
                     found[which] = run([rows[i] for i in np.flatnonzero(which)])

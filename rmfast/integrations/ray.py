@@ -140,7 +140,7 @@ class RayScorer:
         actors: int,
         window: int = 1024,
         max_tokens: int | None = None,
-        progress: Callable[[int, int], None] = lambda *_: None,
+        progress: Callable[[int, int], None] | None = None,
         load: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -180,7 +180,8 @@ class RayScorer:
         scored, stats, tokens = _result(future)
         self.max_tokens = min(self.max_tokens, tokens)
         self.stats += stats
-        self._progress(stats.conversations, stats.tokens)
+        if self._progress is not None:
+            self._progress(stats.conversations, stats.tokens)
         return list(zip(tags, scored, strict=True))
 
 

@@ -46,7 +46,7 @@ def no_second_derivative(op: torch.library.CustomOpDef, name: str) -> None:
     def refuse(ctx, *grads):
         raise NotImplementedError(
             f"rmfast.ops.{name} has no second derivative: for one, write the operation in plain "
-            "torch, as rmfast/reference.py does"
+            "torch, as rmfast.reference does"
         )
 
     op.register_autograd(refuse)

@@ -46,10 +46,8 @@ def until_scored(row: np.ndarray, pad_token_id: int | None) -> np.ndarray:  # in
 
 
 def gathered(hidden: Tensor, index: Tensor) -> Tensor:  # [M, H] or [B, T, H] -> [B, H]
-    """Rows ``index`` of ``hidden.flatten(0, -2)``."""
-    if hidden.ndim == 2:
-        return hidden[index]
-    return hidden[index // hidden.shape[1], index % hidden.shape[1]]
+    """Rows ``index`` of ``hidden.flatten(0, -2)``; the gradients of a row are summed in order."""
+    return hidden.flatten(0, -2).index_select(0, index)
 
 
 def reward_head(
@@ -63,10 +61,12 @@ def reward_head(
     bias = bias.to(acc) if bias is not None else None
     if hidden.requires_grad and hidden.dtype != acc:  # else repeats would be summed in bf16
         used, use = index.unique(return_inverse=True)
-        rows = gathered(hidden, used).to(acc)[use]
+        rows = gathered(hidden, used).to(acc).index_select(0, use)
     else:
         rows = gathered(hidden, index).to(acc)
-    return torch.nn.functional.linear(rows, weight.to(acc), bias)
+    # no matrix product: autocast would round it in a backward that runs under it
+    scores = (rows[:, None] * weight.to(acc)).sum(-1)
+    return scores if bias is None else scores + bias
 
 
 def pooled_reward_head(

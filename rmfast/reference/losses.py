@@ -13,7 +13,7 @@ from rmfast.reference.head import reward_head, wide
 def pair_scores(scores: Tensor, pairs: str | Tensor) -> tuple[Tensor, Tensor]:  # [P], [P]
     """Scores of the chosen and of the rejected: ``pairs`` is "halves", "interleaved" or [P, 2]."""
     if isinstance(pairs, Tensor):
-        return scores[pairs[:, 0]], scores[pairs[:, 1]]
+        return scores.index_select(0, pairs[:, 0]), scores.index_select(0, pairs[:, 1])
     if pairs == "interleaved":
         return scores[0::2], scores[1::2]
     half = scores.shape[0] // 2

@@ -167,8 +167,8 @@ class Scorer(BulkScorer):
         if self._patch.level != "head" and self._pooling == "hf":
             rows = [until_scored(row, self._pad) for row in rows]
         raw = torch.full((len(rows),), float("nan"), dtype=torch.float64)
-        packed = self._packed(rows)
         with evaluating(self.model):
+            packed = self._packed(rows)
             if packed.any():
                 self._run_trie(rows, np.flatnonzero(packed), lengths, raw)
             if not packed.all():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import queue
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,16 +99,40 @@ def first_error(ids: list[np.ndarray | RowError]) -> RowError | None:
 
 
 def ahead(items: Iterator) -> Iterator:
-    """The same items, the next one being made in a background thread."""
-    pool, end = ThreadPoolExecutor(1, "rmfast-encode"), object()
+    """The same items, the next one being made in a background thread.
+
+    The thread is a daemon, unlike those of an executor: an iterator that blocks holds up no exit.
+    """
+    ready: queue.Queue = queue.Queue(maxsize=1)
+    stop = threading.Event()
+
+    def put(item: Any, error: BaseException | None) -> bool:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put((item, error), timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item, None):
+                    return
+            put(None, StopIteration())
+        except BaseException as error:
+            put(None, error)
+
+    threading.Thread(target=work, name="rmfast-encode", daemon=True).start()
     try:
-        item = pool.submit(next, items, end).result()
-        while item is not end:
-            following = pool.submit(next, items, end)
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
             yield item
-            item = following.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        stop.set()
 
 
 def memory_told(windows: Iterable, advice: str = "") -> Iterator:

@@ -12,7 +12,7 @@ import safetensors
 import torch
 
 from rmfast.errors import UserError
-from rmfast.loading import first_names, is_adapter, read_checkpoint, usable_device
+from rmfast.loading import UNREADABLE, first_names, is_adapter, read_checkpoint, usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -152,7 +152,7 @@ def _refuse_several_labels(name: str, remote: dict[str, Any]) -> None:
 
     try:
         config = AutoConfig.from_pretrained(name, **remote)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{name} cannot be loaded: {error}") from None
     kinds = config.architectures or []
     if any(kind.endswith("Classification") for kind in kinds) and config.num_labels != 1:

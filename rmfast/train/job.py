@@ -195,7 +195,7 @@ def _folder(options: TrainOptions) -> Path:
             " what a run writes"
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
     return folder

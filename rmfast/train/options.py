@@ -31,7 +31,7 @@ class TrainOptions(Options):
         "Use this tokenizer, a folder or hub name (default: the model's).", None, metavar="NAME")
     chat_template: str | None = _model(
         "Use the Jinja template in this file instead of the tokenizer's.", None, metavar="FILE")
-    trust_remote_code: bool = _model("Run code that comes with the model.", False)
+    trust_remote_code: bool = _model("Run code that comes with the model.", False, both=True)
     dtype: Literal["mixed", "float32", "bfloat16"] | None = _model(
         "Choose the arithmetic; mixed: fp32 weights, bf16 arithmetic; bfloat16: weights too, for "
         "LoRA: it rounds small updates away (default: mixed where bf16 is fast, else float32).",

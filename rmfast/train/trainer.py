@@ -141,6 +141,8 @@ class RewardTrainer(trl.RewardTrainer):
         """Token ids of a data set, without the rows that say nothing or are too long."""
         if dataset_name == "train" and self.dropped:  # TRL prepares the one to train on first
             dataset_name = "eval train"
+        if hasattr(dataset, "with_format"):  # Python's values, where it gives tensors
+            dataset = dataset.with_format(None)
         columns = get_dataset_column_names(dataset)
         ranked = self._is_ranked(columns, dataset_name)
         dropped = self.dropped[dataset_name] = Counter()
@@ -197,6 +199,8 @@ class RewardTrainer(trl.RewardTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=getattr(args, "dataloader_in_order", True),
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         )
         return prepare_data_loader(  # the sampler knows of the processes itself
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True,
