@@ -5,6 +5,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 # a test file at a time, in three processes of one thread each: two cores are then never idle
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile
 
+# files that take longest go first, so that no process waits for the last of them
+LONG := $(addprefix tests/,compile test_score.py test_train.py test_ray.py test_trl_processes.py test_work.py)
+
 .PHONY: setup demo docs test test-pins test-oldest test-gpu-pins bench gpu clean
 
 setup: .venv/.complete
@@ -31,7 +34,7 @@ test: setup docs
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels # processes of their own: see its conftest.py
-	HF_HUB_OFFLINE=1 $(PYTEST) --ignore=tests/kernels
+	HF_HUB_OFFLINE=1 $(PYTEST) --ignore=tests/kernels $(LONG) tests
 
 # Other versions. test-pins runs these tests with what of them is quick to have, torch stays as it is;
 # test-oldest and test-gpu-pins run all tests, in environments of their own (gigabytes of torch):
@@ -42,7 +45,7 @@ OTHER_TESTS := $(addprefix tests/test_,parity.py patch.py scorer.py trl.py)
 
 test-pins: .venv/oldest/.complete .venv/gpu/.complete
 	PYTHONPATH=$(CURDIR)/.venv/oldest HF_HUB_OFFLINE=1 $(PYTEST) $(OTHER_TESTS)
-	PYTHONPATH=$(CURDIR)/.venv/gpu HF_HUB_OFFLINE=1 $(PYTEST) $(OTHER_TESTS:trl.py=trl.py::test_trains_as_trl_does)
+	PYTHONPATH=$(CURDIR)/.venv/gpu HF_HUB_OFFLINE=1 $(PYTEST) $(filter-out %scorer.py,$(OTHER_TESTS:trl.py=trl.py::test_trains_as_trl_does))
 
 .venv/%/.complete: constraints-%.txt .venv/.complete
 	rm -rf .venv/$*
