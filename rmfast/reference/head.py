@@ -46,8 +46,10 @@ def until_scored(row: np.ndarray, pad_token_id: int | None) -> np.ndarray:  # in
 
 
 def gathered(hidden: Tensor, index: Tensor) -> Tensor:  # [M, H] or [B, T, H] -> [B, H]
-    """Rows ``index`` of ``hidden.flatten(0, -2)``; the gradients of a row are summed in order."""
-    return hidden.flatten(0, -2).index_select(0, index)
+    """Rows ``index`` of ``hidden.flatten(0, -2)``."""
+    if hidden.ndim == 2:  # whose gradients are summed in order: indexing would add in any
+        return hidden.index_select(0, index)
+    return hidden[index // hidden.shape[1], index % hidden.shape[1]]  # no copy, whatever strides
 
 
 def reward_head(
