@@ -201,8 +201,6 @@ def planned(
     made: dict,
 ) -> tuple[Rule, Plan]:
     """The rule and the plan, from ``made`` where a layer before this one has put them there."""
-    if subtree_end.is_cuda and torch.cuda.is_current_stream_capturing():
-        made = dict(made)  # what a graph makes is there only once it was replayed
     if ("rule", window) not in made:
         made["rule", window] = rule(subtree_end, position_ids, queries, window)
     who = made["rule", window]
