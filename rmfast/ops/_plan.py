@@ -15,9 +15,9 @@ class TriePlan:
     """Which queries see which keys, and what attention makes of it: tiles and lists of blocks.
 
     One plan is made for a batch and handed to every call, as FlexAttention's ``BlockMask`` is. The
-    first call fills it, later ones with the same window reuse it: on the same stream, and all in one
-    CUDA graph or in none. A plan knows nothing of what is written to its tensors afterwards: make a
-    new one then.
+    first call fills it, later ones with the same window reuse it: on the same stream, and all in
+    one CUDA graph or in none. A plan knows nothing of what is written to its tensors afterwards:
+    make a new one then.
 
     Args:
         subtree_end: int32 ``[N]``, see :class:`rmfast.PackedTrie`.
