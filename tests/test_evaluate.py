@@ -484,7 +484,7 @@ def test_rows_that_are_none(change, said):
 def test_plain_text(model, hf, tmp_path):
     data = lines(tmp_path / "in.jsonl", [{"prompt": "what ", "chosen": "is", "rejected": "it"}])
     scores = tmp_path / "scores.jsonl"
-    assert run("--model", model, "--input", data, "--plain", "--scores", scores) == 0
+    assert run("--model", model, "--input", data, "--no-chat", "--scores", scores) == 0
     with torch.no_grad():
         expected = [hf.model(hf.ids(text)).logits.item() for text in ("what is", "what it")]
     (line,) = read_lines(scores)

@@ -178,7 +178,7 @@ def test_options_reach_the_scorer(run, oracle, capsys):
     assert np.allclose(rewards("--normalize"), (raw - 0.5) / 2, atol=1e-5)
     assert np.allclose(rewards("--sigmoid"), 1 / (1 + np.exp(-raw)), atol=1e-5)
     joined = oracle(*(r["prompt"] + r["response"] for r in rows))
-    assert np.allclose(rewards("--plain"), joined, atol=1e-5)
+    assert np.allclose(rewards("--no-chat"), joined, atol=1e-5)
     system = {"role": "system", "content": "Be kind."}
     got = rewards("--system-prompt", "Be kind.", "--max-tokens", "16")
     assert np.allclose(got, oracle(*([system, *turn] for turn in turns)), atol=1e-5)
@@ -659,7 +659,7 @@ def test_resume_is_for_the_same_run_only(run, monkeypatch, capsys, model):
     refused("--resume", said="--batch-window was 4, now it is 1024")
     same = ("--resume", "--batch-window", "4")
     refused(*same, "--max-length", "9", said="--max-length was not given, now it is 9")
-    refused(*same, "--plain", said="--plain was off, now it is on")
+    refused(*same, "--no-chat", said="--chat was ")
     refused(*same, "--response-column", "x", said="--response-column was not given")
     refused(*same, "--system-prompt", "é", said='--system-prompt was not given, now it is "é"')
     Path("t.jinja").write_text("x")
@@ -723,7 +723,7 @@ def test_what_failed_before_the_first_window_is_in_nobodys_way(run, capsys, load
     monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
     run(code=2)
     assert "--chat-template FILE" in capsys.readouterr().err
-    run("--plain")
+    run("--no-chat")
     assert len(lines("o.jsonl")) == 5
 
 

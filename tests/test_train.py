@@ -183,8 +183,8 @@ def test_a_run_and_its_card(run, model, language_model, tmp_path, capsys, monkey
             ("rejected", "assistant", "Six."))}  # fmt: skip
     else:
         pair = {"prompt": question + " ", "chosen": answer, "rejected": "Six."}
-    encoder = Encoder(tokenizer)
-    row = train_rows.tokens(data.preferences([pair]), encoder, tokenizer.eos_token)[0][0]
+    encoder = Encoder(tokenizer, end_of_text=True)
+    row = train_rows.tokens(data.preferences([pair]), encoder)[0][0]
     with torch.inference_mode():
         want = loaded(torch.tensor([row["chosen_ids"].tolist()])).logits.item()
     assert scores[1] == pytest.approx(want, rel=1e-6)
@@ -249,8 +249,8 @@ def test_tokens_are_trls(model, tmp_path):
         theirs = RewardTrainer(
             net, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
         ).train_dataset
-        encoder = Encoder(tokenizer, max_length=60)
-        ours, dropped = train_rows.tokens(data.preferences(rows), encoder, tokenizer.eos_token)
+        encoder = Encoder(tokenizer, max_length=60, end_of_text=True)
+        ours, dropped = train_rows.tokens(data.preferences(rows), encoder)
         names = [name for name in ours[0] if name != "ranks"]
         assert len(ours) == len(theirs) and dropped.total() == len(rows) - len(ours)
         for mine, other in zip(ours, theirs, strict=True):

@@ -20,7 +20,7 @@ from rmfast.data.records import (
     useless_pair,
 )
 from rmfast.data.rows import Row, RowReader, check_record
-from rmfast.data.values import TURN, Messages, as_messages, kind_of
+from rmfast.data.values import TURN, Messages, as_messages, begun, dialogue, kind_of
 from rmfast.errors import DataError, RowError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ _UNDERSTOOD = (
     'chosen and rejected; completions, or responses with "ratings", "scores" or "ranks", after '
     '"prompt" or "instruction"; or answers with ranks'
 )
-_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def preferences(
@@ -274,21 +273,16 @@ class _Reader:
         text = all(isinstance(x, str) for x in answers)
         if prompt is None:
             turns = self.chat and text
-            return None, [_dialogue(*x) for x in row.answers] if turns else answers
+            return None, [dialogue(*x) for x in row.answers] if turns else answers
         if not (text and isinstance(prompt, str)):
             return _messages(prompt, row.answers)
-        dialogue = TURN.match(prompt)
-        turns = row.prompt_column == "instruction" or (rated and not dialogue)
+        is_dialogue = TURN.match(prompt)
+        turns = row.prompt_column == "instruction" or (rated and not is_dialogue)
         if self.chat is False or not (self.chat or turns):
             return prompt, answers
-        if not dialogue:
+        if not is_dialogue:
             return as_messages("user", prompt), [as_messages("assistant", x) for x in answers]
-        before = _dialogue(f'"{row.prompt_column}"', prompt)
-        if before[-1]["role"] == "assistant":  # where the answer begins
-            if before.pop()["content"]:
-                raise RowError(
-                    f'"{row.prompt_column}" ends within an answer: chat=True cannot part them'
-                )
+        before = begun(f'"{row.prompt_column}"', prompt)
         return before, [as_messages("assistant", x.strip()) for x in answers]
 
 
@@ -307,25 +301,3 @@ def _messages(
     if all(x[: len(prompt)] == prompt and len(x) > len(prompt) for x in answers):
         return None, answers
     return prompt, answers
-
-
-def _dialogue(name: str, text: str) -> Messages:
-    """The messages of a dialogue as in HH-RLHF; what one side says twice in a row is one message.
-
-    Raises:
-        RowError: the text is no dialogue.
-    """
-    before, *parts = TURN.split(text)
-    if before or not parts:
-        raise RowError(
-            f"{name} is text that is no dialogue, and there is no prompt: chat=True cannot tell "
-            "whose turns are in it"
-        )
-    turns: Messages = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role, content = _ROLES[speaker], content.strip()
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += f"\n\n{content}"
-        else:
-            turns += as_messages(role, content)
-    return turns

@@ -13,11 +13,13 @@ from typing import Any
 
 from rmfast.data.values import (
     Messages,
+    Side,
     check_conversation,
     check_number,
     check_text,
     kind_of,
     parse_list,
+    without_nulls,
 )
 from rmfast.errors import RowError
 
@@ -94,7 +96,9 @@ class RowReader:
         record = check_record(record)
         if kind == "pair":
             chosen, rejected = (self._side(x, record) for x in ("chosen", "rejected"))
-            return self.row(record, [*chosen, *rejected], len(chosen))
+            both = [*chosen, *rejected]
+            sides = [(name, Side(x) if isinstance(x, str) else x) for name, x in both]
+            return self.row(record, sides, len(chosen))
         name = self.columns.get(kind, kind)
         value = _value(name, record)
         if kind == "response":
@@ -107,7 +111,7 @@ class RowReader:
             value = self.items(name, value, "messages")
         elif not isinstance(value, str):
             raise RowError(f'"{name}" must be text, not {kind_of(value)}')
-        value = _without_nulls(check_conversation(f'"{name}"', value))
+        value = without_nulls(check_conversation(f'"{name}"', value))
         return Row(record, None, "", [(f'"{name}"', value)])
 
     def row(
@@ -158,7 +162,7 @@ class RowReader:
         """Text or messages, called ``name`` in an error."""
         if self.cells:
             value = parse_list(value, lambda x: x and isinstance(x[0], dict) and "role" in x[0])
-        return _without_nulls(check_conversation(name, value, self.empty))
+        return without_nulls(check_conversation(name, value, self.empty))
 
     def answers(self, name: str, items: list[Any]) -> list[tuple[str, Any]]:
         """Several answers, each after what it is called in an error."""
@@ -196,10 +200,3 @@ def _value(name: str, record: Mapping[str, Any]) -> Any:
     if name not in record:
         raise RowError(f'"{name}" is missing')
     return record[name]
-
-
-def _without_nulls(value: str | Messages) -> str | Messages:
-    """Messages without keys that are null: Arrow gives every message the keys of all."""
-    if isinstance(value, str) or not any(None in message.values() for message in value):
-        return value
-    return [{k: v for k, v in message.items() if v is not None} for message in value]

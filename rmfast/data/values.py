@@ -6,13 +6,15 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rmfast.errors import RowError
 
 Messages = list[dict[str, Any]]  # each with "role" and "content"
 TURN = re.compile(r"\n\n(Human|Assistant):")  # where a turn of HH-RLHF's dialogues begins
+_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def as_messages(role: str, content: str | Messages) -> Messages:
@@ -115,3 +117,69 @@ def kind_of(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
     other = "a number" if isinstance(value, numbers.Real) else f"a {type(value).__name__}"
     return "null" if value is None else names.get(type(value), other)
+
+
+# --- conversations
+
+
+class Side(str):
+    """Text of a side of a preference pair: what ends it in training ends it in scoring, too."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation with what its row gives the chat template beside the messages.
+
+    Attributes:
+        conversation: messages; or prompt and response, each text or messages.
+        given: ``tools``, and variables of the template.
+    """
+
+    conversation: Messages | tuple[str | Messages, str | Messages]
+    given: Mapping[str, Any]
+
+
+def is_whole(messages: Messages) -> bool:
+    """Whether messages are a whole conversation, prompt and answer."""
+    return any(message["role"] == "user" for message in messages)
+
+
+def without_nulls(value: str | Messages) -> str | Messages:
+    """Messages without keys that are null: Arrow gives every message the keys of all."""
+    if isinstance(value, str) or not any(None in message.values() for message in value):
+        return value
+    return [{k: v for k, v in message.items() if v is not None} for message in value]
+
+
+def dialogue(name: str, text: str) -> Messages:
+    """The messages of a dialogue as in HH-RLHF; what one side says twice in a row is one message.
+
+    Raises:
+        RowError: the text is no dialogue.
+    """
+    before, *parts = TURN.split(text)
+    if before or not parts:
+        raise RowError(
+            f"{name} is text that is no dialogue, and there is no prompt: chat=True cannot tell "
+            "whose turns are in it"
+        )
+    turns: Messages = []
+    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
+        role, content = _ROLES[speaker], content.strip()
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += f"\n\n{content}"
+        else:
+            turns += as_messages(role, content)
+    return turns
+
+
+def begun(name: str, text: str) -> Messages:
+    """The messages of a dialogue that ends where an answer begins.
+
+    Raises:
+        RowError: the text is no dialogue, or ends within an answer.
+    """
+    turns = dialogue(name, text)
+    if turns[-1]["role"] == "assistant" and turns.pop()["content"]:
+        raise RowError(f"{name} ends within an answer: chat=True cannot part them")
+    return turns

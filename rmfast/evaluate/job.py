@@ -105,7 +105,7 @@ def _check(args: EvalOptions) -> str | None:
         raise UserError("--beta belongs to --ref-model: give both, or neither")
     if args.ref_model is not None and args.ref_model == args.model:
         raise UserError("--ref-model is the model itself: every reward would be 0")
-    if args.ref_model is not None and args.pooling != "hf":
+    if args.ref_model is not None and args.pooling is not None:
         raise UserError("--pooling belongs to a reward model's head, and --ref-model has none")
     return read_template(args.chat_template)
 

@@ -19,6 +19,7 @@ from torch import nn
 from rmfast.data.encoding import Conversation, Encoder
 from rmfast.data.records import Pair
 from rmfast.data.rows import RowReader
+from rmfast.data.values import Side
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
 from rmfast.packed.models import keeping_modes
@@ -59,6 +60,9 @@ class BulkScorer:
 
     def score_pairs(self, pairs: Sequence[Any]) -> np.ndarray:
         """Scores of preference pairs, fp32 ``[n, 2]``: chosen, rejected.
+
+        Sides that are plain text end as in the model's training; where that is not recorded, with
+        the end of text, as TRL's trainer ends them.
 
         Args:
             pairs: (chosen, rejected) tuples of conversations, ``{"chosen", "rejected"}`` with or
@@ -161,7 +165,7 @@ class BulkScorer:
         for row in window:
             if isinstance(row, list):
                 ids = [next(flat) for _ in row]
-                row = first_error(ids) or ids
+                row = first_error(ids) or self.encoder.lost(row, ids) or ids
             encoded.append(row)
         return encoded
 
@@ -212,7 +216,7 @@ def _sides(pair: Any) -> list[Conversation] | RowError:
             return error
     if len(pair) != 2:
         raise DataError(f"a pair has two sides, this one has {len(pair)}")
-    return list(pair)
+    return [Side(side) if isinstance(side, str) else side for side in pair]
 
 
 # --- one thread at a time

@@ -28,9 +28,10 @@ class ScoringOptions(Options):
         "Choose the attention backend; auto: triton on a GPU where it can, else sdpa.",
         "auto", group=MODEL)
     compile: bool = option("Compile the decoder layers.", False, MODEL)
-    pooling: Literal["hf", "mask"] = option(
+    pooling: Literal["hf", "mask"] | None = option(
         "Choose the token that carries the score; hf: the last that is not the pad token, as in "
-        "Hugging Face; mask: the last one.", "hf", group=MODEL)
+        "Hugging Face; mask: the last one (default: hf, or as the model was trained).",
+        None, group=MODEL)
     revision: str | None = option(
         "Take this branch, tag or commit of a model on the hub.", None, MODEL)
     trust_remote_code: bool = option("Run code that comes with the model.", False, MODEL)
@@ -41,11 +42,19 @@ class ScoringOptions(Options):
     chat_template: str | None = option(
         "Use the Jinja template in this file instead of the tokenizer's.",
         None, metavar="FILE", group=CONVERSATIONS)
-    plain: bool = option(
-        "Join prompt and response as plain text instead of reading them as turns of a chat.",
-        False, group=CONVERSATIONS)
+    chat: bool | None = option(
+        "Read text as turns of a chat, or not: join prompt and response (default: as in the "
+        "model's training if rmfast trained it, else prompts with responses as turns).",
+        None, group=CONVERSATIONS)
+    end_of_text: bool | None = option(
+        "End plain text with the end of text, or not (default: as in the training, else only "
+        "chosen and rejected, as TRL does).", None, group=CONVERSATIONS)
+    special_tokens: bool = option(
+        "Take special tokens of the chat template in messages as they are, instead of refusing "
+        "the row.", False, group=CONVERSATIONS)
     max_length: int | None = option(
-        "Allow this many tokens a conversation (default: the model's own limit).",
+        "Allow this many tokens a conversation (default: that of the training if rmfast trained "
+        "the model, else the model's own limit).",
         None, metavar="TOKENS", least=1, group=CONVERSATIONS)
     on_overlong: Literal["error", "skip", "truncate_left"] = option(
         "Choose what happens to a longer conversation; error: leave it out and list it as an "
@@ -71,9 +80,10 @@ class ScoringOptions(Options):
 
     def for_scorer(self, template: str | None) -> dict[str, Any]:
         """Keyword arguments of a scorer, with the text of ``--chat-template``."""
-        names = "max_tokens max_length on_overlong system_prompt attention compile".split()
-        chat = {"chat_template": template, "chat": False if self.plain else None}
-        return {name: getattr(self, name) for name in names} | chat | {"window": self.batch_window}
+        names = """max_tokens max_length on_overlong system_prompt chat end_of_text special_tokens
+        attention compile""".split()
+        options = {name: getattr(self, name) for name in names}
+        return options | {"chat_template": template, "window": self.batch_window}
 
 
 def column(help: str) -> str | None:

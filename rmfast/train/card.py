@@ -194,6 +194,6 @@ def _ids(run: Finished) -> str:
     lines = 'ids = tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]'
     tokenizer, example = run.started.tokenizer, run.rows.example
     first = tokenizer.apply_chat_template(example, return_dict=True)["input_ids"][:1]
-    if run.rows.adds_bos and first != [tokenizer.bos_token_id]:
+    if run.rows.form.bos and first != [tokenizer.bos_token_id]:
         lines += "\nids = [tokenizer.bos_token_id, *ids]"
     return lines

@@ -55,6 +55,7 @@ def make_trainer(
         UserError: options that do not go with the data.
     """
     use_cache = started.model.config.use_cache
+    rows.form.record(started.model.config)
     held_out = None if rows.held_out is None else Dataset.from_list(rows.held_out)
     args = _config(options, folder, held_out is not None, is_new)
     try:
