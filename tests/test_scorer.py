@@ -20,6 +20,7 @@ import rmfast
 import tiny
 from rmfast import Scorer
 from rmfast.data import Pair
+from rmfast.data.form import Form
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
 from rmfast.score import memory
@@ -170,12 +171,35 @@ def test_a_model_with_a_head_of_its_own():
             return type("Out", (), {"logits": self.value(hidden)[range(len(last)), last]})
 
     model, rows = Valued(), groups()
+    rows += [[*row, tiny.PAD] for row in rows[:3]]  # its rule is not to pass over the pad token
     with torch.no_grad():
         expected = [model(x := torch.tensor([r]), torch.ones_like(x)).logits.item() for r in rows]
     scorer = Scorer(model, max_tokens=150)
     assert rmfast.report(model).level == "backbone"
     assert np.abs(scorer.score(rows) - expected).max() <= 1e-4 * np.std(expected)
     assert scorer.stats.nodes < scorer.stats.tokens_run
+
+
+def test_a_model_that_records_its_training():
+    """Texts of a model that rmfast trained become the tokens of the training."""
+    model = tiny.model("llama", vocab_size=tiny.WORDS, max_position_embeddings=512)
+    tokenizer = tiny.tokenizer()
+    Form(False, True, False, None, 40, "hf").record(model.config)
+    scorer = Scorer(model, tokenizer)
+    texts, pairs = ["a b", ("a ", "b")], [{"prompt": "a ", "chosen": "b", "rejected": "c"}]
+    want = one_by_one(model, [[*tokenizer(x)["input_ids"], 2] for x in ("a b", "a c")])
+    assert np.allclose(scorer.score(texts), want[0], atol=1e-5)
+    assert np.allclose(scorer.score_pairs(pairs), want, atol=1e-5)
+    assert np.allclose(scorer.score_pairs([("a b", "a c")]), want, atol=1e-5)
+    with pytest.raises(DataError, match="row 0: 41 tokens, more than max_length 40"):
+        scorer.score(["x" * 40])
+    assert scorer.about()["form"] == {
+        "text": "as it is", "end_of_text": True, "bos": False, "max_length": 40,
+        "as_recorded_in_training": True,
+    }  # fmt: skip
+    other = Scorer(model, tokenizer, chat=True, end_of_text=False, max_length=99)
+    plain = tokenizer.apply_chat_template([{**TALK[0], "content": "a"}, TALK[1]])["input_ids"]
+    assert np.allclose(other.score([("a", "yes")]), one_by_one(model, [plain]), atol=1e-5)
 
 
 def test_a_window_of_rope_that_depends_on_the_length():

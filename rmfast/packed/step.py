@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rmfast.data.encoding import SEGMENT
 from rmfast.trie import PackedTrie
 
 Batch = dict[str, Any]
@@ -20,12 +21,11 @@ def trie_of(batch: Batch) -> PackedTrie:
 
 
 def padded(batch: Batch, pad_token_id: int) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` ``[B, T]`` of a packed batch, padded on the right."""
+    """What a model's own forward takes of a packed batch, each ``[B, T]``, padded on the right."""
     trie = trie_of(batch)
     device = trie.input_ids.device
     rows = [trie.input_ids[torch.from_numpy(path).to(device)] for path in trie.paths()]
-    ids, mask = pad(rows, pad_token_id)
-    return {"input_ids": ids, "attention_mask": mask}
+    return inputs_of(rows, pad_token_id, batch["segments"])
 
 
 def pad(
@@ -37,6 +37,17 @@ def pad(
     mask = [torch.ones_like(row) for row in ids]
     pad_sequence = nn.utils.rnn.pad_sequence
     return pad_sequence(ids, True, pad_token_id), pad_sequence(mask, True)
+
+
+def inputs_of(
+    rows: Sequence[Tensor | np.ndarray], pad_token_id: int, segments: bool
+) -> dict[str, Tensor]:
+    """Padded inputs; with ``segments``, ids of :data:`SEGMENT` and more have token type 1."""
+    ids, mask = pad(rows, pad_token_id)
+    if not segments:
+        return {"input_ids": ids, "attention_mask": mask}
+    types = {"token_type_ids": ids // SEGMENT}
+    return {"input_ids": ids % SEGMENT, "attention_mask": mask, **types}
 
 
 class Rows(NamedTuple):

@@ -18,7 +18,7 @@ from rmfast.data.encoding import SEGMENT, Encoder
 from rmfast.data.form import Form
 from rmfast.packed import models, patching, pieces
 from rmfast.packed.stand_in import Unservable
-from rmfast.packed.step import pad
+from rmfast.packed.step import inputs_of
 from rmfast.reference import until_scored
 from rmfast.score import memory
 from rmfast.score.bulk import BulkScorer, evaluating
@@ -280,11 +280,9 @@ class Scorer(BulkScorer):
         return left
 
     def _padded_scores(self, rows: list[np.ndarray]) -> Tensor:  # fp64 [len(rows)]
-        ids, mask = (x.to(self._device) for x in pad(rows, self._pad or 0))
-        inputs = {"input_ids": ids % SEGMENT, "attention_mask": mask}
-        if (ids >= SEGMENT).any():
-            inputs["token_type_ids"] = ids // SEGMENT
-        logits = self.model(**inputs).logits
+        segments = any(row.max() >= SEGMENT for row in rows)
+        inputs = inputs_of(rows, self._pad or 0, segments)
+        logits = self.model(**{name: x.to(self._device) for name, x in inputs.items()}).logits
         if logits.shape not in ((len(rows), 1), (len(rows),)):
             raise ValueError(
                 f"{type(self.model).__name__} gave logits {tuple(logits.shape)} for "

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmfast.data.encoding import SEGMENT
 from rmfast.packed.step import Batch
 from rmfast.reference import until_scored
 from rmfast.train.objective import LARGEST_GROUP
@@ -44,7 +45,8 @@ class Collator:
     - ``ranks``: fp32 ``[B]``, ``offsets``: int64 ``[G + 1]``, ``largest``: the most responses in a
       group; only with groups.
     - ``count``: pairs or groups; ``tokens``: tokens of all sequences; ``longest``: of the longest
-      one; ``shared``: whether nodes may belong to several sequences. Plain numbers.
+      one; ``shared``: whether nodes may belong to several sequences; ``segments``: whether ids hold
+      token types, as :class:`rmfast.data.encoding.Encoder` makes them. Plain numbers.
 
     Raises:
         ValueError: an example without the fields, or with an empty sequence, a margin that is not a
@@ -119,6 +121,7 @@ class Collator:
             "tokens": sum(row.size for row in arrays),
             "longest": max(row.size for row in arrays),
             "shared": self.share_prefixes,
+            "segments": any(row.max() >= SEGMENT for row in arrays),
         }
 
     def rows(self, example: dict[str, Any]) -> list[np.ndarray]:

@@ -93,7 +93,7 @@ def tokens(records: Preferences, encoder: Encoder) -> tuple[list[dict[str, Any]]
     dropped: Counter[str] = Counter()
     for at in range(0, len(records), _CHUNK):
         chunk = records.records[at : at + _CHUNK]
-        whole = [record.whole() for record in chunk]
+        whole = [_sides(record, encoder.segments) for record in chunk]
         ids = iter(encoder([side for sides in whole for side in sides]))
         for record, sides in zip(chunk, whole, strict=True):
             row = _row(record, [next(ids) for _ in sides])
@@ -102,6 +102,13 @@ def tokens(records: Preferences, encoder: Encoder) -> tuple[list[dict[str, Any]]
             else:
                 rows.append(row)
     return rows, dropped
+
+
+def _sides(record: Pair | Group, segments: bool) -> Any:
+    """The answers with their prompt, which is a segment of its own for encoders."""
+    if not segments or record.prompt is None:
+        return record.whole()
+    return [(record.prompt, answer) for answer in record.answers]
 
 
 def _row(record: Pair | Group, ids: list[np.ndarray | RowError]) -> dict[str, Any] | str:
