@@ -101,13 +101,15 @@ def test_errors_of_the_user_are_one_line(work, capsys):
     assert capsys.readouterr() == ("", "rmfast demo: one thing\n")
 
 
-def test_an_interrupt_ends_without_a_traceback(work, capsys):
+@pytest.mark.parametrize("name", ["demo", "bench"])
+def test_an_interrupt_ends_without_a_traceback(name, work, capsys, monkeypatch):
     def interrupt(args):
         raise KeyboardInterrupt
 
-    work.run = interrupt
-    assert main.main(["demo"]) == 130
-    assert capsys.readouterr().err == "\nrmfast demo: interrupted\n"
+    work.run = work.main = interrupt
+    monkeypatch.setitem(sys.modules, "rmfast.benchmarks.score", work)
+    assert main.main([name]) == 130
+    assert capsys.readouterr().err == f"\nrmfast {name}: interrupted\n"
 
 
 def test_errors_of_the_program_keep_their_traceback(work):

@@ -421,6 +421,57 @@ def test_pairs_of_token_ids_and_pairs_that_cannot_be_scored():
             scorer.score_pairs([("a", "b"), bad])
 
 
+class Table:  # what pandas and polars have in common
+    columns = ("text", "id")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def __len__(self):
+        return 2
+
+
+SINGLE = ["hello", b"hello", TALK, TALK[:1], ("a", "b"), (TALK[:1], "b"), (TALK[:1], TALK[1:])]
+SINGLE += [[1, 2, 3], np.array([1, 2]), torch.tensor([1, 2]), TALK[0], Table()]
+
+
+@pytest.mark.parametrize("given", SINGLE, ids=repr)
+def test_one_conversation_is_no_list_of_them(given):
+    """Most could be gone through: letters, keys, the two texts of a tuple."""
+    scorer = Scorer(tiny.model(vocab_size=tiny.WORDS), tiny.tokenizer())
+    message = "conversations must be a list of conversations, not a"
+    for score in (
+        scorer.score,
+        lambda given: list(scorer.stream(given)),
+        lambda given: list(scorer.windows([("tag", given)])),
+    ):
+        with pytest.raises(TypeError, match=message):
+            score(given)
+    assert not scorer.stats.conversations
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["hi", ("a", "b"), {"chosen": "a", "rejected": "b"}, Pair(None, "a", "b", "")],
+    ids=repr,
+)
+def test_one_pair_is_no_list_of_them(given):
+    scorer = Scorer(tiny.model(vocab_size=tiny.WORDS), tiny.tokenizer())
+    with pytest.raises(TypeError, match="pairs must be a list of pairs"):
+        scorer.score_pairs(given)
+    with pytest.raises(DataError, match=r"row 1: a pair is \(chosen, rejected\) .* not this str"):
+        scorer.score_pairs([("a", "b"), "cd"])
+
+
+def test_tuples_of_many_are_lists():
+    scorer = Scorer(tiny.model(vocab_size=tiny.WORDS), tiny.tokenizer())
+    many = ("a", "b", "cd")
+    assert np.array_equal(scorer.score(many), scorer.score([*many]))
+    pairs = (("a", "b"), ("c", "d"))
+    assert np.array_equal(scorer.score_pairs(pairs), scorer.score_pairs([*pairs]))
+    assert scorer.score(([5, 6], [7])).shape == (2,)
+
+
 def test_nothing_and_one():
     scorer = Scorer(tiny.model("llama"))
     assert scorer.score([]).shape == (0,) and scorer.score_pairs([]).shape == (0, 2)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rmfast import reference
 from rmfast.ops import _cpu as cpu
 from rmfast.ops._common import (
     check_devices,
     check_floating,
     no_second_derivative,
+    transformed,
     use_kernels,
     without_autocast,
 )
@@ -133,7 +135,8 @@ def trie_attention(
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         backend: ``"triton"``, the kernel (GPU; fp16 and bf16 with D and Dv up to 256,
             fp32 up to 128); ``"sdpa"``, torch's own operations tile by tile, anywhere; ``"auto"``,
-            the first that can.
+            the first that can. Under torch.func and in forward-mode differentiation
+            :func:`rmfast.reference.trie_attention`, with ``[M, N]`` logits in memory.
 
     Returns:
         ``[1, M, Hq, Dv]``, the layout attention functions of transformers return.
@@ -150,6 +153,9 @@ def trie_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend not in ("auto", "triton", "sdpa"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'sdpa', got {backend!r}")
+    if transformed(query, key, value, sinks):
+        run = without_autocast(reference.trie_attention)
+        return run(query, key, value, plan.tensors, sinks, scale, window, softcap)
     why_not = None if backend == "sdpa" else _why_not_triton(query, value, scale)
     if backend == "triton" and why_not is not None:
         raise ValueError(f"backend='triton' cannot run: {why_not}; 'auto' takes what can")

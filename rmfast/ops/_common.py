@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 
 def without_autocast(function: Callable) -> Callable:
@@ -33,8 +34,24 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def use_kernels(x: Tensor) -> bool:
-    """Whether a Triton kernel runs on ``x``: on a GPU, and on a CPU under Triton's interpreter."""
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func or forward-mode differentiation is at work.
+
+    They see through torch's own operations alone: of one of ours torch.func knows no gradient, and
+    forward mode takes its derivative for zero without a word.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
+
+
+def use_kernels(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a Triton kernel runs on ``x``: on a GPU, and on a CPU under Triton's interpreter.
+
+    ``others`` are the other inputs that have a derivative.
+    """
+    if transformed(x, *others):
+        return False
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True
     return x.is_cuda and HAS_TRITON
@@ -53,8 +70,11 @@ def no_second_derivative(op: torch.library.CustomOpDef, name: str) -> None:
 
 
 def checks_values(x: Tensor) -> bool:
-    """Whether values are checked: not where the host would wait for a GPU, nor in torch.compile."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values are checked: not where the host would wait for a GPU, nor in torch.compile.
+
+    Nor under torch.func, whose tensors may stand for many.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def check_places(name: str, places: Tensor | None, count: int) -> None:

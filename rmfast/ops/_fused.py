@@ -219,7 +219,7 @@ def reward_head_pairwise_loss(
         target=target, pair_weight=pair_weight,
     )  # fmt: skip
     options = (label_smoothing, center, gamma, reduction)
-    if not use_kernels(hidden):
+    if not use_kernels(hidden, weight, bias):
         check_places("index", index, hidden.shape[0])
         check_places("pairs", rows, index.shape[0])
         check_pair_values(margin=margin, target=target, pair_weight=pair_weight)

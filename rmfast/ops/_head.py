@@ -177,7 +177,7 @@ def reward_head(
     check_rows(hidden, index)
     check_head(hidden, weight, bias)
     check_devices(hidden=hidden, index=index, weight=weight, bias=bias)
-    if use_kernels(hidden):
+    if use_kernels(hidden, weight, bias):
         return _reward_head(hidden, index, weight, bias)
     check_places("index", index, hidden.shape[0])
     return without_autocast(reference.reward_head)(hidden, index, weight, bias)
@@ -235,5 +235,5 @@ def pooled_reward_head(
     )
     rule = (attention_mask, pad_token_id, pooling)
     run = without_autocast(reference.pooled_reward_head)
-    run = _pooled_reward_head if use_kernels(hidden) else run
+    run = _pooled_reward_head if use_kernels(hidden, weight, bias) else run
     return run(hidden, input_ids, weight, bias, *rule)[0]

@@ -84,10 +84,23 @@ class Step:
         loss: after the call, the value of the loss, fp32 (of fp64 models fp64).
         scores: ``[B]``, likewise.
         metrics: ``[6]``, see :class:`rmfast.ops.PairwiseLoss`.
+
+    Raises:
+        RuntimeError: one of these is read, and no patched reward model ran the step. Models of
+            Hugging Face take any argument and pass over those that they do not know.
     """
+
+    loss: Tensor
+    scores: Tensor
+    metrics: Tensor
 
     def __init__(self, batch: Batch, objective: Objective, count: Tensor | int = 1) -> None:
         self.batch, self.objective, self.count = batch, objective, count
-        self.loss: Tensor | None = None
-        self.scores: Tensor | None = None
-        self.metrics: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Tensor:  # of what is not there
+        if name not in Step.__annotations__:
+            raise AttributeError(f"a Step has no {name!r}")
+        raise RuntimeError(
+            f"the step has no {name}: no patched reward model ran it. Call rmfast.patch(model) "
+            "first, and then model(rmfast_step=step)"
+        )

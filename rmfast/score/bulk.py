@@ -24,7 +24,16 @@ from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
 from rmfast.packed.models import keeping_modes
 from rmfast.score.progress import progress_bar
-from rmfast.score.windows import Scored, Stats, Tagged, ahead, first_error, gathered
+from rmfast.score.windows import (
+    Scored,
+    Stats,
+    Tagged,
+    ahead,
+    first_error,
+    gathered,
+    is_text_or_messages,
+    refuse_one,
+)
 
 Progress = bool | Callable[[int, int], None]
 
@@ -54,7 +63,9 @@ class BulkScorer:
 
         Raises:
             DataError: a conversation that cannot be scored; the message names it.
+            TypeError: one conversation instead of a list; so do the methods below.
         """
+        refuse_one(conversations)
         rows = ([conversation] for conversation in conversations)
         return self._table(rows, len(conversations), 1)[:, 0]
 
@@ -71,6 +82,7 @@ class BulkScorer:
         Raises:
             DataError: a pair that cannot be scored; the message names it.
         """
+        refuse_one(pairs, "pairs")
         return self._table(map(_sides, pairs), len(pairs), 2)
 
     def stream(self, conversations: Iterable[Conversation]) -> Iterator[float]:
@@ -81,6 +93,7 @@ class BulkScorer:
         Raises:
             DataError: a conversation that cannot be scored; those before it have been given out.
         """
+        refuse_one(conversations)
         rows = ([conversation] for conversation in conversations)
         for scores in self._each(rows, None):
             yield float("nan") if scores is None else float(scores[0])
@@ -102,6 +115,7 @@ class BulkScorer:
             MemoryError: not even a few tokens fit.
             RuntimeError: a model was unpatched, or patched anew.
         """
+        refuse_one(rows, "rows")
         return self._windows(rows, self._progress)
 
     # --- rows
@@ -199,23 +213,20 @@ class BulkScorer:
             self._show(conversations, tokens)
 
 
-def _is_text_or_messages(side: Any) -> bool:
-    return isinstance(side, str) or (isinstance(side, list) and isinstance([*side, 0][0], dict))
-
-
 def _sides(pair: Any) -> list[Conversation] | RowError:
     if isinstance(pair, Pair):
         pair = {name: getattr(pair, name) for name in ("prompt", "chosen", "rejected")}
     if isinstance(pair, Mapping):
         sides = [pair.get("chosen"), pair.get("rejected")]
-        if pair.get("prompt") is None and not any(map(_is_text_or_messages, sides)):
+        if pair.get("prompt") is None and not any(map(is_text_or_messages, sides)):
             return sides  # token ids
         try:
             return RowReader().read(pair, "pair").conversations
         except RowError as error:
             return error
-    if len(pair) != 2:
-        raise DataError(f"a pair has two sides, this one has {len(pair)}")
+    if isinstance(pair, (str, bytes)) or not hasattr(pair, "__len__") or len(pair) != 2:
+        kind = type(pair).__name__
+        return RowError(f"a pair is (chosen, rejected) or a dict of the two, not this {kind}")
     return [Side(side) if isinstance(side, str) else side for side in pair]
 
 

@@ -296,8 +296,9 @@ class RewardTrainer(trl.RewardTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:  # [], [B], [6]
         step = packed_step.Step(batch, self.objective, count)
         loss = model(input_ids=batch["input_ids"][None], rmfast_step=step).loss
-        if loss.dtype != step.loss.dtype:  # rounded on its way through FSDP2: not in the logs
-            loss = loss + (step.loss - loss.detach())
+        exact = step.loss  # first: an error where the model was unpatched since
+        if loss.dtype != exact.dtype:  # rounded on its way through FSDP2: not in the logs
+            loss = loss + (exact - loss.detach())
         return loss, step.scores, step.metrics
 
     def _run_padded(
