@@ -330,6 +330,42 @@ def test_defaults_of_lora_and_bf16_weights(run, model):
     assert not list(Path("out").glob("adapter*"))
 
 
+# --- it learns, or says that it has not
+
+FEW = ["--dtype", "float32", "--device", "cpu", "--eval-split", "0"]
+
+
+def test_one_step_is_enough_to_learn(run, model):
+    """60 pairs and all defaults: one optimiser step."""
+    assert main.main(["train", *FEW, *command(model, pairs(60))]) == 0
+    (line,) = metrics("out", "train")
+    assert line["step"] == 1 and line["learning_rate"] == 1e-5
+    want, got = (load_file(f"{x}/model.safetensors") for x in (model, "out"))
+    assert not any(torch.equal(want[name], got[name]) for name in want if want[name].ndim > 1)
+    assert json.loads(Path("out/checkpoints/run.json").read_text())["warnings"] == []
+    assert "Warning" not in Path("out/README.md").read_text()
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "2"], ["--dtype", "bfloat16"]], ids=str)
+def test_a_run_that_learnt_nothing_says_so(run, model, capsys, more):
+    out = run(*command(model, pairs(), *FEW, "--learning-rate", "1e-30", "--max-steps", "2", *more))
+    message = "no weight changed in 2 steps, this is the model that the run began with: raise"
+    assert f"! {message}" in capsys.readouterr().out
+    assert f"**Warning: {message}" in (out / "README.md").read_text()
+    (warning,) = json.loads((out / "checkpoints/run.json").read_text())["warnings"]
+    assert warning.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "want"),
+    [(0.03, 1, 0), (0.03, 9, 0), (0.03, 10, 1), (0.03, 1000, 30), (0.9, 50, 5), (0.0, 99, 0),
+     (7, 9, 7)],
+)  # fmt: skip
+def test_warm_up_never_swallows_a_run(tmp_path, share, steps, want):
+    args = RewardConfig(str(tmp_path), warmup_steps=share, report_to="none")
+    assert args.get_warmup_steps(steps) == want
+
+
 # --- going on
 
 

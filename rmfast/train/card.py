@@ -35,7 +35,7 @@ scores of answers to one prompt: σ(score - score') is the probability that the 
 
 Trained from `{model}` (its head: {head}) on {count:,} {records} of {of} of
 `{data}`{method}; loss: {loss}.
-
+{warnings}
 ## Score with it
 
 With rmfast, in bulk:
@@ -101,6 +101,7 @@ class Finished:
     steps: int
     summary: dict[str, Any] | None  # the last held-out figures
     versions: dict[str, str]  # of the libraries
+    warnings: list[str]  # what to know before it is used
 
     @property
     def is_text(self) -> bool:
@@ -135,6 +136,7 @@ def write(run: Finished, folder: Path) -> None:
         data=public.data,
         method="" if rank is None else f", by LoRA of rank {rank}, merged into the weights",
         loss=_LOSSES[run.loss],
+        warnings="".join(f"\n**Warning: {warning}.**\n" for warning in run.warnings),
         load=_LOAD.format(name=public.output, conversation=conversation),
         ids=_ids(run),
         trained_on=trained_on,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerState
 
@@ -24,7 +25,8 @@ class Trainer(RewardTrainer):
     """Evaluates as ``rmfast eval`` does."""
 
     watch: Watch
-    use_cache: bool  # of the model, before transformers turned it off
+    use_cache: bool | None  # of the model, before transformers turned it off
+    begun: dict[str, int]  # what tells its weights from later ones
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         return self.watch.evaluate()
@@ -54,7 +56,8 @@ def make_trainer(
     Raises:
         UserError: options that do not go with the data.
     """
-    use_cache = started.model.config.use_cache
+    use_cache = getattr(started.model.config, "use_cache", None)
+    begun = _weights(started.model)
     held_out = None if rows.held_out is None else Dataset.from_list(rows.held_out)
     args = _config(options, folder, held_out is not None, is_new)
     try:
@@ -74,7 +77,17 @@ def make_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    trainer.begun = begun
     return trainer
+
+
+@torch.no_grad()
+def _weights(model: torch.nn.Module) -> dict[str, int]:
+    """For each parameter the sum of its bits, read as fp32."""
+    return {
+        name: int(parameter.float().view(torch.int32).sum(dtype=torch.int64))
+        for name, parameter in model.named_parameters()
+    }
 
 
 def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -> RewardConfig:
@@ -145,11 +158,13 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def save(trainer: Trainer, started: Started, folder: Path) -> None:
-    """Write the model, with its adapter merged, and its tokenizer."""
-    started.model.config.use_cache = trainer.use_cache
+def save(trainer: Trainer, started: Started, folder: Path) -> bool:
+    """Write the model, with its adapter merged, and its tokenizer; whether any weight changed."""
+    if trainer.use_cache is not None:
+        started.model.config.use_cache = trainer.use_cache
     model = patching.unpatch(trainer.accelerator.unwrap_model(trainer.model, False))
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     model.save_pretrained(folder)
     started.tokenizer.save_pretrained(folder)
+    return _weights(model) != trainer.begun
