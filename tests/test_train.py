@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -364,6 +365,73 @@ def test_a_run_that_learnt_nothing_says_so(run, model, capsys, more):
 def test_warm_up_never_swallows_a_run(tmp_path, share, steps, want):
     args = RewardConfig(str(tmp_path), warmup_steps=share, report_to="none")
     assert args.get_warmup_steps(steps) == want
+
+
+# --- can it be saved? is found before the first step
+
+
+def cannot(*_, **__):
+    raise ValueError("a reason\nin many lines")
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device", "some/file")
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "does", "message"),
+    [
+        ("model", "save_pretrained", cannot, "this model could not be saved at the end: a reason"),
+        ("tokenizer", "save_pretrained", cannot, "could not be saved at the end: a reason"),
+        ("model", "save_pretrained", full, "some/file: cannot be written: No space left"),
+        ("layer", "merge", cannot, "could not be saved at the end: a reason"),
+    ],
+)
+def test_what_cannot_be_saved_is_not_trained(
+    run, model, capsys, monkeypatch, what, name, does, message
+):
+    make, made = fit.make_trainer, []
+
+    def make_trainer(*args, **kwargs):
+        made.append(make(*args, **kwargs))
+        layer = (
+            made[0].model.base_model.model.model.layers[1].mlp.up_proj if what == "layer" else None
+        )
+        found = {"model": made[0].model, "tokenizer": made[0].processing_class, "layer": layer}
+        setattr(found[what], name, does)
+        return made[0]
+
+    monkeypatch.setattr(fit, "make_trainer", make_trainer)
+    more = ["--lora-rank", "2"] if what == "layer" else []
+    run(*command(model, pairs(), *more), code=2)
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said and "in many lines" not in said
+    assert made[0].state.global_step == 0 and not list(Path("out/checkpoints").iterdir())
+
+
+def test_an_adapter_of_a_quantised_model_is_kept(run, model, monkeypatch):
+    """As the adapter that it is; the card's code loads it."""
+    train = fit.train
+
+    def quantised(trainer, checkpoint):
+        train(trainer, checkpoint)
+        trainer.model.get_base_model().is_quantized = True
+
+    monkeypatch.setattr(fit, "train", quantised)
+    out = run(*command(model, pairs(messages=True), "--lora-rank", "2"))
+    assert (out / "adapter_model.safetensors").exists()
+    assert not (out / "model.safetensors").exists()
+    card = (out / "README.md").read_text()
+    assert "this is the adapter alone" in card
+    ours = rmfast.loading.load(str(out)).model
+    code, names = re.findall(r"```python\n(.*?)```", card, re.S)[1], {}
+    exec(code.split("ids =")[0], names)
+    theirs, ids = names["model"].eval(), torch.tensor([[5, 6, 7]])
+    assert theirs.config.pad_token_id == tiny.PAD
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+    before = load_file(f"{model}/model.safetensors")
+    assert not torch.equal(ours.score.weight, before["score.weight"])
 
 
 # --- going on

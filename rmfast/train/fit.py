@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,43 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
+def rehearse(trainer: Trainer, folder: Path) -> None:
+    """Save and merge once before the first step, so that nothing fails after the work.
+
+    Raises:
+        UserError: what would be trained cannot be saved.
+    """
+    at = folder / "checkpoints" / "rehearsal"
+    try:
+        if not keeps_adapter(trainer.model) and hasattr(trainer.model, "merge_adapter"):
+            trainer.model.merge_adapter()  # new adapters are 0: no weight changes
+            trainer.model.unmerge_adapter()
+        trainer.save_model(str(at))
+    except OSError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"nothing is trained, for this model could not be saved at the end: {reason}"
+        ) from error
+    finally:
+        shutil.rmtree(at, ignore_errors=True)
+
+
+def keeps_adapter(model: torch.nn.Module) -> bool:
+    """Whether adapters stay beside the model: merged, its weights would be quantised anew."""
+    return any(getattr(module, "is_quantized", False) for module in model.modules())
+
+
 def save(trainer: Trainer, started: Started, folder: Path) -> bool:
-    """Write the model, with its adapter merged, and its tokenizer; whether any weight changed."""
+    """Write the model or its adapter, and its tokenizer; whether any weight changed.
+
+    Adapters are merged, unless the model is quantised.
+    """
     if trainer.use_cache is not None:
         started.model.config.use_cache = trainer.use_cache
     model = patching.unpatch(trainer.accelerator.unwrap_model(trainer.model, False))
-    if hasattr(model, "merge_and_unload"):
+    if hasattr(model, "merge_and_unload") and not keeps_adapter(model):
         model = model.merge_and_unload()
     model.save_pretrained(folder)
     started.tokenizer.save_pretrained(folder)

@@ -103,6 +103,9 @@ def _run(options: TrainOptions) -> int:
     found = rows.tokenised(started, train, held_out, options.max_length)
     checkpoint = last_checkpoint(folder / "checkpoints") if options.resume else None
     trainer = fit.make_trainer(options, folder, started, found, is_new=checkpoint is None)
+    if checkpoint is None:
+        with saving(folder):
+            fit.rehearse(trainer, folder)
     if not options.resume:
         _clear(folder)  # not before it is known that there is something to replace it
     watch = Watch(folder, trainer, found.held_out, step_of(checkpoint))
@@ -118,6 +121,7 @@ def _run(options: TrainOptions) -> int:
         found,
         loss=trainer.objective.kind,
         steps=trainer.state.global_step,
+        is_adapter=fit.keeps_adapter(trainer.model),
         summary=watch.summary,
         versions=state.versions,
         warnings=state.warnings,
