@@ -191,13 +191,58 @@ def test_a_run_and_its_card(run, model, language_model, tmp_path, capsys, monkey
     assert scores[1] == pytest.approx(want, rel=1e-6)
 
 
-def test_the_last_figures_are_those_of_rmfast_eval(run, model, tmp_path):
-    held_out = lines(tmp_path / "held.jsonl", pairs(14, messages=True, seed=1))
-    rows = command(model, pairs(messages=True), "--eval-data", held_out)
-    out = run(*rows)
-    assert main.main(["eval", "--model", str(out), "--input", held_out, "--json", "e.json"]) == 0
+def whole(rows: list[dict]) -> list[dict]:
+    """The prompt's messages before each answer's."""
+    return [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
+
+
+def group_messages(count: int) -> list[dict]:
+    def turn(role: str, text: str) -> list[dict]:
+        return [{"role": role, "content": text}]
+
+    return [
+        {
+            "prompt": turn("user", row["prompt"]),
+            "responses": [turn("assistant", text) for text in row["responses"]],
+            "ranks": row["ranks"],
+        }
+        for row in groups(count)
+    ]
+
+
+def best_against_others(rows: list[dict]) -> list[dict]:
+    """Ranked groups as ``rmfast eval`` takes them."""
+    out = []
+    for row in rows:
+        sides = {"chosen": [], "rejected": []}
+        for answer, rank in zip(row["responses"], row["ranks"], strict=True):
+            sides["chosen" if rank == min(row["ranks"]) else "rejected"].append(answer)
+        out.append({"prompt": row["prompt"], **sides})
+    return out
+
+
+SHAPES = {  # what is trained on, and what is held out; text is to come
+    "messages": (pairs(messages=True), pairs(14, messages=True, seed=1)),
+    "whole conversations": (whole(pairs(messages=True)), whole(pairs(14, messages=True, seed=1))),
+    "groups": (group_messages(16), group_messages(9)),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "lora"), [*((shape, False) for shape in SHAPES), ("messages", True)]
+)
+def test_the_last_figures_are_those_of_rmfast_eval(run, tmp_path, shape, lora):
+    """Of a model with a BOS before each text, whose pairs are dropped where they are too long."""
+    rows, held_out = SHAPES[shape]
+    name = saved(tmp_path / "bos", adds_bos=True)
+    more = ["--max-length", "52", "--max-steps", "2", *(["--lora-rank", "2"] if lora else [])]
+    out = run(*command(name, rows, "--eval-data", lines(tmp_path / "h.jsonl", held_out), *more))
+    again = best_against_others(held_out) if shape == "groups" else held_out
+    evaluated = ["eval", "--model", str(out), "--input", lines(tmp_path / "e.jsonl", again)]
+    main.main([*evaluated, "--json", "e.json", "--max-length", "52"])
     want, got = json.loads(Path("e.json").read_text()), metrics(out, "eval")[-1]
-    assert got["rows"] == want["rows"] and got["length"]["n"] == want["length"]["n"]
+    assert 3 <= got["rows"]["n"] < len(held_out) and got["rows"] == want["rows"]
+    assert got["length"]["n"] == want["length"]["n"] and got["groups"] == want["groups"]
     for part, name in (("margin", "mean"), ("calibration", "log_loss"), ("calibration", "ece")):
         assert got[part][name] == pytest.approx(want[part][name], rel=1e-4), name
 
