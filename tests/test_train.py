@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -190,13 +191,58 @@ def test_a_run_and_its_card(run, model, language_model, tmp_path, capsys, monkey
     assert scores[1] == pytest.approx(want, rel=1e-6)
 
 
-def test_the_last_figures_are_those_of_rmfast_eval(run, model, tmp_path):
-    held_out = lines(tmp_path / "held.jsonl", pairs(14, messages=True, seed=1))
-    rows = command(model, pairs(messages=True), "--eval-data", held_out)
-    out = run(*rows)
-    assert main.main(["eval", "--model", str(out), "--input", held_out, "--json", "e.json"]) == 0
+def whole(rows: list[dict]) -> list[dict]:
+    """The prompt's messages before each answer's."""
+    return [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
+
+
+def group_messages(count: int) -> list[dict]:
+    def turn(role: str, text: str) -> list[dict]:
+        return [{"role": role, "content": text}]
+
+    return [
+        {
+            "prompt": turn("user", row["prompt"]),
+            "responses": [turn("assistant", text) for text in row["responses"]],
+            "ranks": row["ranks"],
+        }
+        for row in groups(count)
+    ]
+
+
+def best_against_others(rows: list[dict]) -> list[dict]:
+    """Ranked groups as ``rmfast eval`` takes them."""
+    out = []
+    for row in rows:
+        sides = {"chosen": [], "rejected": []}
+        for answer, rank in zip(row["responses"], row["ranks"], strict=True):
+            sides["chosen" if rank == min(row["ranks"]) else "rejected"].append(answer)
+        out.append({"prompt": row["prompt"], **sides})
+    return out
+
+
+SHAPES = {  # what is trained on, and what is held out; text is to come
+    "messages": (pairs(messages=True), pairs(14, messages=True, seed=1)),
+    "whole conversations": (whole(pairs(messages=True)), whole(pairs(14, messages=True, seed=1))),
+    "groups": (group_messages(16), group_messages(9)),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "lora"), [*((shape, False) for shape in SHAPES), ("messages", True)]
+)
+def test_the_last_figures_are_those_of_rmfast_eval(run, tmp_path, shape, lora):
+    """Of a model with a BOS before each text, whose pairs are dropped where they are too long."""
+    rows, held_out = SHAPES[shape]
+    name = saved(tmp_path / "bos", adds_bos=True)
+    more = ["--max-length", "52", "--max-steps", "2", *(["--lora-rank", "2"] if lora else [])]
+    out = run(*command(name, rows, "--eval-data", lines(tmp_path / "h.jsonl", held_out), *more))
+    again = best_against_others(held_out) if shape == "groups" else held_out
+    evaluated = ["eval", "--model", str(out), "--input", lines(tmp_path / "e.jsonl", again)]
+    main.main([*evaluated, "--json", "e.json", "--max-length", "52"])
     want, got = json.loads(Path("e.json").read_text()), metrics(out, "eval")[-1]
-    assert got["rows"] == want["rows"] and got["length"]["n"] == want["length"]["n"]
+    assert 3 <= got["rows"]["n"] < len(held_out) and got["rows"] == want["rows"]
+    assert got["length"]["n"] == want["length"]["n"] and got["groups"] == want["groups"]
     for part, name in (("margin", "mean"), ("calibration", "log_loss"), ("calibration", "ece")):
         assert got[part][name] == pytest.approx(want[part][name], rel=1e-4), name
 
@@ -328,6 +374,109 @@ def test_defaults_of_lora_and_bf16_weights(run, model):
     }
     assert any("score" in name for name in load_file(last / "adapter_model.safetensors"))
     assert not list(Path("out").glob("adapter*"))
+
+
+# --- it learns, or says that it has not
+
+FEW = ["--dtype", "float32", "--device", "cpu", "--eval-split", "0"]
+
+
+def test_one_step_is_enough_to_learn(run, model):
+    """60 pairs and all defaults: one optimiser step."""
+    assert main.main(["train", *FEW, *command(model, pairs(60))]) == 0
+    (line,) = metrics("out", "train")
+    assert line["step"] == 1 and line["learning_rate"] == 1e-5
+    want, got = (load_file(f"{x}/model.safetensors") for x in (model, "out"))
+    assert not any(torch.equal(want[name], got[name]) for name in want if want[name].ndim > 1)
+    assert json.loads(Path("out/checkpoints/run.json").read_text())["warnings"] == []
+    assert "Warning" not in Path("out/README.md").read_text()
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "2"], ["--dtype", "bfloat16"]], ids=str)
+def test_a_run_that_learnt_nothing_says_so(run, model, capsys, more):
+    out = run(*command(model, pairs(), *FEW, "--learning-rate", "1e-30", "--max-steps", "2", *more))
+    message = "no weight changed in 2 steps, this is the model that the run began with: raise"
+    assert f"! {message}" in capsys.readouterr().out
+    assert f"**Warning: {message}" in (out / "README.md").read_text()
+    (warning,) = json.loads((out / "checkpoints/run.json").read_text())["warnings"]
+    assert warning.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "want"),
+    [(0.03, 1, 0), (0.03, 9, 0), (0.03, 10, 1), (0.03, 1000, 30), (0.9, 50, 5), (0.0, 99, 0),
+     (7, 9, 7)],
+)  # fmt: skip
+def test_warm_up_never_swallows_a_run(tmp_path, share, steps, want):
+    args = RewardConfig(str(tmp_path), warmup_steps=share, report_to="none")
+    assert args.get_warmup_steps(steps) == want
+
+
+# --- can it be saved? is found before the first step
+
+
+def cannot(*_, **__):
+    raise ValueError("a reason\nin many lines")
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device", "some/file")
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "does", "message"),
+    [
+        ("model", "save_pretrained", cannot, "this model could not be saved at the end: a reason"),
+        ("tokenizer", "save_pretrained", cannot, "could not be saved at the end: a reason"),
+        ("model", "save_pretrained", full, "some/file: cannot be written: No space left"),
+        ("layer", "merge", cannot, "could not be saved at the end: a reason"),
+    ],
+)
+def test_what_cannot_be_saved_is_not_trained(
+    run, model, capsys, monkeypatch, what, name, does, message
+):
+    make, made = fit.make_trainer, []
+
+    def make_trainer(*args, **kwargs):
+        made.append(make(*args, **kwargs))
+        layer = (
+            made[0].model.base_model.model.model.layers[1].mlp.up_proj if what == "layer" else None
+        )
+        found = {"model": made[0].model, "tokenizer": made[0].processing_class, "layer": layer}
+        setattr(found[what], name, does)
+        return made[0]
+
+    monkeypatch.setattr(fit, "make_trainer", make_trainer)
+    more = ["--lora-rank", "2"] if what == "layer" else []
+    run(*command(model, pairs(), *more), code=2)
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said and "in many lines" not in said
+    assert made[0].state.global_step == 0 and not list(Path("out/checkpoints").iterdir())
+
+
+def test_an_adapter_of_a_quantised_model_is_kept(run, model, monkeypatch):
+    """As the adapter that it is; the card's code loads it."""
+    train = fit.train
+
+    def quantised(trainer, checkpoint):
+        train(trainer, checkpoint)
+        trainer.model.get_base_model().is_quantized = True
+
+    monkeypatch.setattr(fit, "train", quantised)
+    out = run(*command(model, pairs(messages=True), "--lora-rank", "2"))
+    assert (out / "adapter_model.safetensors").exists()
+    assert not (out / "model.safetensors").exists()
+    card = (out / "README.md").read_text()
+    assert "this is the adapter alone" in card
+    ours = rmfast.loading.load(str(out)).model
+    code, names = re.findall(r"```python\n(.*?)```", card, re.S)[1], {}
+    exec(code.split("ids =")[0], names)
+    theirs, ids = names["model"].eval(), torch.tensor([[5, 6, 7]])
+    assert theirs.config.pad_token_id == tiny.PAD
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+    before = load_file(f"{model}/model.safetensors")
+    assert not torch.equal(ours.score.weight, before["score.weight"])
 
 
 # --- going on

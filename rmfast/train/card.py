@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ scores of answers to one prompt: σ(score - score') is the probability that the 
 
 Trained from `{model}` (its head: {head}) on {count:,} {records} of {of} of
 `{data}`{method}; loss: {loss}.
-
+{warnings}
 ## Score with it
 
 With rmfast, in bulk:
@@ -78,10 +79,10 @@ Of {count:,} {records} of {source}:
 _LOAD = """\
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-name = "{name}"  # this folder, or its name on the hub
+name = {name}  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForSequenceClassification.from_pretrained(name)
-conversation = {conversation}"""
+model = AutoModelForSequenceClassification.from_pretrained(name{labels})
+{pad}conversation = {conversation}"""
 _MESSAGES = """\
 [
     {"role": "user", "content": "How many legs has a spider?"},
@@ -99,8 +100,10 @@ class Finished:
     rows: Rows
     loss: str  # one of train.objective.KINDS
     steps: int
+    is_adapter: bool  # the folder has LoRA's adapter alone
     summary: dict[str, Any] | None  # the last held-out figures
     versions: dict[str, str]  # of the libraries
+    warnings: list[str]  # what to know before it is used
 
     @property
     def is_text(self) -> bool:
@@ -123,7 +126,13 @@ def write(run: Finished, folder: Path) -> None:
         if run.started.tokenizer.eos_token is not None:
             conversation += " + tokenizer.eos_token"
             trained_on = "text, each with the end of text after it"
-    rank = options.lora_rank
+    method, labels, pad = "", "", ""
+    if options.lora_rank is not None:
+        method = f", by LoRA of rank {options.lora_rank}, merged into the weights"
+    if run.is_adapter:  # transformers loads its model first, with that one's settings
+        method = f", by LoRA of rank {options.lora_rank}; this is the adapter alone"
+        labels, pad = ", num_labels=1", "model.config.pad_token_id = tokenizer.pad_token_id\n"
+    name = json.dumps(public.output, ensure_ascii=False)
     text = _CARD.format(
         metadata=_metadata(run, public).to_yaml(),
         name=public.output,
@@ -133,9 +142,10 @@ def write(run: Finished, folder: Path) -> None:
         records=run.records,
         of="text" if run.is_text else "messages",
         data=public.data,
-        method="" if rank is None else f", by LoRA of rank {rank}, merged into the weights",
+        method=method,
         loss=_LOSSES[run.loss],
-        load=_LOAD.format(name=public.output, conversation=conversation),
+        warnings="".join(f"\n**Warning: {warning}.**\n" for warning in run.warnings),
+        load=_LOAD.format(name=name, labels=labels, pad=pad, conversation=conversation),
         ids=_ids(run),
         trained_on=trained_on,
         figures=_figures(run, public),

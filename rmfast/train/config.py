@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import datasets
 import trl
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class RewardConfig(trl.RewardConfig):
     """TRL's options, and rmfast's.
+
+    Two of TRL's differ. Without a word on ``bf16``, it is on only if the device has it. Where
+    ``warmup_steps`` is a share, it is a tenth of the steps at most, and none of fewer than ten: the
+    first step of a warm-up learns nothing.
 
     Attributes:
         max_tokens_per_batch: trie nodes (distinct prefixes) a micro-batch, in place of
@@ -28,6 +36,21 @@ class RewardConfig(trl.RewardConfig):
     label_smoothing: float = 0.0
     focal_gamma: float = 2.0
     share_prefixes: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not self.use_cpu:
+            has_it = is_torch_bf16_gpu_available() or is_torch_xla_available()
+            self.bf16 = has_it and not self.fp16
+        super().__post_init__()
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps of warm-up; a share of the steps is never the whole run."""
+        wanted, most = super().get_warmup_steps(num_training_steps), num_training_steps // 10
+        if self.warmup_steps >= 1 or wanted <= most:
+            return wanted
+        if self.warmup_steps > 0.1:
+            _log.warning("warm-up: %d of %d steps, at most a tenth", most, num_training_steps)
+        return most
 
 
 def option_of(args: trl.RewardConfig, name: str) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerState
 
@@ -24,7 +26,8 @@ class Trainer(RewardTrainer):
     """Evaluates as ``rmfast eval`` does."""
 
     watch: Watch
-    use_cache: bool  # of the model, before transformers turned it off
+    use_cache: bool | None  # of the model, before transformers turned it off
+    begun: dict[str, int]  # what tells its weights from later ones
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         return self.watch.evaluate()
@@ -54,7 +57,8 @@ def make_trainer(
     Raises:
         UserError: options that do not go with the data.
     """
-    use_cache = started.model.config.use_cache
+    use_cache = getattr(started.model.config, "use_cache", None)
+    begun = _weights(started.model)
     rows.form.record(started.model.config)
     held_out = None if rows.held_out is None else Dataset.from_list(rows.held_out)
     args = _config(options, folder, held_out is not None, is_new)
@@ -75,7 +79,17 @@ def make_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    trainer.begun = begun
     return trainer
+
+
+@torch.no_grad()
+def _weights(model: torch.nn.Module) -> dict[str, int]:
+    """For each parameter the sum of its bits, read as fp32."""
+    return {
+        name: int(parameter.float().view(torch.int32).sum(dtype=torch.int64))
+        for name, parameter in model.named_parameters()
+    }
 
 
 def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -> RewardConfig:
@@ -146,11 +160,44 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def save(trainer: Trainer, started: Started, folder: Path) -> None:
-    """Write the model, with its adapter merged, and its tokenizer."""
-    started.model.config.use_cache = trainer.use_cache
+def rehearse(trainer: Trainer, folder: Path) -> None:
+    """Save and merge once before the first step, so that nothing fails after the work.
+
+    Raises:
+        UserError: what would be trained cannot be saved.
+    """
+    at = folder / "checkpoints" / "rehearsal"
+    try:
+        if not keeps_adapter(trainer.model) and hasattr(trainer.model, "merge_adapter"):
+            trainer.model.merge_adapter()  # new adapters are 0: no weight changes
+            trainer.model.unmerge_adapter()
+        trainer.save_model(str(at))
+    except OSError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"nothing is trained, for this model could not be saved at the end: {reason}"
+        ) from error
+    finally:
+        shutil.rmtree(at, ignore_errors=True)
+
+
+def keeps_adapter(model: torch.nn.Module) -> bool:
+    """Whether adapters stay beside the model: merged, its weights would be quantised anew."""
+    return any(getattr(module, "is_quantized", False) for module in model.modules())
+
+
+def save(trainer: Trainer, started: Started, folder: Path) -> bool:
+    """Write the model or its adapter, and its tokenizer; whether any weight changed.
+
+    Adapters are merged, unless the model is quantised.
+    """
+    if trainer.use_cache is not None:
+        started.model.config.use_cache = trainer.use_cache
     model = patching.unpatch(trainer.accelerator.unwrap_model(trainer.model, False))
-    if hasattr(model, "merge_and_unload"):
+    if hasattr(model, "merge_and_unload") and not keeps_adapter(model):
         model = model.merge_and_unload()
     model.save_pretrained(folder)
     started.tokenizer.save_pretrained(folder)
+    return _weights(model) != trainer.begun

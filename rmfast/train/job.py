@@ -59,12 +59,14 @@ class State:
         settings: what decides the weights, by names that users know.
         resolved: dtype and device, where nobody gave them: what is fast is found by timing.
         versions: of the libraries.
+        warnings: what to know of the model that came out.
         done: nothing is left to do.
     """
 
     settings: dict[str, Any]
     resolved: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    warnings: list[str] = dataclasses.field(default_factory=list)
     done: bool = False
 
     def save(self, folder: Path) -> None:
@@ -101,6 +103,9 @@ def _run(options: TrainOptions) -> int:
     found = rows.tokenised(started, train, held_out, options.max_length)
     checkpoint = last_checkpoint(folder / "checkpoints") if options.resume else None
     trainer = fit.make_trainer(options, folder, started, found, is_new=checkpoint is None)
+    if checkpoint is None:
+        with saving(folder):
+            fit.rehearse(trainer, folder)
     if not options.resume:
         _clear(folder)  # not before it is known that there is something to replace it
     watch = Watch(folder, trainer, found.held_out, step_of(checkpoint))
@@ -116,8 +121,10 @@ def _run(options: TrainOptions) -> int:
         found,
         loss=trainer.objective.kind,
         steps=trainer.state.global_step,
+        is_adapter=fit.keeps_adapter(trainer.model),
         summary=watch.summary,
         versions=state.versions,
+        warnings=state.warnings,
     )
     _save(folder, trainer, watch, finished)
     state.done = True
@@ -128,11 +135,17 @@ def _run(options: TrainOptions) -> int:
 def _save(folder: Path, trainer: fit.Trainer, watch: Watch, finished: card.Finished) -> None:
     """Write the model and what belongs to it."""
     with saving(folder):
-        fit.save(trainer, finished.started, folder)
+        if not fit.save(trainer, finished.started, folder):
+            finished.warnings.append(
+                f"no weight changed in {finished.steps:,} steps, this is the model that the run "
+                "began with: raise --learning-rate"
+            )
         watch.draw()
         card.write(finished, folder)
     if finished.summary is not None:
         print(f"\n{show.table(finished.summary)}\n")
+    for warning in finished.warnings:
+        print(f"! {warning}")
     print(f"written: {folder}")
 
 

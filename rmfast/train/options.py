@@ -89,7 +89,7 @@ class TrainOptions(Options):
     schedule: Literal["cosine", "linear", "constant"] = _training(
         "Lower the learning rate; cosine: to a tenth, as Llama 2 does; linear: to 0.", "cosine")
     warm_up: float = _training(
-        "Raise the learning rate in this share of the steps.",
+        "Raise the learning rate in this share of the steps: a tenth at most, none under 10 steps.",
         0.03, metavar="SHARE", least=0, below=1)
     weight_decay: float = _training("Set the weight decay of AdamW.", 0.0, metavar="W", least=0)
     loss: Literal["bradley_terry", "focal", "all_pairs", "plackett_luce"] | None = _training(
