@@ -16,7 +16,7 @@ from rmfast.data.encoding import read_template
 from rmfast.data.files import Reader
 from rmfast.data.rows import Row, RowReader
 from rmfast.errors import RowError, UserError
-from rmfast.evaluate import measures, rewardbench, show
+from rmfast.evaluate import measures, published, rewardbench, show
 from rmfast.evaluate.options import EvalOptions
 from rmfast.resume import versions
 from rmfast.score.progress import progress_bar
@@ -27,8 +27,13 @@ if TYPE_CHECKING:
     from rmfast.score.scorer import Scorer
     from rmfast.score.windows import Scored
 
+Tag = tuple[int, Row | None, str | None]  # number, what it was read as, the benchmark's name
 
-_SPLITS = {"allenai/reward-bench": "filtered", "allenai/reward-bench-2": "test"}
+_SPLITS = {
+    "allenai/reward-bench": "filtered",
+    "allenai/reward-bench-2": "test",
+    "ScalerLab/JudgeBench": "gpt",
+}
 _ATTENTION = {"eager": "sdpa", "sdpa": "sdpa", "flash_attention_2": "flash"}
 _DEBUG = 10  # rows
 _SHOWN = 5  # errors on the screen
@@ -54,17 +59,20 @@ def run(args: EvalOptions) -> int:
         files = stack.enter_context(_RowFiles(args, scorer.encoder))
         windows = stack.enter_context(contextlib.closing(scorer.windows(source)))
         for window in memory_told(windows):
-            for (number, row), scored in window:
+            for (number, row, benchmark), scored in window:
                 if scored.error is not None:
                     left_out.add(number, scored.error)
                     files.error(number, scored.error)
                     continue
-                judged.add(scored.scores, scored.lengths, len(row.chosen), row.subset)
+                judged.add(
+                    scored.scores, scored.lengths, len(row.chosen), row.subset, benchmark,
+                    row.record.get("id"),
+                )  # fmt: skip
                 files.row(number, row, scored)
         if not len(judged):
             first = "".join(f"; line {one['line']}: {one['reason']}" for one in left_out.rows[:1])
             raise UserError(f"{args.input}: there is no row to evaluate{first}")
-        summary = measures.summarise(judged)
+        summary = {"headline": published.headline(judged), **measures.summarise(judged)}
         bar.close()
         paths = files.finish(summary)
     _print(args, scorer, summary, left_out)
@@ -144,14 +152,15 @@ class _Source:
         columns = {name: getattr(args, f"{name}_column") for name in names}
         self.rows = RowReader(columns, cells=reader.format == "csv", lists=True)
 
-    def __iter__(self) -> Iterator[tuple[tuple[int, Row | None], list[Conversation] | RowError]]:
+    def __iter__(self) -> Iterator[tuple[Tag, list[Conversation] | RowError]]:
         for record in self.records:
             try:
-                row = self.rows.read(record.value, "pair")
+                benchmark, value = published.read(record.value, self.rows.columns)
+                row = self.rows.read(value, "pair")
             except RowError as error:
-                yield (record.number, None), error
+                yield (record.number, None, None), error
             else:
-                yield (record.number, row), [*row.chosen, *row.rejected]
+                yield (record.number, row, benchmark), [*row.chosen, *row.rejected]
 
 
 # --- results
@@ -231,7 +240,10 @@ class _RowFiles(contextlib.ExitStack):
 
     def finish(self, summary: dict[str, Any]) -> list[Path]:
         """Write RewardBench's summary, and return the paths of all files."""
-        args, count, subsets = self.args, len(self.results), summary.get("subsets")
+        args, count, headline = self.args, len(self.results), summary["headline"]
+        subsets = {name: x["accuracy"] for name, x in summary.get("subsets", {}).items()}
+        if headline and headline["benchmark"] == "RewardBench 2":
+            subsets = headline["parts"]
         paths = [Path(file.name) for file in self.files.values()]
         if "outputs" in self.files:
             about = {
@@ -241,7 +253,7 @@ class _RowFiles(contextlib.ExitStack):
                 "ref_model": args.ref_model,
                 "tokenizer": args.tokenizer or args.model,
                 "chat_template": args.chat_template,
-                "extra_results": subsets and {name: x["accuracy"] for name, x in subsets.items()},
+                "extra_results": subsets or None,
             }
             paths.append(Path(f"{self.stem}.json"))
             paths[-1].write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")

@@ -24,6 +24,8 @@ def table(summary: dict[str, Any]) -> str:
     ece, log_loss = (_number(summary["calibration"][name]) for name in ("ece", "log_loss"))
     calibration = f"expected calibration error {ece}, log loss {log_loss}"
     parts = [_accuracy(summary), _margin(summary), _length(summary["length"])]
+    if summary.get("headline"):
+        parts.insert(0, _headline(summary["headline"]))
     parts.append([f"calibration of σ(margin): {calibration}"])
     if summary["rm_bench"] is not None:
         parts.append(_rm_bench(summary["rm_bench"]))
@@ -38,6 +40,18 @@ def _grid(rows: list[list[str]], indent: str = "") -> Iterator[str]:
         yield indent + "   ".join([name.ljust(widths[0]), *right]).rstrip()
 
 
+def _headline(found: dict[str, Any]) -> Iterator[str]:
+    yield _score(found)
+    yield f"  as published ({found['paper']}): {found['formula']}"
+    if len(found["parts"]) < found["of"]:
+        yield f"  {len(found['parts'])} of its {found['of']} parts are in these rows"
+    yield from _grid([[name, _share(score)] for name, score in found["parts"].items()], "  ")
+
+
+def _score(found: dict[str, Any]) -> str:
+    return f"{found['benchmark']} {_share(found['score'])}"
+
+
 def _accuracy(summary: dict[str, Any]) -> Iterator[str]:
     groups = summary["groups"]
     tallies = [("best answer is chosen" if groups else "chosen wins", summary["rows"])]
@@ -46,7 +60,8 @@ def _accuracy(summary: dict[str, Any]) -> Iterator[str]:
     if groups:
         tallies.append(("pairs", summary["pairs"]))
     counted = ("n", "wins", "ties", "losses")
-    rows = [["", *counted, "accuracy", "95 % interval", "ties shared"]]
+    title = "rmfast's own figures" if summary.get("headline") else ""
+    rows = [[title, *counted, "accuracy", "95 % interval", "ties shared"]]
     for name, tally in tallies:
         counts = [f"{tally[key]:,}" if key in tally else "" for key in counted]
         interval = " - ".join(map(_share, tally.get("interval") or ()))
@@ -93,7 +108,10 @@ def _length(length: dict[str, Any]) -> Iterator[str]:
 def _rm_bench(found: dict[str, Any]) -> Iterator[str]:
     yield f"RM-Bench, {found['n']:,} rows of 3 chosen and 3 rejected answers"
     rows = [["", *_LEVELS]]
-    for name, levels in (("all", found), *found["subsets"].items()):
+    both = {"all": found}
+    if "pooled" in found:
+        both = {"mean of domains": found, "all rows": found["pooled"]}
+    for name, levels in (*both.items(), *found["subsets"].items()):
         rows.append([name, *(_share(levels[key]) for key in _LEVELS)])
     yield from _grid(rows, "  ")
     rows = [["chosen, against rejected:", *_STYLES]]
@@ -137,6 +155,8 @@ def _figure(title: str, width: float, height: float) -> Figure:
 
 def figure(summary: dict[str, Any], title: str) -> Figure:
     """Histogram of margins, with the accuracy above it, and reliability diagram."""
+    if summary.get("headline"):
+        title += f"\n{_score(summary['headline'])}"
     drawn = _figure(title, 12, 5)
     margins, reliability = drawn.subplots(1, 2)
     margins.set_title(f"accuracy {_share(summary['rows']['accuracy'])}")
