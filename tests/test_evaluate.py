@@ -330,7 +330,7 @@ def test_rewardbench_files_of_groups_and_of_conversations(model, tmp_path, monke
     best = [max(line["scores_chosen"]) > max(line["scores_rejected"]) for line in outputs[:2]]
     assert [line["results"] for line in outputs[:2]] == best
     assert outputs[2]["prompt"] == "user: q</s>" and outputs[2]["text_rejected"].endswith("b</s>")
-    assert outputs[3]["prompt"] == "" and outputs[3]["text_chosen"] == "x"
+    assert outputs[3]["prompt"] == "" and outputs[3]["text_chosen"] == "x</s>"
     assert json.loads(Path(f"{stem}.json").read_text())["extra_results"] is None
     assert not Path(f"{stem}_all.jsonl").exists()
 
@@ -481,11 +481,13 @@ def test_rows_that_are_none(change, said):
     assert error.value.reason.startswith(said)
 
 
-def test_plain_text(model, hf, tmp_path):
+def test_plain_text(model, hf, tmp_path, capsys):
     data = lines(tmp_path / "in.jsonl", [{"prompt": "what ", "chosen": "is", "rejected": "it"}])
     scores = tmp_path / "scores.jsonl"
     assert run("--model", model, "--input", data, "--no-chat", "--scores", scores) == 0
     with torch.no_grad():
-        expected = [hf.model(hf.ids(text)).logits.item() for text in ("what is", "what it")]
+        texts = ("what is</s>", "what it</s>")  # as TRL ends them
+        expected = [hf.model(hf.ids(text)).logits.item() for text in texts]
     (line,) = read_lines(scores)
     assert [line["chosen"], line["rejected"]] == pytest.approx(expected, rel=1e-4)
+    assert "as TRL trains" in capsys.readouterr().out

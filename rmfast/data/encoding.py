@@ -35,6 +35,10 @@ Conversation = str | Messages | tuple[str | Messages, str | Messages] | Sequence
 SEGMENT = 1 << 30  # added to the ids of a second segment, the token type 1 of encoders
 _MOST_CHARACTERS = 64  # a token: what is longer is not tokenised whole to learn by how much
 _PIECES = 256  # that a token may come to where a text is cut within it
+_ENDED = (
+    "text of preference pairs was given the end of text, as TRL trains, for the model does not say "
+    "how it was trained (--no-end-of-text, end_of_text=False leaves text as it is)"
+)
 ON_OVERLONG = ("error", "skip", "truncate_left")
 
 
@@ -255,6 +259,8 @@ class Encoder:
             raise RowError(f"{name} goes with messages, and this is plain text")
         if is_side if self.end_of_text is None else self.end_of_text:
             end = getattr(self.tokenizer, "eos_token", None) or ""
+            if self.end_of_text is None and not text.endswith(end):
+                self.warnings[_ENDED] += 1
             text = text if text.endswith(end) else text + end
         return text, False
 

@@ -273,7 +273,8 @@ def _print(args: EvalOptions, scorer: Scorer, summary: dict[str, Any], left_out:
         f"{stats.rows:,} rows, {stats.conversations:,} answers, {stats.tokens:,} tokens in "
         f"{stats.seconds:.1f} s; shared prefixes saved {saved:.0%} of them; level {model['level']}"
     )
-    for warning in model["warnings"] if args.ref_model is None else ():  # these are about a head
+    # a policy's own warnings are about a head
+    for warning in model["warnings"] if args.ref_model is None else scorer.encoder.told():
         print(f"! {warning}")
     for line in left_out.lines():
         print(line)
