@@ -24,7 +24,7 @@ class Trainer(RewardTrainer):
     """Evaluates as ``rmfast eval`` does."""
 
     watch: Watch
-    use_cache: bool  # of the model, before transformers turned it off
+    use_cache: bool | None  # of the model, before transformers turned it off
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         return self.watch.evaluate()
@@ -54,7 +54,7 @@ def make_trainer(
     Raises:
         UserError: options that do not go with the data.
     """
-    use_cache = started.model.config.use_cache
+    use_cache = getattr(started.model.config, "use_cache", None)
     held_out = None if rows.held_out is None else Dataset.from_list(rows.held_out)
     args = _config(options, folder, held_out is not None, is_new)
     try:
@@ -146,10 +146,14 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
 
 
 def save(trainer: Trainer, started: Started, folder: Path) -> None:
-    """Write the model, with its adapter merged, and its tokenizer."""
-    started.model.config.use_cache = trainer.use_cache
+    """Write the model, with its adapter merged, and its tokenizer.
+
+    Merged into a quantised model, the adapter would be rounded: it is written alone.
+    """
+    if trainer.use_cache is not None:
+        started.model.config.use_cache = trainer.use_cache
     model = patching.unpatch(trainer.accelerator.unwrap_model(trainer.model, False))
-    if hasattr(model, "merge_and_unload"):
+    if hasattr(model, "merge_and_unload") and not getattr(model, "is_quantized", False):
         model = model.merge_and_unload()
     model.save_pretrained(folder)
     started.tokenizer.save_pretrained(folder)
