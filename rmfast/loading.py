@@ -238,6 +238,8 @@ def _why(name: str, error: Exception) -> str:
                 "one that returns logits [B, 1]"
             )
         return f"its config is for a kind of model that has no {kind} in transformers"
+    if "Padding_idx must be within" in text:
+        return "its config.pad_token_id has no embedding: set another one in its config.json"
     sentence = re.match(r".{30,240}?[.!](?= [A-Z]|$)|.{,240}", text)[0]
     if isinstance(error, OSError) and not Path(name).exists():
         return f"there is no such folder, and the hub did not give it: {sentence}"

@@ -89,9 +89,19 @@ class Case:
     @functools.cached_property
     def vocabulary(self) -> int | None:
         """Rows of the input embeddings."""
-        holder = self.classifier or self.base
-        table = holder.get_input_embeddings() if holder is not None else None
-        return table.weight.shape[0] if hasattr(table, "weight") else None
+        return models.vocabulary(self.classifier or self.base)
+
+    @functools.cached_property
+    def quantised(self) -> bool:
+        """Whether weights are rounded below half precision, and activations perhaps with them."""
+        integers = any(not p.is_floating_point() for p in self.model.parameters())
+        return integers or any(getattr(m, "is_quantized", False) for m in self.model.modules())
+
+    @functools.cached_property
+    def takes_pairs(self) -> bool:
+        """Whether the model reads a prompt and its response as two segments."""
+        known = self.classifier is not None and self.tokenizer is not None
+        return known and models.takes_pairs(self.config, self.tokenizer)
 
     @functools.cached_property
     def head(self) -> dict[str, nn.Parameter]:

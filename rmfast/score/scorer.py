@@ -105,7 +105,7 @@ class Scorer(BulkScorer):
         self._patch = patching.repatch(model, pooling=pooling, attention=attention, compile=compile)
         self._patches = [(model, self._patch)]
         self._pooling = self._patch.options.pooling
-        self._pad = getattr(text, "pad_token_id", None)
+        self._pad = models.pad_token(model)
         self._position_limit = models.position_limit(text)
         self.encoder = Encoder(
             tokenizer,
@@ -114,7 +114,7 @@ class Scorer(BulkScorer):
             system_prompt=system_prompt,
             chat_template=chat_template,
             chat=chat,
-            vocabulary=_vocabulary(model),
+            vocabulary=models.vocabulary(model),
         )
         self._budget = self._new_budget(max_tokens or self._patch.options.max_tokens)
 
@@ -280,12 +280,6 @@ def alike(keys: Mapping[int, Hashable]) -> dict[int, list[int]]:
     for row, key in keys.items():
         found.setdefault(key, []).append(row)
     return {rows[0]: rows for rows in found.values()}
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    if not hasattr(model, "get_input_embeddings"):
-        return None
-    return getattr(model.get_input_embeddings(), "num_embeddings", None)
 
 
 def _normalization(config: Any) -> tuple[float, float]:
