@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
+import textwrap
 import timeit
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from rmfast.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
 
 
 class Loaded(NamedTuple):
@@ -46,7 +48,8 @@ def load(
     """Load a model from a folder or the hub, with its tokenizer.
 
     Args:
-        name: a checkpoint; or the folder of a PEFT adapter, which is merged into its model.
+        name: a checkpoint; or a PEFT adapter, which is merged into its model, or put on it where
+            that is quantised.
         dtype: ``"auto"``, the checkpoint's own; ``"bfloat16"``, ``"float16"`` or ``"float32"``.
         device: ``cpu``, ``cuda``, ``cuda:N``; None: a GPU if there is one.
         task: ``"reward"``, a sequence classifier with one label; ``"causal"``, a language model.
@@ -60,27 +63,46 @@ def load(
 
     device = usable_device(device)
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
-    labels = {"num_labels": 1} if task == "reward" and is_adapter(name) else {}
     auto = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
-    model, found, missing, _ = read_checkpoint(name, auto, tokenizer, remote, dtype=dtype, **labels)
+    with readable(name):
+        adapter = adapter_folder(name, revision)
+        labels = {"num_labels": 1} if task == "reward" and adapter else {}
+        model, found, missing, _ = read_checkpoint(
+            name, auto, tokenizer, remote, adapter, dtype=dtype, **labels
+        )
+        model = placed(model, device)
     if check:
         _refuse_random_scores(name, model, missing, task)
-    return Loaded(model.to(device).eval(), found, missing)
+    return Loaded(model, found, missing)
 
 
-def is_adapter(name: str) -> bool:
-    """Whether this is the folder of a PEFT adapter."""
-    return (Path(name) / "adapter_config.json").is_file()
+def adapter_folder(name: str, revision: str | None = None) -> str | None:
+    """The folder of a PEFT adapter, here or in the hub's cache; None: this is no adapter."""
+    from huggingface_hub import snapshot_download
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    _refuse_no_folder(name)
+    config = find_adapter_config_file(name, revision=revision)
+    if config is None or Path(name).is_dir():
+        return None if config is None else name
+    needed = ["adapter_model.*", *(f"*.{kind}" for kind in "json jinja model txt py".split())]
+    return snapshot_download(name, revision=revision, allow_patterns=needed)
 
 
 def read_checkpoint(
-    name: str, auto: Any, tokenizer: str | None, remote: dict[str, Any], **options: Any
+    name: str,
+    auto: Any,
+    tokenizer: str | None,
+    remote: dict[str, Any],
+    adapter: str | None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str], list[str]]:
     """The model of a checkpoint or of an adapter, and its tokenizer or another.
 
     Args:
         auto: one of transformers' auto classes.
         remote: ``revision`` and ``trust_remote_code``.
+        adapter: what :func:`adapter_folder` gives.
         options: more of ``from_pretrained``.
 
     Returns:
@@ -89,23 +111,45 @@ def read_checkpoint(
     from transformers import AutoTokenizer
 
     code = {"trust_remote_code": remote["trust_remote_code"]}
-    try:
-        # another tokenizer, and an adapter's model, have revisions of their own
-        found = AutoTokenizer.from_pretrained(tokenizer or name, **(code if tokenizer else remote))
-        if is_adapter(name):
-            model, missing, unused = load_adapter(name, auto, **options, **code)
-        else:
-            model, keys = auto.from_pretrained(name, output_loading_info=True, **options, **remote)
-            missing, unused = sorted(keys["missing_keys"]), sorted(keys["unexpected_keys"])
-    except UNREADABLE as error:
-        raise UserError(f"{name} cannot be loaded: {error}") from None
+    # another tokenizer, and an adapter's model, have revisions of their own
+    source, own = (tokenizer, code) if tokenizer else (name, remote)
+    if adapter and not tokenizer:
+        source, own = _with_tokenizer(adapter), code
+    found = AutoTokenizer.from_pretrained(source, **own)
+    if adapter:
+        model, missing, unused = load_adapter(adapter, auto, **options, **code)
+        if found.pad_token_id is not None and found.pad_token_id < _rows(model):
+            # an adapter has no config that would say which token it was trained to pass over
+            model.config.get_text_config().pad_token_id = found.pad_token_id
+    else:
+        model, keys = auto.from_pretrained(name, output_loading_info=True, **options, **remote)
+        missing, unused = sorted(keys["missing_keys"]), sorted(keys["unexpected_keys"])
     return model, found, missing, unused
 
 
+def _with_tokenizer(adapter: str) -> str:
+    """The adapter's folder, or its model where no tokenizer was saved with it."""
+    if (Path(adapter) / "tokenizer_config.json").is_file():
+        return adapter
+    return adapter_settings(adapter)["base_model_name_or_path"]
+
+
+def adapter_settings(folder: str) -> dict[str, Any]:
+    """What is in ``adapter_config.json``."""
+    return json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
 def load_adapter(
-    name: str, auto: Any, **options: Any
+    folder: str, auto: Any, **options: Any
 ) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """The model that a PEFT adapter's folder was made for, with the adapter merged into it.
+    """The model that a PEFT adapter was made for, with the adapter merged into it.
+
+    The embeddings get as many rows as the adapter saved. A quantised model would be rounded by
+    merging: it keeps the adapter beside its weights.
 
     Args:
         auto: one of transformers' auto classes.
@@ -116,27 +160,116 @@ def load_adapter(
         checkpoint that are not used.
 
     Raises:
-        UserError: PEFT is not installed.
+        UserError: PEFT is not installed, or the adapter has what the model has no place for.
     """
     try:
         import peft
     except ImportError:
-        raise UserError(f"{name} holds a PEFT adapter: pip install peft") from None
-    settings = peft.PeftConfig.from_pretrained(name)
+        raise UserError(f"{folder} holds a PEFT adapter: pip install peft") from None
+    settings = peft.PeftConfig.from_pretrained(folder)
     base, keys = auto.from_pretrained(
         settings.base_model_name_or_path,
         revision=settings.revision,
         output_loading_info=True,
         **options,
     )
+    weights = peft.utils.load_peft_weights(folder, device="cpu")
+    saved = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+    heads = settings.modules_to_save or ["score", "classifier"]
+    if settings.task_type == "SEQ_CLS" and not _has_part(saved, heads):
+        raise UserError(
+            f"{folder} is the adapter of a reward model, and the head that it was trained with is "
+            f"not in it: it was not saved; begin with {settings.base_model_name_or_path}"
+        )
+    table = base.get_input_embeddings()
+    name = next(name for name, module in base.named_modules() if module is table)
+    for key in (f"{name}.weight", f"{name}.base_layer.weight"):
+        if key in saved and len(saved[key]) != _rows(base):
+            base.resize_token_embeddings(len(saved[key]), mean_resizing=False)
     # PEFT loads an adapter only for the task that it was saved for; but its wrapper for language
     # models wants one that generates
     if settings.task_type == "CAUSAL_LM" and not base.can_generate():
         settings.task_type = None
-    model = peft.PeftModel.from_pretrained(base, name, config=settings)
-    saved = {key.removeprefix("base_model.model.") for key in peft.utils.load_peft_weights(name)}
-    missing = sorted(keys["missing_keys"] - saved)
-    return model.merge_and_unload(), missing, sorted(keys["unexpected_keys"])
+    model = peft.PeftModel.from_pretrained(base, folder, config=settings)
+    lost = peft.set_peft_model_state_dict(model, weights).unexpected_keys
+    # a classifier has no use for those of a language model; a table that is saved has two names
+    lost = [key for key in lost if not _has_part([key], ["lm_head", "modules_to_save"])]
+    if lost:
+        raise UserError(
+            f"{folder} has {first_names(lost)}, and {type(base).__name__} has no place for it: "
+            "this adapter was made for another kind of model"
+        )
+    missing, unused = sorted(keys["missing_keys"] - saved.keys()), sorted(keys["unexpected_keys"])
+    merges = not getattr(base, "is_quantized", False)
+    return model.merge_and_unload() if merges else model, missing, unused
+
+
+def _has_part(keys: Iterable[str], names: Iterable[str]) -> bool:
+    return any(part in names for key in keys for part in key.split("."))
+
+
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Say in a sentence why a model cannot be loaded, whatever a library or its own code raises.
+
+    Raises:
+        UserError: in place of any other error.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name} cannot be loaded: {_why(name, error)}") from None
+
+
+def _why(name: str, error: Exception) -> str:
+    text, damaged = " ".join(str(error).split()), _damaged(name)
+    if damaged or isinstance(error, SafetensorError):
+        return f"{damaged or 'a safetensors file'} is cut off or damaged: download or copy it again"
+    if "trust_remote_code" in text:
+        return "it comes with code of its own: read that, then allow it with --trust-remote-code"
+    if "Unrecognized configuration class" in text:
+        kind = re.search(r"kind of AutoModel: (\w+)", text)
+        kind = kind[1] if kind else "the class that is needed"
+        if "transformers_modules" in text:
+            return (
+                f"its own code has no {kind}: name a class for it in auto_map of its config.json, "
+                "one that returns logits [B, 1]"
+            )
+        return f"its config is for a kind of model that has no {kind} in transformers"
+    if "Padding_idx must be within" in text:
+        return "its config.pad_token_id has no embedding: set another one in its config.json"
+    sentence = re.match(r".{30,240}?[.!](?= [A-Z]|$)|.{,240}", text)[0]
+    if isinstance(error, OSError) and not Path(name).exists():
+        return f"there is no such folder, and the hub did not give it: {sentence}"
+    known = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+    return sentence if known else f"{type(error).__name__}: {sentence}"
+
+
+def _damaged(name: str) -> str | None:
+    """The first file of a folder that is not whole."""
+    for file in sorted(Path(name).glob("*.safetensors")):
+        try:
+            safe_open(file, "pt")
+        except (OSError, SafetensorError):
+            return str(file)
+    return None
+
+
+def _refuse_no_folder(name: str) -> None:
+    """Look for no name on the hub that is a path."""
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{name} is a file: name the folder of the model")
+    if not path.exists() and (name.count("/") > 1 or name.endswith("/") or name[:1] in "./~\\"):
+        raise UserError(f"there is no folder {name}")
+
+
+def placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The model on a device, in eval mode; bitsandbytes puts a model where it stays."""
+    fixed = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    return (model if fixed else model.to(device)).eval()
 
 
 def usable_device(name: str | None) -> str:
@@ -147,9 +280,10 @@ def usable_device(name: str | None) -> str:
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()
     except (AssertionError, RuntimeError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        why = textwrap.shorten(str(error), 80, placeholder=" …")
+        raise UserError(f"--device {name}: {why}; cpu, cuda and cuda:N are devices") from None
     return name
 
 

@@ -449,6 +449,38 @@ def test_chat_template(sound, text, status, said):
     assert said in found[1]
 
 
+@pytest.mark.parametrize(
+    "answer, status",
+    [
+        ("m['content']", "ok"),
+        ("m['content'].split('</think>')[-1]", "wrong"),
+        ("m['content'].split('</think>')[-1] if not loop.last else m['content']", "ok"),
+        ("'…' if '<think>' in m['content'] else m['content']", "wrong"),
+    ],
+)
+def test_a_template_that_leaves_out_reasoning(sound, answer, status):
+    text = template("{{ m['role'] + ': ' }}{{ " + answer + " }}{{ eos_token }}")
+    found = only(Case(sound, tokenizer(text)), checks.chat_template)
+    assert found[0] == status
+    assert ("what the last answer says in <think>" in found[1]) == (status == "wrong")
+
+
+@pytest.mark.parametrize(
+    "templates, status",
+    [
+        ({"default": TEMPLATE, "tool_use": "{{ tools }}"}, "ok"),
+        ({"default": "{{ raise_exception('never') }}", "rag": TEMPLATE}, "wrong"),
+        ({"rag": TEMPLATE, "tool_use": TEMPLATE}, "wrong"),
+    ],
+)
+def test_several_templates(sound, templates, status):
+    found = only(Case(sound, tokenizer(templates)), checks.chat_template)
+    assert found[0] == status
+    assert ("the chat templates rag, tool_use, and no default" in found[1]) == (
+        "default" not in templates
+    )
+
+
 BARE = template(TURN)
 
 
@@ -538,7 +570,8 @@ def test_a_model_that_does_not_run_patched(sound, monkeypatch):
 def test_a_template_that_refuses_everything(sound):
     found = rmfast.doctor(sound, tokenizer(template("{{ raise_exception('never') }}")))
     assert "with an answer: never" in named(found, "chat template").what
-    assert named(found, "scores").status == "note"
+    assert named(found, "scores").status == "wrong"
+    assert named(found, "scores").what.endswith("the chat template refuses the messages: never.")
     assert not {"bos", "parity"} & {finding.name for finding in found.findings}
 
 
@@ -585,6 +618,109 @@ def test_a_head_of_its_own(sound):
     assert named(found, "parity").status == "ok"
 
 
+class Valued(torch.nn.Module):
+    """A head of its own on a decoder, which scores the last attended token."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.config = decoder.config
+        self.backbone, self.value = copy.deepcopy(decoder), torch.nn.Linear(32, 1)
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
+        last = attention_mask.sum(1) - 1
+        scores = self.value(hidden[torch.arange(len(last)), last])
+        return types.SimpleNamespace(logits=scores)
+
+
+@pytest.mark.parametrize("level", ["trie", "backbone", "head"])
+def test_the_scorer_at_each_level(sound, monkeypatch, level):
+    made = {"trie": sound, "backbone": Valued(sound.model), "head": model("bloom")}[level]
+    found = rmfast.doctor(made, tokenizer())
+    assert named(found, "level").what.startswith(f"{level}: ") and not found.wrong
+    assert named(found, "scorer").figures["largest_difference"] < 1e-4
+    scores = trials.bulk_scores
+    shift = lambda case, rows: scores(case, [row[:-2] for row in rows])  # noqa: E731
+    monkeypatch.setattr(trials, "bulk_scores", shift)
+    found = rmfast.doctor(made, tokenizer())
+    assert [f.name for f in found.findings if f.status == "wrong"] == ["scorer"]
+    assert named(found, "scorer").do.startswith("Call the model itself, and report this")
+
+
+def test_a_model_that_the_scorer_cannot_read(sound):
+    m = Valued(sound.model)
+    m.forward = lambda forward=m.forward, **inputs: (forward(**inputs).logits[:, 0],)
+    found = named(rmfast.doctor(m, tokenizer()), "scorer")
+    assert found.status == "warning" and found.what.startswith("Scorer and rmfast score do not")
+
+
+class Rounded(torch.nn.Linear):
+    """Rounds its inputs to 8 bits, by the largest of the whole batch."""
+
+    def forward(self, x):
+        scale = x.abs().max() / 127
+        return super().forward((x / scale).round() * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", ["trie", "backbone"])
+def test_noise_of_quantisation_is_no_fault(sound, monkeypatch, level, dtype):
+    m = copy.deepcopy(sound).to(dtype)
+    m = m if level == "trie" else Valued(m.model).to(dtype)
+    for layer in m.modules():
+        if type(layer) is torch.nn.Linear and layer.out_features > 1:
+            layer.__class__ = Rounded
+    m.is_quantized = True
+    found = rmfast.doctor(m.eval(), tokenizer())
+    assert not found.wrong
+    assert named(found, "padding").status == "note"
+    assert "the model is quantised" in named(found, "padding").what
+    for name in ("parity", "scorer"):
+        assert named(found, name).status == "ok"
+        assert 1e-3 < named(found, name).figures["largest_difference"] < 1
+    scores = trials.bulk_scores
+    monkeypatch.setattr(trials, "bulk_scores", lambda case, rows: 100 * scores(case, rows))
+    assert named(rmfast.doctor(m, tokenizer()), "scorer").status == "wrong"
+
+
+def encoder():
+    from transformers import BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    tokens = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    return model("bert", vocab_size=len(words), max_position_embeddings=512), tokens
+
+
+def test_an_encoder_of_two_segments(monkeypatch):
+    m, tokens = encoder()
+    right = lambda case, rows: torch.cat([  # noqa: E731
+        m(**tokens(*row, return_tensors="pt")).logits[0] for row in rows
+    ]).numpy()  # fmt: skip
+    plain = lambda case, rows: torch.cat([  # noqa: E731
+        m(**tokens("".join(row), return_tensors="pt")).logits[0] for row in rows
+    ]).numpy()  # fmt: skip
+    scores = trials.bulk_scores
+    for of_pairs, status in ((right, "ok"), (plain, "wrong")):
+        monkeypatch.setattr(trials, "bulk_scores", lambda case, rows, of_pairs=of_pairs: (
+            of_pairs if isinstance(rows[0], tuple) else scores
+        )(case, rows))  # fmt: skip
+        found = rmfast.doctor(m, tokens)
+        assert named(found, "pairs").status == status
+        assert named(found, "chat template").status == "ok"
+    assert "pairs" not in {f.name for f in rmfast.doctor(model(), tokenizer()).findings}
+
+
+@pytest.mark.parametrize("family, pad", [("llama", -1), ("gpt2", 5000), ("bloom", -1)])
+def test_a_pad_token_without_an_embedding_is_never_looked_up(family, pad):
+    m = model(family)
+    m.config.pad_token_id = pad
+    for tokens in (tokenizer(), tokenizer(pad_token=None)):
+        found = rmfast.doctor(m, tokens)
+        assert named(found, "scorer").status == named(found, "parity").status == "ok"
+        assert f"config.pad_token_id is {pad}" in named(found, "vocabulary").what
+
+
 def test_pooling_rules_agree(sound):
     assert named(rmfast.doctor(sound, tokenizer()), "pooling").status == "ok"
 
@@ -614,7 +750,7 @@ def test_scores_of_the_pooling_rules_are_those_of_their_tokens():
     m = model(pad_token_id=EOS)
     tokens = tokenizer(TEMPLATE.replace(" + '\\n'", ""), pad_token="</s>")
     case = Case(m, tokens)
-    rows = trials.token_rows(case)
+    rows, _ = trials.token_rows(case)
     with torch.no_grad():
         hf, last = torch.stack([
             m.score(m.model(torch.tensor([row]))[0][0, -2:])[:, 0] for row in rows

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import tiny
 from rmfast import loading
+from rmfast.commands.main import main
 from rmfast.errors import UserError
 from rmfast.train import begin
 
@@ -151,8 +154,124 @@ def test_only_safetensors_are_read(sft, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"cannot be loaded: .*safetensors"):
         begin.load_to_train(str(tmp_path))
-    with pytest.raises(UserError, match="nowhere cannot be loaded"):
-        begin.load_to_train(str(tmp_path / "nowhere"))
+
+
+BROKEN = {
+    "half": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "no header": lambda data: data[:20],
+    "a page of the web": lambda data: b"<html>not found</html>",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_damaged_file_is_named(tmp_path, how, capsys):
+    folder = save(tmp_path / "rm", tiny.model(vocab_size=ROWS))
+    file = tmp_path / "rm" / "model.safetensors"
+    file.write_bytes(BROKEN[how](file.read_bytes()))
+    said = re.escape(f"{folder} cannot be loaded: {file} is cut off or damaged: download")
+    for load in (loading.load, begin.load_to_train):
+        with pytest.raises(UserError, match=said):
+            load(folder)
+    assert main(["doctor", "--model", folder]) == 2
+    assert "is cut off or damaged" in capsys.readouterr().err
+
+
+def own_code(folder: Path, auto: str) -> str:
+    """A checkpoint whose code is registered for one of transformers' auto classes."""
+    save(folder, tiny.model(vocab_size=ROWS))
+    (folder / "own.py").write_text(
+        "from torch import nn\n"
+        "from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class Own(LlamaPreTrainedModel):\n    config_class = OwnConfig\n"
+        "    def __init__(self, config):\n        super().__init__(config)\n"
+        "        self.model = LlamaModel(config)\n"
+        "        self.score = nn.Linear(config.hidden_size, 1, bias=False)\n"
+        "        self.post_init()\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", auto: "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_code_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "py"))
+    monkeypatch.syspath_prepend(tmp_path / "py")
+    for load in (loading.load, begin.load_to_train):
+        folder = own_code(tmp_path / "a", "AutoModel")
+        with pytest.raises(UserError, match=r"code of its own: read that, .* --trust-remote-code$"):
+            load(folder)
+        with pytest.raises(UserError, match="its own code has no AutoModelForSequenceClassificat"):
+            load(folder, trust_remote_code=True)
+    folder = own_code(tmp_path / "b", "AutoModelForSequenceClassification")
+    assert type(loading.load(folder, trust_remote_code=True).model).__name__ == "Own"
+
+
+def test_a_config_that_is_no_classifiers(tmp_path):
+    from transformers import CLIPVisionConfig
+
+    CLIPVisionConfig().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    for load in (loading.load, begin.load_to_train):
+        with pytest.raises(
+            UserError, match=r"no AutoModelForSequenceClassification in transformers$"
+        ):
+            load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("./nowhere", "there is no folder ./nowhere"),
+        ("a/b/c", "there is no folder a/b/c"),
+        ("~/models", "there is no folder ~/models"),
+        ("models/", "there is no folder models/"),
+        ("/nowhere/rm", "there is no folder /nowhere/rm"),
+        (__file__, f"{__file__} is a file: name the folder of the model"),
+        ("nobody/rm", "nobody/rm cannot be loaded: there is no such folder, and the hub did not"),
+    ],
+)
+def test_a_mistyped_folder(name, said, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (loading.load, begin.load_to_train):
+        with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+            load(name)
+
+
+@pytest.mark.parametrize("name", ["meta", "abacus", "cuda:99"])
+def test_a_device_that_computes_nothing(sft, name):
+    with pytest.raises(UserError, match=f"^--device {name}: .*; cpu, cuda and cuda:N are devices"):
+        loading.load(sft, device=name)
+
+
+# --- quantised models
+
+
+QUANTISED = {
+    "awq": {"bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+    "gptq": {"bits": 4, "group_size": 128, "desc_act": False, "sym": True},
+    "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "compressed-tensors": {"format": "float-quantized", "config_groups": {}, "ignore": ["score"]},
+    "fp8": {"activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_weights_are_not_trained(tmp_path, method):
+    folder = save(tmp_path, tiny.model(vocab_size=ROWS))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = QUANTISED[method] | {"quant_method": method}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").unlink()  # nothing is read of it
+    said = f"is quantised \\({method}\\): its weights cannot be trained; .* --lora-rank"
+    with pytest.raises(UserError, match=said):
+        begin.load_to_train(folder)
+    with pytest.raises(UserError) as refused:  # of the library that loads it, or of the weights
+        begin.load_to_train(folder, lora=True)
+    assert "is quantised" not in str(refused.value)
+    assert len(str(refused.value)) < len(folder) + 280
 
 
 def test_a_head_of_another_name_is_told(tmp_path):

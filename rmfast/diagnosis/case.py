@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from rmfast import loading
 from rmfast.packed import models
 
 if TYPE_CHECKING:
@@ -89,9 +89,19 @@ class Case:
     @functools.cached_property
     def vocabulary(self) -> int | None:
         """Rows of the input embeddings."""
-        holder = self.classifier or self.base
-        table = holder.get_input_embeddings() if holder is not None else None
-        return table.weight.shape[0] if hasattr(table, "weight") else None
+        return models.vocabulary(self.classifier or self.base)
+
+    @functools.cached_property
+    def quantised(self) -> bool:
+        """Whether weights are rounded below half precision, and activations perhaps with them."""
+        integers = any(not p.is_floating_point() for p in self.model.parameters())
+        return integers or any(getattr(m, "is_quantized", False) for m in self.model.modules())
+
+    @functools.cached_property
+    def takes_pairs(self) -> bool:
+        """Whether the model reads a prompt and its response as two segments."""
+        known = self.classifier is not None and self.tokenizer is not None
+        return known and models.takes_pairs(self.config, self.tokenizer)
 
     @functools.cached_property
     def head(self) -> dict[str, nn.Parameter]:
@@ -115,25 +125,32 @@ class Case:
         return saved_tensors(self.source)
 
     @functools.cached_property
+    def adapter_settings(self) -> dict[str, Any] | None:
+        """Those of the PEFT adapter that the checkpoint is; None: it is none."""
+        folder = local_folder(self.source)
+        is_adapter = folder is not None and (Path(folder) / "adapter_config.json").is_file()
+        return loading.adapter_settings(folder) if is_adapter else None
+
+    @functools.cached_property
     def adapter(self) -> list[str] | None:
         """What a PEFT adapter trains and saves besides its own matrices; None: no adapter."""
         configs = [vars(c) for c in (getattr(self.model, "peft_config", None) or {}).values()]
         names = [name for config in configs for name in config.get("modules_to_save") or ()]
-        is_saved = adapter_settings(self.source) is not None
+        is_saved = self.adapter_settings is not None
         return names + (self.saved if is_saved else []) if configs or is_saved else None
 
     @functools.cached_property
     def lacks_head(self) -> bool | None:
         """Whether the checkpoint, and the one under an adapter, lack the head; None: not known."""
-        saved, settings = self.saved, adapter_settings(self.source)
-        if settings is not None and not self.has_head(saved):
-            saved = saved_tensors(settings.get("base_model_name_or_path"))
-        if saved:
-            return not self.has_head(saved)
-        return None if self.missing is None else self.has_head(self.missing)
+        if self.missing is not None:
+            return self.has_head(self.missing)
+        saved = self.saved
+        if self.adapter_settings is not None and not self.has_head(saved):
+            saved = saved_tensors(self.adapter_settings.get("base_model_name_or_path"))
+        return not self.has_head(saved) if saved else None
 
 
-def saved_tensors(folder: str | None) -> list[str]:
+def saved_tensors(name: str | None) -> list[str]:
     """Names in a checkpoint's safetensors files but for LoRA's matrices; none: they are not known.
 
     Of a name on the hub, those files that are in its cache.
@@ -141,8 +158,7 @@ def saved_tensors(folder: str | None) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
     names: set[str] = set()
-    if folder and not Path(folder).is_dir():
-        folder = cached_folder(folder)
+    folder = local_folder(name)
     try:
         for file in Path(folder).glob("*.safetensors") if folder else ():
             with safe_open(file, "pt") as tensors:
@@ -152,21 +168,18 @@ def saved_tensors(folder: str | None) -> list[str]:
     return sorted(name for name in names if "lora_" not in name)
 
 
-def cached_folder(name: str) -> str | None:
-    """Where the hub's cache holds a model's weights; None: it does not."""
+def local_folder(name: str | None) -> str | None:
+    """The folder of a checkpoint, its own or in the hub's cache; None: it is in neither."""
     from huggingface_hub import try_to_load_from_cache
 
-    for file in ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"):
+    if not name or Path(name).is_dir():
+        return name
+    for file in ("model.safetensors", "model.safetensors.index.json", "adapter_config.json"):
         with contextlib.suppress(ValueError):  # a path, or no name of the hub
             found = try_to_load_from_cache(name, file)
             if isinstance(found, str):
                 return str(Path(found).parent)
     return None
-
-
-def adapter_settings(folder: str | None) -> dict[str, Any] | None:
-    file = Path(folder) / "adapter_config.json" if folder else None
-    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else None
 
 
 def conversation(*turns: str, system: str | None = None) -> list[dict[str, str]]:

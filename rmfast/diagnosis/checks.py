@@ -223,7 +223,15 @@ def length(case: Case) -> Verdicts:
 
 def chat_template(case: Case) -> Verdicts:
     tokenizer, advice = case.tokenizer, "Take the chat template of the model's own release."
-    if not tokenizer.chat_template:
+    templates = tokenizer.chat_template
+    if case.takes_pairs:
+        yield OK, "None is needed: the model reads prompt and response as two segments."
+        return
+    if isinstance(templates, dict) and "default" not in templates:
+        problem = f"The tokenizer has the chat templates {', '.join(templates)}, and no default."
+        yield WRONG, problem, "Pass the one that the model was trained with: --chat-template FILE."
+        return
+    if not templates:
         advice = "Pass the one that the model was trained with: --chat-template FILE."
         yield WARNING, "The tokenizer has no chat template: only plain text can be scored.", advice
         return
@@ -239,6 +247,7 @@ def chat_template(case: Case) -> Verdicts:
         yield WRONG, problem, advice
         return
     problems = [*_generation_prompt(short, long), *_date_and_system_turn(tokenizer)]
+    problems += _reasoning(tokenizer)
     yield from problems or [(OK, "The chat template keeps every turn and ends with the answer.")]
 
 
@@ -271,6 +280,14 @@ def _date_and_system_turn(tokenizer: PreTrainedTokenizerBase) -> Verdicts:
             yield WARNING, problem, "Put what matters of a system turn into the first user's turn."
     except Exception:
         yield NOTE, "The chat template refuses system turns: conversations with one are errors."
+
+
+def _reasoning(tokenizer: PreTrainedTokenizerBase) -> Verdicts:
+    answer = f"<think>\n{_FOLLOW_UP}\n</think>\n\n{_ANSWER}"
+    if _FOLLOW_UP not in _text(tokenizer, _QUESTION, answer):
+        problem = "The chat template leaves out what the last answer says in <think>: answers that "
+        problem += "differ there alone get the same score."
+        yield WRONG, problem, "Pass a chat template that keeps it: --chat-template FILE."
 
 
 def bos(case: Case) -> Verdicts:

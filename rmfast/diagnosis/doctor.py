@@ -123,6 +123,8 @@ def run(args: DoctorOptions) -> int:
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
     name, as_json = options.pop("model"), options.pop("json")
     loaded = loading.load(name, check=False, **options)
-    found = doctor(loaded.model, loaded.tokenizer, source=name, missing=loaded.missing)
+    source = loading.adapter_folder(name, args.revision) or name
+    found = doctor(loaded.model, loaded.tokenizer, source=source, missing=loaded.missing)
+    found.source = name
     print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if as_json else found)
     return int(found.wrong)

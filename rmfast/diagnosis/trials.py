@@ -7,7 +7,9 @@ import math
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -15,8 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from rmfast import reference
 from rmfast.data.encoding import Encoder
 from rmfast.diagnosis.case import NOTE, OK, WARNING, WRONG, Case, Finding, conversation
-from rmfast.errors import RowError
+from rmfast.errors import DataError, RowError, UserError
 from rmfast.packed import models, patching
+from rmfast.score.scorer import Scorer
 
 Rows = list[list[int]]
 Exact = tuple[Tensor, Tensor] | None  # fp32 scores of a batch and of single rows; None: unknown
@@ -54,13 +57,17 @@ CONVERSATIONS = [
 
 def run(case: Case) -> Iterator[Finding]:
     """All checks of this file, on a model in eval mode that is not patched."""
-    rows = token_rows(case)
+    rows, refused = token_rows(case)
     if len(rows) < 3:
-        yield Finding("scores", NOTE, "Not tried: too few built-in conversations give tokens.")
+        problem = "Not tried: too few built-in conversations give tokens"
+        yield Finding("scores", WRONG if refused else NOTE, f"{problem}{refused}.")
         return
     try:
         own, single = exact = scores(case, case.model, rows)
-        if any(p.dtype in (torch.bfloat16, torch.float16) for p in case.model.parameters()):
+        dtypes = {p.dtype for p in case.model.parameters()} & {torch.bfloat16, torch.float16}
+        if case.quantised:
+            exact = None
+        elif dtypes:
             exact = fp32_scores(case, rows)
     except Exception as error:  # the model's own code: the kinds are many
         advice = "See the other findings."
@@ -73,7 +80,11 @@ def run(case: Case) -> Iterator[Finding]:
     yield found
     if found.status == WRONG:
         return
-    yield padding(own, single, exact)
+    noise = None
+    if case.quantised:
+        lowest = max(dtypes or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
+        noise = difference(own, single) + rounding(own, lowest)
+    yield padding(own, single, exact, noise)
     try:
         with patching.patched(case.model):
             patched, report = batch_scores(case, case.model, rows), patching.report(case.model)
@@ -85,7 +96,13 @@ def run(case: Case) -> Iterator[Finding]:
     yield Finding("level", status, f"{report.level}: {'; '.join(report.reasons)}.")
     yield from (Finding("patch", WARNING, f"{text}.") for text in report.warnings)
     yield from (Finding("patch", NOTE, f"A call ran unpacked: {x}.") for x in report.fallbacks)
-    yield parity(own, patched, exact)
+    exact_own, exact_single = exact or (None, None)
+    yield parity("parity", "Patched", own, patched, exact_own, noise)
+    yield from bulk(case, "scorer", rows, single, exact_single, noise)
+    if case.takes_pairs:
+        pairs = [(turns[-2]["content"], turns[-1]["content"]) for turns in CONVERSATIONS]
+        own = torch.cat([pair_score(case, *pair) for pair in pairs])
+        yield from bulk(case, "pairs", pairs, own, None if exact is None else own, noise)
     if case.tokenizer is not None and models.find(case.model)[0] is not None:
         yield pooling(case, rows)
 
@@ -93,8 +110,12 @@ def run(case: Case) -> Iterator[Finding]:
 # --- rows and scores
 
 
-def token_rows(case: Case) -> Rows:
-    """The built-in conversations as tokens; without a tokenizer, random rows that share as much."""
+def token_rows(case: Case) -> tuple[Rows, str]:
+    """The built-in conversations as tokens, and why the last that has none was refused.
+
+    Without a tokenizer, random rows that share as much.
+    """
+    reasons = [""]
     if case.tokenizer is None:
         special = {getattr(case.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
         tokens = [i for i in range(min(case.vocabulary or 0, 1000)) if i not in special]
@@ -103,10 +124,15 @@ def token_rows(case: Case) -> Rows:
         rows = [prompt + draw.choices(tokens, k=k) for prompt in prompts for k in (3, 11, 17, 30)]
     else:
         plain = ["\n\n".join(m["content"] for m in messages) for messages in CONVERSATIONS]
-        encode = Encoder(case.tokenizer, vocabulary=case.vocabulary)
-        found = encode(CONVERSATIONS if case.tokenizer.chat_template else plain)
+        try:
+            encode = Encoder(case.tokenizer, vocabulary=case.vocabulary)
+            found = encode(CONVERSATIONS if case.tokenizer.chat_template else plain)
+        except (DataError, UserError) as error:
+            found = [RowError(str(error))]
+        reasons += [f": {row.reason}" for row in found if isinstance(row, RowError)]
         rows = [row.tolist() for row in found if not isinstance(row, RowError)]
-    return [list(row) for row in dict.fromkeys(tuple(row[: case.positions]) for row in rows)]
+    rows = [list(row) for row in dict.fromkeys(tuple(row[: case.positions]) for row in rows)]
+    return rows, reasons[-1]
 
 
 def scores(case: Case, model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:  # fp64 [len(rows)]
@@ -117,8 +143,9 @@ def scores(case: Case, model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:  
 
 def batch_scores(case: Case, model: nn.Module, rows: Rows) -> Tensor:  # fp64 [len(rows)]
     """Scores of one batch, padded as the tokenizer would; row by row without a pad token."""
-    pad = getattr(case.tokenizer, "pad_token_id", None)
-    pad = case.pad if pad is None else pad
+    pads = (getattr(case.tokenizer, "pad_token_id", None), case.pad)
+    size = case.vocabulary or math.inf
+    pad = next((pad for pad in pads if pad is not None and 0 <= pad < size), None)
     if pad is None or (case.classifier is not None and case.pad is None):
         if len(rows) > 1:
             return torch.cat([batch_scores(case, model, [row]) for row in rows])
@@ -127,17 +154,26 @@ def batch_scores(case: Case, model: nn.Module, rows: Rows) -> Tensor:  # fp64 [l
     tensors = [torch.tensor(row) for row in rows]
     ids = pad_sequence(tensors, True, pad, side).to(models.device(model))
     mask = pad_sequence([torch.ones_like(row) for row in tensors], True, 0, side).to(ids.device)
-    output = model(input_ids=ids, attention_mask=mask)
+    return first_label(model(input_ids=ids, attention_mask=mask), len(rows))
+
+
+def first_label(output: Any, count: int) -> Tensor:  # fp64 [count]
     found = output.logits if hasattr(output, "logits") else output[0]
-    if found.shape[0] != len(rows) or found.ndim > 2:
-        raise ValueError(f"it gives {list(found.shape)} numbers for {len(rows)} conversations")
-    return found.reshape(len(rows), -1)[:, 0].cpu().double()
+    if found.shape[0] != count or found.ndim > 2:
+        raise ValueError(f"it gives {list(found.shape)} numbers for {count} conversations")
+    return found.reshape(count, -1)[:, 0].cpu().double()
+
+
+def pair_score(case: Case, prompt: str, response: str) -> Tensor:  # fp64 [1]
+    """What an encoder gives the two segments that its tokenizer makes."""
+    inputs = case.tokenizer(prompt, response, return_tensors="pt")
+    return first_label(case.model(**inputs.to(models.device(case.model))), 1)
 
 
 def fp32_scores(case: Case, rows: Rows) -> Exact:
     """Scores of an fp32 copy; None where memory has no room for it and a fifth of it for work."""
     needed = 1.2 * 4 * sum(p.numel() for p in case.model.parameters())
-    if getattr(case.model, "is_quantized", False) or needed > free_memory(case.model):
+    if needed > free_memory(case.model):
         return None
     try:
         twin = copy.deepcopy(case.model).float()
@@ -181,46 +217,78 @@ def difference(scores: Tensor, others: Tensor) -> float:
 
 
 def fp32_bound(scores: Tensor) -> float:
-    """What fp32 may make of the difference: 1e-4, and the rounding of the largest score."""
-    return 1e-4 + (torch.finfo(torch.float32).eps * scores.abs().max() / scores.std()).item()
+    """What fp32 may make of the difference."""
+    return 1e-4 + rounding(scores, torch.float32)
+
+
+def rounding(scores: Tensor, dtype: torch.dtype) -> float:
+    """The last place of the largest score, in standard deviations of the scores."""
+    return (torch.finfo(dtype).eps * scores.abs().max() / scores.std()).item()
 
 
 _NO_COPY = ". Memory has no room for an fp32 copy, which would tell rounding from error."
 
 
-def padding(own: Tensor, single: Tensor, exact: Exact) -> Finding:
+def padding(own: Tensor, single: Tensor, exact: Exact, noise: float | None) -> Finding:
     """Whether a row's score depends on the rows of its batch."""
     figures = {"largest_difference": difference(own, single)}
     what = "Between a padded batch and single rows, scores differ by up to "
     what += f"{figures['largest_difference']:.1e} standard deviations"
     if exact is None:
-        return Finding("padding", NOTE, what + _NO_COPY, "", figures)
+        why = _NO_COPY if noise is None else ": the model is quantised, which may depend on it."
+        return Finding("padding", NOTE, what + why, "", figures)
     figures["largest_difference_fp32"] = fp32 = difference(*exact)
     what += f" ({fp32:.1e} in fp32)."
     advice = "See pad ids and padding side, or score row by row."
     return judge("padding", fp32 <= fp32_bound(exact[0]), what, advice, figures)
 
 
-def parity(own: Tensor, patched: Tensor, exact: Exact) -> Finding:
-    """Patched scores against the model's own.
+def parity(
+    name: str, whose: str, own: Tensor, ours: Tensor, exact: Tensor | None, noise: float | None
+) -> Finding:
+    """Scores of rmfast against the model's own.
 
-    In half precision both are roundings of the fp32 scores. The largest error of the patched ones
+    In half precision both are roundings of the fp32 scores, ``exact``. The largest error of ours
     may be four times that of the model's own: with two sets of 16 independent normal errors, the
-    ratio exceeds that once in 60,000 models. To this comes what fp32 itself may add.
+    ratio exceeds that once in 60,000 models. To this comes what fp32 itself may add. Of a quantised
+    model the error is not known; ``noise``, what its own scores change by from batch to batch, is.
     """
     i, j = torch.triu_indices(len(own), len(own), offset=1)
-    flips = int(((own[i] - own[j]) * (patched[i] - patched[j]) < 0).sum())
-    figures = {"conversations": len(own), "largest_difference": difference(patched, own)}
+    flips = int(((own[i] - own[j]) * (ours[i] - ours[j]) < 0).sum())
+    figures = {"conversations": len(own), "largest_difference": difference(ours, own)}
     figures |= {"comparisons": len(i), "rank_flips": flips}
-    what = f"Patched and unpatched scores differ by up to {figures['largest_difference']:.1e} "
-    what += f"standard deviations; {flips} of {len(i)} pairs change their order"
-    if exact is None:
-        return Finding("parity", NOTE, what + _NO_COPY, "", figures)
-    ours, theirs = difference(patched, exact[0]), difference(own, exact[0])
-    figures |= {"error_patched": ours, "error_unpatched": theirs}
-    what += f". Errors against fp32: {ours:.1e} patched, {theirs:.1e} unpatched." if theirs else "."
-    advice = "Call rmfast.unpatch(model), and report this with the output of rmfast doctor --json."
-    return judge("parity", ours <= 4 * theirs + fp32_bound(exact[0]), what, advice, figures)
+    what = f"{whose} and the model's own scores differ by up to {figures['largest_difference']:.1e}"
+    what += f" standard deviations; {flips} of {len(i)} pairs change their order"
+    if noise is not None:
+        error, allowed = figures["largest_difference"], noise
+        what += f". Its own change by {noise:.1e} from batch to batch: it is quantised."
+    elif exact is None:
+        return Finding(name, NOTE, what + _NO_COPY, "", figures)
+    else:
+        error, allowed = difference(ours, exact), difference(own, exact)
+        figures |= {"error_patched": error, "error_unpatched": allowed}
+        what += f". Errors against fp32: {error:.1e} and {allowed:.1e}." if allowed else "."
+    advice = "Call rmfast.unpatch(model)" if name == "parity" else "Call the model itself"
+    advice += ", and report this with the output of rmfast doctor --json."
+    bound = 4 * allowed + fp32_bound(own if exact is None else exact)
+    return judge(name, error <= bound, what, advice, figures)
+
+
+def bulk(
+    case: Case, name: str, rows: list, own: Tensor, exact: Tensor | None, noise: float | None
+) -> Iterator[Finding]:
+    """Scorer's scores against those of the model's own forward, row by row."""
+    try:
+        ours = torch.from_numpy(bulk_scores(case, rows)).double()
+    except Exception as error:
+        yield Finding(name, WARNING, f"Scorer and rmfast score do not work: {error}")
+    else:
+        yield parity(name, "Scorer's", own, ours, exact, noise)
+
+
+def bulk_scores(case: Case, rows: list) -> np.ndarray:  # fp32 [len(rows)]
+    with patching.patched(case.model):
+        return Scorer(case.model, case.tokenizer).score(rows)
 
 
 # --- pooling rules

@@ -242,6 +242,39 @@ def position_limit(config: Any) -> float:
     return min(length for length in lengths if length)
 
 
+def pad_token(model: nn.Module) -> int | None:
+    """The pad token of the config; None where there is none that has an embedding.
+
+    A token without one is in no conversation, and cannot fill a batch.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    pad, rows = getattr(text, "pad_token_id", None), vocabulary(model)
+    return pad if pad is not None and 0 <= pad < (rows or math.inf) else None
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """Rows of the input embeddings; None where they are not known."""
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return table.weight.shape[0] if hasattr(table, "weight") else None
+
+
+def takes_pairs(config: Any, tokenizer: Any) -> bool:
+    """Whether a model reads two texts as two segments, ``tokenizer(prompt, response)``.
+
+    Encoders such as BERT do, whose tokenizer puts a separator between the texts. A decoder reads
+    one text, even where its tokenizer begins each of two with a BOS.
+    """
+    from transformers.models.auto import modeling_auto
+
+    config = config.get_text_config()
+    encoders = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if config.model_type not in encoders or getattr(config, "is_decoder", False):
+        return False
+    one, two = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True))
+    return two > one
+
+
 def has_absolute_positions(base: nn.Module) -> bool:
     """Whether a token's position counts, not only its distance to other tokens."""
     tokens = base.get_input_embeddings()

@@ -110,8 +110,7 @@ class ScoringForward(PackedForward):
             self.check_packed(batch)
         except Unservable as reason:
             patch.fallbacks[str(reason)] += 1
-            inputs = packed_step.padded(batch, self.module.config.get_text_config().pad_token_id)
-            scores = self.run(**inputs, use_cache=False, return_dict=True).logits[:, 0]
+            scores = self.of_padded(batch)
             rows = Rows(lambda: scores)
         else:
             patch.prepare()
@@ -126,6 +125,15 @@ class ScoringForward(PackedForward):
         loss = loss / step.count
         step.loss = loss.detach()
         return SequenceClassifierOutputWithPast(loss=loss, logits=step.scores[:, None])
+
+    def of_padded(self, batch: packed_step.Batch) -> Tensor:  # [B]
+        """Scores of a packed batch that runs padded; row by row, where no token fills it up."""
+        pad, how = models.pad_token(self.module), {"use_cache": False, "return_dict": True}
+        inputs = packed_step.padded(batch, pad or 0)
+        if pad is not None:
+            return self.run(**inputs, **how).logits[:, 0]
+        rows = [ids[mask != 0][None] for ids, mask in zip(*inputs.values(), strict=True)]
+        return torch.cat([self.run(input_ids=row, **how).logits[:, 0] for row in rows])
 
     def check_packed(self, batch: packed_step.Batch) -> None:
         if self.patch.level != "trie":

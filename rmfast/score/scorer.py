@@ -117,7 +117,7 @@ class Scorer(BulkScorer):
         self._patch = patching.repatch(model, pooling=pooling, attention=attention, compile=compile)
         self._patches = [(model, self._patch)]
         self._pooling = self._patch.options.pooling
-        self._pad = getattr(text, "pad_token_id", None)
+        self._pad = models.pad_token(model)
         self._position_limit = models.position_limit(text)
         self.encoder = Encoder(
             tokenizer,
@@ -129,7 +129,7 @@ class Scorer(BulkScorer):
             end_of_text=end_of_text,
             special_tokens=special_tokens,
             form=form,
-            vocabulary=_vocabulary(model),
+            vocabulary=models.vocabulary(model),
         )
         self._budget = self._new_budget(max_tokens or self._patch.options.max_tokens)
 
@@ -302,12 +302,6 @@ def alike(keys: Mapping[int, Hashable]) -> dict[int, list[int]]:
 def _most_tokens(form: Form | None, config: Any) -> int | None:
     limits = (form and form.max_length, getattr(config, "max_position_embeddings", None))
     return min(filter(None, limits), default=None)
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    if not hasattr(model, "get_input_embeddings"):
-        return None
-    return getattr(model.get_input_embeddings(), "num_embeddings", None)
 
 
 def _normalization(config: Any) -> tuple[float, float]:

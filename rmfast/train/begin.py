@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import safetensors
 import torch
 
 from rmfast.errors import UserError
-from rmfast.loading import UNREADABLE, first_names, is_adapter, read_checkpoint, usable_device
+from rmfast.loading import (
+    adapter_folder,
+    adapter_settings,
+    first_names,
+    placed,
+    read_checkpoint,
+    readable,
+    usable_device,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,6 +81,7 @@ def load_to_train(
     trust_remote_code: bool = False,
     tokenizer: str | None = None,
     seed: int = 0,
+    lora: bool = False,
 ) -> Started:
     """A reward model to train, from a language model's checkpoint, or from a reward model's.
 
@@ -93,25 +99,32 @@ def load_to_train(
         device: ``cpu``, ``cuda``, ``cuda:N``; trainers move the model themselves.
         tokenizer: folder or hub name of another tokenizer than the model's.
         seed: of the head; the process's generators are left alone.
+        lora: an adapter is to be trained, and not the weights.
 
     Raises:
         UserError: it cannot be loaded, is a classifier of more than one label, lacks more than a
-            head, holds no safetensors, is an adapter without the head that it was trained with, or
-            no pad token is to be had; the message says why.
+            head, holds no safetensors, is an adapter without the head that it was trained with, is
+            quantised (and no ``lora``), or no pad token is to be had; the message says why.
     """
     from transformers import AutoModelForSequenceClassification
 
     device = usable_device(device)
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
-    if is_adapter(name):
-        _refuse_lost_head(name)
-    else:
-        _refuse_several_labels(name, remote)
     options = {"dtype": dtype, "num_labels": 1, "use_safetensors": True}
-    with torch.random.fork_rng(devices=[]):
+    with readable(name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        adapter = adapter_folder(name, revision)
+        if not adapter:
+            _refuse_config(name, remote, lora)
         model, tokens, missing, unused = read_checkpoint(
-            name, AutoModelForSequenceClassification, tokenizer, remote, **options
+            name, AutoModelForSequenceClassification, tokenizer, remote, adapter, **options
+        )
+        model = placed(model, device)
+    if adapter and getattr(model, "is_quantized", False):
+        base = adapter_settings(adapter)["base_model_name_or_path"]
+        raise UserError(
+            f"{name} is the adapter of a quantised model, which cannot be merged into it: begin "
+            f"with {base}, or with the adapter of a model that is not quantised"
         )
     inside = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
     if inside:
@@ -128,32 +141,22 @@ def load_to_train(
             "checkpoint, so that training does not begin without it"
         )
     start = Start(name, missing, std, unused, pad, source, warnings)
-    return Started(model.to(device).eval(), tokens, start)
+    return Started(model, tokens, start)
 
 
-def _refuse_lost_head(name: str) -> None:
-    """Refuse an adapter of a reward model without the head that it was trained with."""
-    weights = Path(name) / "adapter_model.safetensors"
-    if not weights.is_file():
-        return
-    settings = json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))
-    with safetensors.safe_open(weights, "pt") as file:
-        parts = {part for key in file.keys() for part in key.split(".")}  # noqa: SIM118 (no dict)
-    head = settings.get("modules_to_save") or ["score", "classifier"]
-    if settings.get("task_type") == "SEQ_CLS" and not parts.intersection(head):
-        raise UserError(
-            f"{name} is the adapter of a reward model, and the head that it was trained with is not"
-            f" in it: it was not saved; begin with {settings['base_model_name_or_path']}"
-        )
-
-
-def _refuse_several_labels(name: str, remote: dict[str, Any]) -> None:
+def _refuse_config(name: str, remote: dict[str, Any], lora: bool) -> None:
+    """Refuse what its config says cannot be trained, before any weight is read."""
     from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(name, **remote)
-    except UNREADABLE as error:
-        raise UserError(f"{name} cannot be loaded: {error}") from None
+    config = AutoConfig.from_pretrained(name, **remote)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None and not lora:
+        method = getattr(quantised, "quant_method", None) or quantised["quant_method"]
+        raise UserError(
+            f"{name} is quantised ({getattr(method, 'value', method)}): its weights cannot be "
+            "trained; train an adapter on them with --lora-rank, or begin with the model that is "
+            "not quantised"
+        )
     kinds = config.architectures or []
     if any(kind.endswith("Classification") for kind in kinds) and config.num_labels != 1:
         raise UserError(

@@ -259,6 +259,7 @@ def _start(options: TrainOptions, template: str | None) -> begin.Started:
         trust_remote_code=options.trust_remote_code,
         tokenizer=options.tokenizer,
         seed=options.seed,
+        lora=options.lora_rank is not None,
     )
     if template is not None:
         started.tokenizer.chat_template = template
