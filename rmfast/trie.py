@@ -17,6 +17,9 @@ from torch import Tensor
 
 _MAX_ID = 2**31  # token ids and positions share one int64 key, 32 bits each
 
+# encoders read two texts as two segments: ids of the second have this added, token type 1
+SEGMENT = 1 << 30
+
 
 @dataclass(frozen=True, eq=False)
 class PackedTrie:

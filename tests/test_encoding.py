@@ -6,10 +6,11 @@ import torch
 
 import tiny
 from rmfast.data import Pair
-from rmfast.data.encoding import SEGMENT, Encoder
+from rmfast.data.encoding import Encoder
 from rmfast.data.form import Form, digest
 from rmfast.data.values import Side
 from rmfast.errors import DataError, RowError
+from rmfast.trie import SEGMENT
 
 BOS, EOS = 1, 2
 TALK = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "yes"}]

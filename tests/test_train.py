@@ -64,6 +64,19 @@ def loud_again():
     logging.enable_progress_bar()
 
 
+def saved_encoder(folder: Path) -> str:
+    """A tiny BERT, and a tokenizer that makes two segments of a prompt and a response."""
+    from tokenizers import processors
+
+    tokenizer = tiny.tokenizer(template=False)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", "<s> $A </s> $B:1 </s>:1", [("<s>", 1), ("</s>", 2)]
+    )
+    tiny.model("bert", vocab_size=tiny.WORDS, max_position_embeddings=200).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def text(draw: random.Random, most: int = 5) -> str:
     return " ".join(draw.choices(WORDS, k=draw.randint(1, most)))
 
@@ -125,6 +138,17 @@ def command(name: str, rows: list[dict], *argv: str) -> list[str]:
     return ["--model", name, "--data", lines(Path("in.jsonl"), rows), "--output", "out", *argv]
 
 
+def card_scores(card: str) -> list[float]:
+    """What the card's own code prints, with rmfast and without."""
+    scores = []
+    for code in re.findall(r"```python\n(.*?)```", card, re.S):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(code, {})
+        scores.append(float(said.getvalue()))
+    return scores
+
+
 # --- what comes out
 
 
@@ -167,13 +191,7 @@ def test_a_run_and_its_card(run, model, language_model, tmp_path, capsys, monkey
     assert (metadata.library_name, metadata.base_model) == ("transformers", None)
     assert metadata.eval_results[0].metric_value == held_out[-1]["rows"]["accuracy"]
     assert metadata.eval_results[0].dataset_name == "in.jsonl, held-out prompts"
-    codes = re.findall(r"```python\n(.*?)```", card, re.S)
-    scores = []
-    for code in codes:
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            exec(code, {})  # the card's own
-        scores.append(float(said.getvalue()))
+    scores = card_scores(card)
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     # and these are tokens like those that were trained on
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -221,7 +239,20 @@ def best_against_others(rows: list[dict]) -> list[dict]:
     return out
 
 
-SHAPES = {  # what is trained on, and what is held out; text is to come
+def dialogues(rows: list[dict]) -> list[dict]:
+    """As in HH-RLHF."""
+    return [
+        {k: f"\n\nHuman: {row['prompt']}\n\nAssistant: {row[k]}" for k in ("chosen", "rejected")}
+        for row in rows
+    ]
+
+
+SHAPES = {  # what is trained on, and what is held out
+    "text": (pairs(), pairs(14, seed=1)),
+    "whole texts": (whole(pairs()), whole(pairs(14, seed=1))),
+    "groups of text": (groups(16), groups(9)),
+    "dialogues": (dialogues(pairs()), dialogues(pairs(14, seed=1))),
+    "segments": (pairs(), pairs(14, seed=1)),
     "messages": (pairs(messages=True), pairs(14, messages=True, seed=1)),
     "whole conversations": (whole(pairs(messages=True)), whole(pairs(14, messages=True, seed=1))),
     "groups": (group_messages(16), group_messages(9)),
@@ -229,18 +260,24 @@ SHAPES = {  # what is trained on, and what is held out; text is to come
 
 
 @pytest.mark.parametrize(
-    ("shape", "lora"), [*((shape, False) for shape in SHAPES), ("messages", True)]
+    ("shape", "lora"), [*((shape, False) for shape in SHAPES), ("messages", True), ("text", True)]
 )
 def test_the_last_figures_are_those_of_rmfast_eval(run, tmp_path, shape, lora):
     """Of a model with a BOS before each text, whose pairs are dropped where they are too long."""
     rows, held_out = SHAPES[shape]
-    name = saved(tmp_path / "bos", adds_bos=True)
-    more = ["--max-length", "52", "--max-steps", "2", *(["--lora-rank", "2"] if lora else [])]
+    name = saved_encoder(tmp_path / "m") if shape == "segments" else saved(tmp_path / "m", True)
+    limits = {"text": "35", "whole texts": "35", "groups of text": "30", "segments": "37"}
+    limit = limits.get(shape, "52")
+    more = ["--max-length", limit, "--max-steps", "2", *(["--lora-rank", "2"] if lora else [])]
+    more += ["--chat"] if shape == "dialogues" else []
     out = run(*command(name, rows, "--eval-data", lines(tmp_path / "h.jsonl", held_out), *more))
-    again = best_against_others(held_out) if shape == "groups" else held_out
+    again = best_against_others(held_out) if "groups" in shape else held_out
     evaluated = ["eval", "--model", str(out), "--input", lines(tmp_path / "e.jsonl", again)]
-    main.main([*evaluated, "--json", "e.json", "--max-length", "52"])
+    main.main([*evaluated, "--json", "e.json"])
     want, got = json.loads(Path("e.json").read_text()), metrics(out, "eval")[-1]
+    if shape == "segments":
+        ours, theirs = card_scores((out / "README.md").read_text())
+        assert ours == pytest.approx(theirs, rel=1e-4)
     assert 3 <= got["rows"]["n"] < len(held_out) and got["rows"] == want["rows"]
     assert got["length"]["n"] == want["length"]["n"] and got["groups"] == want["groups"]
     for part, name in (("margin", "mean"), ("calibration", "log_loss"), ("calibration", "ece")):

@@ -26,13 +26,13 @@ from rmfast.data.values import (
     without_nulls,
 )
 from rmfast.errors import DataError, RowError, UserError
+from rmfast.trie import SEGMENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 Conversation = str | Messages | tuple[str | Messages, str | Messages] | Sequence[int] | Tensor
-SEGMENT = 1 << 30  # added to the ids of a second segment, the token type 1 of encoders
 _MOST_CHARACTERS = 64  # a token: what is longer is not tokenised whole to learn by how much
 _PIECES = 256  # that a token may come to where a text is cut within it
 _ENDED = (
@@ -77,7 +77,7 @@ class Encoder:
             ``form``; where that is None, only the sides of preference pairs, as TRL ends them.
         special_tokens: let messages hold special tokens that the chat template writes.
         segments: text of a prompt and its response are two segments, as encoders take them; ids of
-            the second are returned plus :data:`SEGMENT`.
+            the second are returned plus :data:`rmfast.trie.SEGMENT`.
         form: how the model was trained.
         vocabulary: rows of the model's input embeddings, to refuse ids beyond them.
 
@@ -132,7 +132,9 @@ class Encoder:
         """What a model that is trained on these tokens records."""
         template = self.render.source() if self.chat else None
         ends = bool(self.end_of_text and not self.chat and self.tokenizer.eos_token)
-        return Form(self.chat, ends, self.adds_bos, digest(template), self.max_length)
+        return Form(
+            self.chat, ends, self.adds_bos, digest(template), self.max_length, self.segments
+        )
 
     def told(self) -> list[str]:
         """Warnings, for people."""
@@ -198,7 +200,7 @@ class Encoder:
         if isinstance(prepared, tuple):
             return prepared[0]
         self._need_tokenizer()
-        return self.tokenizer.decode(prepared % SEGMENT)
+        return self.tokenizer.decode(prepared % SEGMENT if self.segments else prepared)
 
     def prompt(self, prompt: str | Messages, given: Mapping[str, Any] | None = None) -> np.ndarray:
         """int32 token ids of a pair's prompt, up to where the response begins; nothing is cut.
@@ -348,7 +350,7 @@ class Encoder:
     def _fit(self, ids: np.ndarray) -> np.ndarray | RowError:
         if not ids.size:
             return RowError("it has no tokens")
-        tokens = ids % SEGMENT
+        tokens = ids % SEGMENT if self.segments else ids
         if self.vocabulary is not None and tokens.max() >= self.vocabulary:
             wrong = tokens[tokens >= self.vocabulary][0]
             return RowError(f"token id {wrong}, and the model has embeddings for {self.vocabulary}")
@@ -394,7 +396,7 @@ def _token_ids(value: Any) -> np.ndarray:
             "a conversation is text, a list of messages, a (prompt, response) tuple or a list of "
             f"token ids, not {type(value).__name__}"
         )
-    if ids.min() < 0 or ids.max() >= SEGMENT:
-        wrong = int(ids[(ids < 0) | (ids >= SEGMENT)][0])
-        raise RowError(f"token id {wrong} is not in 0 <= id < 2**30")
+    if ids.min() < 0 or ids.max() >= 2**31:
+        wrong = int(ids[(ids < 0) | (ids >= 2**31)][0])
+        raise RowError(f"token id {wrong} is not in 0 <= id < 2**31")
     return ids.astype(np.int32)

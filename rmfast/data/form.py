@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from pathlib import Path
+from typing import Any
 
 _KEY = "rmfast_form"  # of config.json
 
@@ -27,6 +26,7 @@ class Form:
         bos: the tokenizer puts a BOS before text.
         template: digest of the chat template; None for plain text.
         max_length: longer conversations were not trained on.
+        segments: prompt and response are two segments, as encoders take them.
         pooling: which token is scored, as for :func:`rmfast.patch`.
     """
 
@@ -35,6 +35,7 @@ class Form:
     bos: bool
     template: str | None
     max_length: int
+    segments: bool = False
     pooling: str = "hf"
 
     @classmethod
@@ -49,6 +50,14 @@ class Form:
             return None if found is None else cls(**found)
         except TypeError as error:
             raise ValueError(f"{_KEY} in the model's config cannot be read: {error}") from None
+
+    @staticmethod
+    def hand_on(folder: str, config: Any) -> None:
+        """Give a config the record of the folder of an adapter, if there is one."""
+        file = Path(folder) / "config.json"
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if _KEY in found:
+            setattr(config, _KEY, found[_KEY])
 
     def record(self, config: Any) -> None:
         """Put the form into a model's config, with which it is saved."""

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmfast.data.encoding import SEGMENT
-from rmfast.trie import PackedTrie
+from rmfast.trie import SEGMENT, PackedTrie
 
 Batch = dict[str, Any]
 
@@ -42,7 +41,7 @@ def pad(
 def inputs_of(
     rows: Sequence[Tensor | np.ndarray], pad_token_id: int, segments: bool
 ) -> dict[str, Tensor]:
-    """Padded inputs; with ``segments``, ids of :data:`SEGMENT` and more have token type 1."""
+    """Padded inputs; with ``segments``, ids of ``SEGMENT`` and more have token type 1."""
     ids, mask = pad(rows, pad_token_id)
     if not segments:
         return {"input_ids": ids, "attention_mask": mask}

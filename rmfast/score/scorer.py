@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmfast.data.encoding import SEGMENT, Encoder
+from rmfast.data.encoding import Encoder
 from rmfast.data.form import Form
 from rmfast.packed import models, patching, pieces
 from rmfast.packed.stand_in import Unservable
@@ -22,7 +22,7 @@ from rmfast.packed.step import inputs_of
 from rmfast.reference import until_scored
 from rmfast.score import memory
 from rmfast.score.bulk import BulkScorer, evaluating
-from rmfast.trie import pack
+from rmfast.trie import SEGMENT, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,6 +128,7 @@ class Scorer(BulkScorer):
             chat=chat,
             end_of_text=end_of_text,
             special_tokens=special_tokens,
+            segments=models.takes_pairs(text, tokenizer),
             form=form,
             vocabulary=models.vocabulary(model),
         )

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmfast.data.encoding import SEGMENT
 from rmfast.packed.step import Batch
 from rmfast.reference import until_scored
 from rmfast.train.objective import LARGEST_GROUP
-from rmfast.trie import pack
+from rmfast.trie import SEGMENT, pack
 
 
 @dataclass

@@ -55,7 +55,7 @@ import torch
 {load}
 {ids}
 with torch.inference_mode():
-    print(model(torch.tensor([ids])).logits[0, 0].item())
+    print(model({call}).logits[0, 0].item())
 ```
 
 Trained on {trained_on}.
@@ -88,6 +88,7 @@ _MESSAGES = """\
     {"role": "user", "content": "How many legs has a spider?"},
     {"role": "assistant", "content": "Eight."},
 ]"""
+_TWO = '("How many legs has a spider?", "Eight.")'
 _TEXT = '"How many legs has a spider? Eight."'
 
 
@@ -126,6 +127,8 @@ def write(run: Finished, folder: Path) -> None:
         if run.started.tokenizer.eos_token is not None:
             conversation += " + tokenizer.eos_token"
             trained_on = "text, each with the end of text after it"
+    if run.rows.form.segments:
+        conversation, trained_on = _TWO, "prompt and answer as the tokenizer's two segments"
     method, labels, pad = "", "", ""
     if options.lora_rank is not None:
         method = f", by LoRA of rank {options.lora_rank}, merged into the weights"
@@ -147,6 +150,7 @@ def write(run: Finished, folder: Path) -> None:
         warnings="".join(f"\n**Warning: {warning}.**\n" for warning in run.warnings),
         load=_LOAD.format(name=name, labels=labels, pad=pad, conversation=conversation),
         ids=_ids(run),
+        call="**ids" if run.rows.form.segments else "torch.tensor([ids])",
         trained_on=trained_on,
         figures=_figures(run, public),
         steps=run.steps,
@@ -199,6 +203,8 @@ def _figures(run: Finished, public: TrainOptions) -> str:
 
 def _ids(run: Finished) -> str:
     """The lines that make the tokens that were trained on."""
+    if run.rows.form.segments:
+        return 'ids = tokenizer(*conversation, return_tensors="pt")'
     if run.is_text:
         return 'ids = tokenizer(conversation)["input_ids"]'
     lines = 'ids = tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]'

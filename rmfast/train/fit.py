@@ -198,6 +198,8 @@ def save(trainer: Trainer, started: Started, folder: Path) -> bool:
     model = patching.unpatch(trainer.accelerator.unwrap_model(trainer.model, False))
     if hasattr(model, "merge_and_unload") and not keeps_adapter(model):
         model = model.merge_and_unload()
+    else:
+        started.model.config.save_pretrained(folder)  # an adapter is saved without the form
     model.save_pretrained(folder)
     started.tokenizer.save_pretrained(folder)
     return _weights(model) != trainer.begun

@@ -14,6 +14,7 @@ from rmfast.data.encoding import Encoder
 from rmfast.data.form import Form
 from rmfast.data.records import Group, Pair, Preferences
 from rmfast.errors import DataError, RowError, UserError
+from rmfast.packed import models
 from rmfast.train.begin import Started
 from rmfast.train.objective import LARGEST_GROUP
 from rmfast.train.options import TrainOptions
@@ -169,6 +170,7 @@ def tokenised(
         max_length=min(positions or max_length, max_length),
         end_of_text=True,  # as TRL has it; messages end as their template ends them
         chat=train.conversational,
+        segments=models.takes_pairs(model.config.get_text_config(), tokenizer),
         vocabulary=model.get_input_embeddings().num_embeddings,
     )
     found = []

@@ -49,7 +49,7 @@ class Watch(TrainerCallback):
         self.stopped, self.summary = False, None
         self.rows = [_sides(row) for row in held_out or ()]
         # made before accelerate wraps the model: after that only its backbone could run packed
-        self.scorer = Scorer(trainer.model) if self.rows else None
+        self.scorer = Scorer(trainer.model, trainer.processing_class) if self.rows else None
         self.lines = _kept_lines(folder / "metrics.jsonl", step)
         for line in self.lines:
             if line["kind"] == "eval":
