@@ -276,7 +276,7 @@ def test_a_text_that_is_far_too_long_is_not_tokenised_whole(monkeypatch):
     assert encode(["y" * 10**6])[0].kind == "overlong"
 
 
-def bert(pair: bool = True):
+def bert():
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -287,7 +287,8 @@ def bert(pair: bool = True):
         "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 1), ("[SEP]", 2)]
     )
     names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    takes = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=inner, model_input_names=takes, **names)
 
 
 def test_two_segments():

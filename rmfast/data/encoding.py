@@ -315,8 +315,9 @@ class Encoder:
 
     def _two(self, prompt: str, response: str) -> np.ndarray:
         """int32 token ids of two segments, those of the second plus SEGMENT."""
-        both = self.tokenizer(prompt, response, return_token_type_ids=True, verbose=False)
-        return np.array(both["input_ids"], np.int32) + SEGMENT * np.array(both["token_type_ids"])
+        both = self.tokenizer(prompt, response, verbose=False)
+        types = both.get("token_type_ids", 0)  # a tokenizer may have none
+        return np.array(both["input_ids"], np.int32) + SEGMENT * np.array(types, np.int32)
 
     def _ids(self, texts: list[str], templated: bool) -> list[np.ndarray]:
         """int32 token ids of texts, with one BOS each if the tokenizer puts one before text."""
