@@ -33,6 +33,9 @@ class ScoringOptions(Options):
         "Hugging Face; mask: the last one.", "hf", group=MODEL)
     revision: str | None = option(
         "Take this branch, tag or commit of a model on the hub.", None, MODEL)
+    tokenizer: str | None = option(
+        "Use this tokenizer, a folder or hub name (default: the model's).",
+        None, metavar="NAME", group=MODEL)
     trust_remote_code: bool = option("Run code that comes with the model.", False, MODEL)
 
     system_prompt: str | None = option(
@@ -65,8 +68,8 @@ class ScoringOptions(Options):
     # fmt: on
 
     def for_loading(self) -> dict[str, Any]:
-        """Keyword arguments of :func:`rmfast.loading.load`, for models of any revision."""
-        names = ("dtype", "device", "trust_remote_code")
+        """Keyword arguments of :func:`rmfast.loading.load` for ``--model``."""
+        names = ("dtype", "device", "revision", "tokenizer", "trust_remote_code")
         return {name: getattr(self, name) for name in names}
 
     def for_scorer(self, template: str | None) -> dict[str, Any]:
