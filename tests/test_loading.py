@@ -246,6 +246,29 @@ def test_a_device_that_computes_nothing(sft, name):
         loading.load(sft, device=name)
 
 
+# --- another tokenizer
+
+
+def test_a_tokenizer_from_elsewhere(tmp_path, capsys):
+    tiny.model(vocab_size=ROWS).save_pretrained(tmp_path / "rm")
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    both = save(tmp_path / "both", tiny.model(vocab_size=ROWS))
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two or three"}\n')
+    named = ["--model", str(tmp_path / "rm"), "--tokenizer", str(tmp_path / "tokenizer")]
+    written = []
+    for model in (named, ["--model", both]):
+        files = ["--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+        assert main(["score", *model, *files, "--device", "cpu", "--overwrite"]) == 0
+        written.append((tmp_path / "out.jsonl").read_text())
+    assert written[0] == written[1]
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
+    assert report["tokenizer"] == both
+    capsys.readouterr()
+    assert main(["doctor", *named, "--device", "cpu"]) == 0
+    assert "Tokenizer and config have the same pad token" in capsys.readouterr().out
+    assert main(["doctor", *named[:2], "--device", "cpu"]) == 2
+
+
 # --- quantised models
 
 

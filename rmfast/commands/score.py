@@ -37,5 +37,5 @@ def run(options: ScoreOptions) -> int:
 def on_ray(options: ScoreOptions, settings: dict[str, Any]) -> Any:
     from rmfast.integrations.ray import RayScorer
 
-    load = options.for_loading() | {"revision": options.revision}
+    load = options.for_loading()
     return RayScorer(options.model, actors=options.ray, load=load, **settings)

@@ -20,5 +20,8 @@ class DoctorOptions(Options):
     device: str | None = option(
         "Run on cpu, cuda or cuda:N (default: a GPU if there is one).", None)
     revision: str | None = option("Take this branch, tag or commit on the hub.", None)
+    tokenizer: str | None = option(
+        "Check with this tokenizer, a folder or hub name (default: the model's).",
+        None, metavar="NAME")
     trust_remote_code: bool = option("Run code that comes with the model.", False)
     # fmt: on

@@ -122,7 +122,7 @@ def _scorer(args: EvalOptions, template: str | None, progress: Any) -> Scorer:
     options = args.for_scorer(template) | {"progress": progress}
     load = functools.partial(loading.load, **args.for_loading())
     task = "reward" if args.ref_model is None else "causal"
-    loaded = load(args.model, revision=args.revision, task=task, tokenizer=args.tokenizer)
+    loaded = load(args.model, task=task)
     try:
         if args.ref_model is None:
             from rmfast.score.scorer import Scorer
@@ -131,7 +131,7 @@ def _scorer(args: EvalOptions, template: str | None, progress: Any) -> Scorer:
         from rmfast.evaluate.implicit import ImplicitScorer
 
         tokenizer = args.tokenizer or args.model
-        reference = load(args.ref_model, task=task, tokenizer=tokenizer).model
+        reference = load(args.ref_model, task=task, revision=None, tokenizer=tokenizer).model
         options["beta"] = 0.1 if args.beta is None else args.beta
         return ImplicitScorer(loaded.model, reference, loaded.tokenizer, **options)
     except ValueError as error:  # an attention that is not installed, …

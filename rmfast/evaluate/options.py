@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from rmfast.arguments import option
-from rmfast.score.options import INPUT, MODEL, ScoringOptions
+from rmfast.score.options import INPUT, ScoringOptions
 
 IMPLICIT = "Implicit reward: beta * (log policy - log reference)"
 OUTPUT = "Output"
@@ -31,9 +31,6 @@ class EvalOptions(ScoringOptions):
         None, metavar="MODEL", group=IMPLICIT)
     beta: float | None = option(
         "Use the beta of the training (default: 0.1).", None, above=0, group=IMPLICIT)
-    tokenizer: str | None = option(
-        "Use this tokenizer, a folder or hub name (default: the model's).",
-        None, metavar="NAME", group=MODEL)
 
     prompt_column: str = column("prompt")
     chosen_column: str = column("chosen")

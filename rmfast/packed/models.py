@@ -253,6 +253,12 @@ def pad_token(model: nn.Module) -> int | None:
     return pad if pad is not None and 0 <= pad < (rows or math.inf) else None
 
 
+def eos_tokens(config: Any) -> set[int]:
+    """The tokens that end a text, of a text model's config; many have none, or several."""
+    found = getattr(config, "eos_token_id", None)
+    return {i for i in (found if isinstance(found, list) else [found]) if i is not None}
+
+
 def vocabulary(model: nn.Module) -> int | None:
     """Rows of the input embeddings; None where they are not known."""
     table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None

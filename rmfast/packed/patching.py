@@ -115,15 +115,15 @@ class Patch(State):
         """Warnings: which token is scored, and in what precision."""
         if self.classifier is not None:
             text = self.classifier.config.get_text_config()
-            eos = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-            if self.options.pooling == "hf" and text.pad_token_id is None:
+            pad = getattr(text, "pad_token_id", None)
+            if self.options.pooling == "hf" and pad is None:
                 yield (
                     "no pad token: batches of more than one sequence are refused, as in Hugging "
                     "Face; set config.pad_token_id"
                 )
-            elif self.options.pooling == "hf" and text.pad_token_id in eos:
+            elif self.options.pooling == "hf" and pad in models.eos_tokens(text):
                 yield (
-                    f"pad_token_id equals eos_token_id ({text.pad_token_id}): Hugging Face's rule "
+                    f"pad_token_id equals eos_token_id ({pad}): Hugging Face's rule "
                     "passes over a final eos and scores the token before it; pooling='mask' scores "
                     "the last attended token"
                 )

@@ -183,10 +183,8 @@ class ScoringForward(PackedForward):
         return out if as_dict else out.to_tuple()
 
     def rule(self, ids: Tensor) -> tuple[int | None, str]:
-        pad, pooling = (
-            self.module.config.get_text_config().pad_token_id,
-            self.patch.options.pooling,
-        )
+        pad = getattr(self.module.config.get_text_config(), "pad_token_id", None)
+        pooling = self.patch.options.pooling
         if pad is None and pooling == "hf" and ids.shape[0] != 1:
             raise ValueError("Cannot handle batch sizes > 1 if no padding token is defined.")
         return pad, pooling

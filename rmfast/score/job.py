@@ -85,7 +85,7 @@ def run(options: ScoreOptions, make_scorer: Callable[..., Any] | None = None) ->
 def load_scorer(options: ScoreOptions, keywords: dict[str, Any]) -> Scorer:
     from rmfast.score.scorer import Scorer
 
-    loaded = loading.load(options.model, revision=options.revision, **options.for_loading())
+    loaded = loading.load(options.model, **options.for_loading())
     return Scorer(loaded.model, loaded.tokenizer, **keywords)
 
 

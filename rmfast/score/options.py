@@ -34,6 +34,9 @@ class ScoringOptions(Options):
         None, group=MODEL)
     revision: str | None = option(
         "Take this branch, tag or commit of a model on the hub.", None, MODEL)
+    tokenizer: str | None = option(
+        "Use this tokenizer, a folder or hub name (default: the model's).",
+        None, metavar="NAME", group=MODEL)
     trust_remote_code: bool = option("Run code that comes with the model.", False, MODEL)
 
     system_prompt: str | None = option(
@@ -74,8 +77,8 @@ class ScoringOptions(Options):
     # fmt: on
 
     def for_loading(self) -> dict[str, Any]:
-        """Keyword arguments of :func:`rmfast.loading.load`, for models of any revision."""
-        names = ("dtype", "device", "trust_remote_code")
+        """Keyword arguments of :func:`rmfast.loading.load` for ``--model``."""
+        names = ("dtype", "device", "revision", "tokenizer", "trust_remote_code")
         return {name: getattr(self, name) for name in names}
 
     def for_scorer(self, template: str | None) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def report(model: dict[str, Any], state: State, options: ScoreOptions) -> dict[s
         "tokens_per_second": stats.tokens / state.seconds if state.seconds else 0.0,
         "model": options.model,
         "revision": options.revision,
+        "tokenizer": options.tokenizer or options.model,
         **model,
         "versions": {**versions(), "python": platform.python_version()},
     }

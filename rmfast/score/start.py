@@ -16,7 +16,7 @@ from rmfast.score.windows import Stats
 
 # options that decide the output, beside the input, the model, the device and the template
 _DECIDE = """dtype max_tokens max_length on_overlong batch_window limit compile attention pooling
-system_prompt chat end_of_text special_tokens normalize sigmoid reward_column""".split()
+system_prompt chat end_of_text special_tokens normalize sigmoid reward_column tokenizer""".split()
 
 
 @dataclasses.dataclass

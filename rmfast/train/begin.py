@@ -18,6 +18,7 @@ from rmfast.loading import (
     readable,
     usable_device,
 )
+from rmfast.packed import models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 # Tokens that no text holds, by their names: made for padding, or kept free by those who trained.
 _PADDING = re.compile(r"[<\[]\|?(finetune_right_)?pad(ding|_token)?(_id)?\|?[>\]]", re.I)
 _FREE = re.compile(r"reserved|unused|placeholder|dummy|<\|extra_\d+\|>|\[control_\d+\]", re.I)
+
+
+# Heads of language models, masked ones too: a reward model has no use for them.
+_LANGUAGE_HEADS = tuple("lm_head. embed_out. cls. vocab_ lm_predictions. mask_predictions.".split())
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,9 @@ def load_to_train(
             f"{name} is the adapter of a quantised model, which cannot be merged into it: begin "
             f"with {base}, or with the adapter of a model that is not quantised"
         )
-    inside = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
+    # an encoder's pooler is a part of the head, wherever it is
+    body = [key for key in missing if ".pooler." not in key]
+    inside = [key for key in body if key.startswith(f"{model.base_model_prefix}.")]
     if inside:
         raise UserError(
             f"{name} has no {first_names(inside)}: more than a head would be random; name the "
@@ -134,7 +141,7 @@ def load_to_train(
         )
     std = _new_head(model, missing, seed)
     pad, source, warnings = _pad(model, tokens)
-    others = [key for key in unused if not key.startswith(("lm_head.", "embed_out."))]
+    others = [key for key in unused if not key.startswith(_LANGUAGE_HEADS)]
     if missing and others:
         warnings.append(
             f"{first_names(others)} of the checkpoint is not used: if that is a head, convert the "
@@ -187,10 +194,9 @@ def _pad(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[str, int], str, list[str]]:
     """Set the pad token. Returns it, where it is from, and what to know about it."""
-    text, rows = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
-    before, warnings = text.pad_token_id, []
-    eos = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-    eos = {i for i in (*eos, tokenizer.eos_token_id) if i is not None}
+    text, rows = model.config.get_text_config(), models.vocabulary(model)
+    before, warnings = getattr(text, "pad_token_id", None), []
+    eos = models.eos_tokens(text) | models.eos_tokens(tokenizer)
     if tokenizer.pad_token is not None and tokenizer.pad_token_id >= rows:
         warnings.append(
             f"the tokenizer's pad token {tokenizer.pad_token!r} ({tokenizer.pad_token_id}) has no "

@@ -116,7 +116,7 @@ class RewardTrainer(trl.RewardTrainer):
 
     @property
     def _pad(self) -> int | None:
-        return self.model.config.get_text_config().pad_token_id
+        return getattr(self.model.config.get_text_config(), "pad_token_id", None)
 
     def _can_pack(self, patch: patching.Patch) -> bool:
         configs = getattr(self.model, "peft_config", {})
