@@ -117,7 +117,7 @@ gpu_common.device_name = lambda: "none"
 
 def begin(parser, begin=gpu_common.begin):
     args = begin(parser)
-    task = gpu_common.Task(args.out / "task", 100, tests.has_a_child)
+    task = gpu_common.Task(args.out / str(os.getpid()), 100, tests.has_a_child)
     while not task.result()["rows"]:
         time.sleep(0.05)
     print(*task.result()["rows"], flush=True)
