@@ -1007,7 +1007,6 @@ CASES = [
 def test_a_model_is_freed_with_its_last_name(level, make, options, life):
     inputs = tiny.padded(tiny.rows())
     make()(**inputs)  # what libraries import and keep on their first call is not ours
-    gc.collect()
     gc.disable()
     try:
         model = rmfast.patch(make(), **options)

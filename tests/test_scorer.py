@@ -99,7 +99,13 @@ def test_carried_keys_and_values(family):
         assert scorer.stats.tokens_run == scorer.stats.nodes == len(rmfast.pack(rows))
 
 
-def test_compiled_layers_carry_too():
+def test_compiled_layers_carry_too(monkeypatch):
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(  # inductor takes seconds, and test_compose.py has it
+        torch.nn.Module,
+        "compile",
+        lambda *args, **kwargs: compile(*args, **kwargs, backend="eager"),
+    )
     model = tiny.model("llama", num_hidden_layers=2)
     expected = one_by_one(model, groups())
     got = Scorer(model, max_tokens=12, compile=True).score(groups())
