@@ -62,7 +62,7 @@ Trained on {trained_on}.
 {figures}
 ## Training
 
-`rmfast train --config config.yaml`, {steps:,} steps, with {versions}. In config.yaml:
+`rmfast train --config config.yaml`, {steps}, with {versions}. In config.yaml:
 
 ```yaml
 {config}```
@@ -100,6 +100,7 @@ class Finished:
     rows: Rows
     loss: str  # one of train.objective.KINDS
     steps: int
+    best: int  # the step whose weights are written
     is_adapter: bool  # the folder has LoRA's adapter alone
     summary: dict[str, Any] | None  # the last held-out figures
     versions: dict[str, str]  # of the libraries
@@ -132,6 +133,9 @@ def write(run: Finished, folder: Path) -> None:
     if run.is_adapter:  # transformers loads its model first, with that one's settings
         method = f", by LoRA of rank {options.lora_rank}; this is the adapter alone"
         labels, pad = ", num_labels=1", "model.config.pad_token_id = tokenizer.pad_token_id\n"
+    steps = f"{run.steps:,} steps"
+    if run.best != run.steps:
+        steps += f" (kept: step {run.best:,}, the best held-out accuracy, which that flatters)"
     name = json.dumps(public.output, ensure_ascii=False)
     text = _CARD.format(
         metadata=_metadata(run, public).to_yaml(),
@@ -149,7 +153,7 @@ def write(run: Finished, folder: Path) -> None:
         ids=_ids(run),
         trained_on=trained_on,
         figures=_figures(run, public),
-        steps=run.steps,
+        steps=steps,
         versions=", ".join(f"{name} {version}" for name, version in run.versions.items()),
         config=public.as_yaml(),
     )
