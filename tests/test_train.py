@@ -752,6 +752,21 @@ def test_without_matplotlib_it_trains(run, model, capsys, monkeypatch):
     assert not (out / "training.png").exists() and "![" not in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["a$b_{$c", "$\\frac$ 猫 קול %s", "^_^$"])
+def test_any_name_will_do(run, model, monkeypatch, name):
+    monkeypatch.setattr(watch, "_can_draw", lambda: name.startswith("a"))  # it takes its time
+    run(*command(model, pairs(), "--output", name, "--max-steps", "1", "--eval-every", "1"))
+    assert f"# {name}" in Path(name, "README.md").read_text()
+
+
+def test_a_picture_that_fails_does_not_stop_the_training(run, model, monkeypatch, capsys):
+    monkeypatch.setattr(watch, "_can_draw", CAN_DRAW)
+    monkeypatch.setattr(watch.show, "curve", cannot)
+    out = run(*command(model, pairs(), "--eval-every", "2"))
+    assert capsys.readouterr().err.count("no training.png: a reason\n") == 1
+    assert not (out / "training.png").exists() and "![" not in (out / "README.md").read_text()
+
+
 def test_without_trl(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     for name in ("rmfast.train.job", "rmfast.train.fit", "rmfast.train.trainer"):

@@ -187,7 +187,7 @@ def rehearse(trainer: Trainer, folder: Path) -> None:
     except OSError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason, *_ = str(error).strip().split("\n")
         raise UserError(
             f"nothing is trained, for this model could not be saved at the end: {reason}"
         ) from error

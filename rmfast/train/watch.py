@@ -201,10 +201,20 @@ class Watch(TrainerCallback):
         return f", {seconds:.2f} s a step, {left} left"
 
     def draw(self) -> None:
-        if self._draws:
-            title = self.folder.resolve().name
-            lines = {(line["kind"], line["step"]): line for line in self.lines}  # the last of each
-            show.curve([*lines.values()], title).savefig(self.folder / "training.png")
+        """Draw the lines so far; a picture that cannot be drawn does not stop the training."""
+        if not self._draws:
+            return
+        picture = self.folder / "training.png"
+        lines = {(line["kind"], line["step"]): line for line in self.lines}  # the last of each
+        try:
+            show.curve([*lines.values()], self.folder.resolve().name).savefig(picture)
+        except OSError:
+            raise
+        except Exception as error:  # of fonts, of names that look like mathematics
+            self._draws = False
+            picture.unlink(missing_ok=True)
+            reason, *_ = str(error).strip().split("\n")
+            self._say(f"no training.png: {reason}")
 
 
 def _can_draw() -> bool:
