@@ -457,6 +457,13 @@ def test_one_step_is_enough_to_learn(run, model):
     assert "Warning" not in Path("out/README.md").read_text()
 
 
+def test_a_constant_rate_is_warmed_up_too(run, model):
+    argv = command(model, pairs(), "--eval-split", "0", "--warm-up", "0.1", "--batch-pairs", "1")
+    out = run(*argv, "--schedule", "constant", "--max-steps", "20")
+    rates = [line["learning_rate"] for line in metrics(out, "train")]
+    assert rates[0] < rates[1] < rates[2] == rates[-1] == 1e-3
+
+
 @pytest.mark.parametrize("more", [[], ["--lora-rank", "2"], ["--dtype", "bfloat16"]], ids=str)
 def test_a_run_that_learnt_nothing_says_so(run, model, capsys, more):
     out = run(*command(model, pairs(), *FEW, "--learning-rate", "1e-30", "--max-steps", "2", *more))

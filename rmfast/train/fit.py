@@ -18,6 +18,11 @@ from rmfast.train.rows import Rows
 from rmfast.train.trainer import RewardConfig, RewardTrainer
 from rmfast.train.watch import COMPLETE, Watch
 
+_SCHEDULES = {  # transformers' names; its "constant" has no warm-up
+    "cosine": "cosine_with_min_lr",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+}
 _POINTS = 0.01  # of the run, from one line of metrics.jsonl to the next
 _PART = 0.1  # of the run, from one evaluation or checkpoint to the next
 
@@ -100,7 +105,6 @@ def _weights(model: torch.nn.Module) -> dict[str, int]:
 
 
 def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -> RewardConfig:
-    cosine = options.schedule == "cosine"
     evaluates, saves = options.eval_every or _PART, options.save_every or _PART
     if options.keep_best:
         evaluates = saves = options.eval_every or saves
@@ -112,8 +116,8 @@ def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -
         gradient_accumulation_steps=options.grad_accum,
         max_tokens_per_batch=options.max_tokens_per_batch,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr" if cosine else options.schedule,
-        lr_scheduler_kwargs={"min_lr_rate": 0.1} if cosine else None,
+        lr_scheduler_type=_SCHEDULES[options.schedule],
+        lr_scheduler_kwargs={"min_lr_rate": 0.1} if options.schedule == "cosine" else None,
         warmup_steps=options.warm_up,
         weight_decay=options.weight_decay,
         loss_type=options.loss,
