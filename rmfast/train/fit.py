@@ -215,7 +215,7 @@ def finish(trainer: Trainer) -> Any:
     if hasattr(model, "merge_and_unload") and not keeps_adapter(model):
         model = model.merge_and_unload()
         for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(trainer.dtypes[name])
+            parameter.data = parameter.data.to(trainer.dtypes.get(name))
     return model
 
 
