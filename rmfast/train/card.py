@@ -77,12 +77,20 @@ Of {count:,} {records} of {source}:
 ```
 """
 _LOAD = """\
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+{imports}
 
 name = {name}  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForSequenceClassification.from_pretrained(name{labels})
-{pad}conversation = {conversation}"""
+model = {model}
+conversation = {conversation}"""
+_IMPORTS = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
+_MODEL = "AutoModelForSequenceClassification.from_pretrained(name)"
+_PEFT_IMPORTS = """\
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer"""
+_PEFT_MODEL = """\
+AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1)
+model.config.pad_token_id = tokenizer.pad_token_id"""
 _MESSAGES = """\
 [
     {"role": "user", "content": "How many legs has a spider?"},
@@ -127,12 +135,12 @@ def write(run: Finished, folder: Path) -> None:
         if run.started.tokenizer.eos_token is not None:
             conversation += " + tokenizer.eos_token"
             trained_on = "text, each with the end of text after it"
-    method, labels, pad = "", "", ""
+    method, imports, model = "", _IMPORTS, _MODEL
     if options.lora_rank is not None:
         method = f", by LoRA of rank {options.lora_rank}, merged into the weights"
-    if run.is_adapter:  # transformers loads its model first, with that one's settings
+    if run.is_adapter:
         method = f", by LoRA of rank {options.lora_rank}; this is the adapter alone"
-        labels, pad = ", num_labels=1", "model.config.pad_token_id = tokenizer.pad_token_id\n"
+        imports, model = _PEFT_IMPORTS, _PEFT_MODEL
     steps = f"{run.steps:,} steps"
     if run.best != run.steps:
         steps += f" (kept: step {run.best:,}, the best held-out accuracy, which that flatters)"
@@ -149,7 +157,7 @@ def write(run: Finished, folder: Path) -> None:
         method=method,
         loss=_LOSSES[run.loss],
         warnings="".join(f"\n**Warning: {warning}.**\n" for warning in run.warnings),
-        load=_LOAD.format(name=name, labels=labels, pad=pad, conversation=conversation),
+        load=_LOAD.format(name=name, imports=imports, model=model, conversation=conversation),
         ids=_ids(run),
         trained_on=trained_on,
         figures=_figures(run, public),
