@@ -62,7 +62,7 @@ Trained on {trained_on}.
 {figures}
 ## Training
 
-`rmfast train --config config.yaml`, {steps:,} steps, with {versions}. In config.yaml:
+`rmfast train --config config.yaml`, {steps}, with {versions}. In config.yaml:
 
 ```yaml
 {config}```
@@ -77,12 +77,20 @@ Of {count:,} {records} of {source}:
 ```
 """
 _LOAD = """\
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+{imports}
 
 name = {name}  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForSequenceClassification.from_pretrained(name{labels})
-{pad}conversation = {conversation}"""
+model = {model}
+conversation = {conversation}"""
+_IMPORTS = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
+_MODEL = "AutoModelForSequenceClassification.from_pretrained(name)"
+_PEFT_IMPORTS = """\
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer"""
+_PEFT_MODEL = """\
+AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1)
+model.config.pad_token_id = tokenizer.pad_token_id"""
 _MESSAGES = """\
 [
     {"role": "user", "content": "How many legs has a spider?"},
@@ -101,6 +109,7 @@ class Finished:
     rows: Rows
     loss: str  # one of train.objective.KINDS
     steps: int
+    best: int  # the step whose weights are written
     is_adapter: bool  # the folder has LoRA's adapter alone
     summary: dict[str, Any] | None  # the last held-out figures
     versions: dict[str, str]  # of the libraries
@@ -129,12 +138,15 @@ def write(run: Finished, folder: Path) -> None:
             trained_on = "text, each with the end of text after it"
     if run.rows.form.segments:
         conversation, trained_on = _TWO, "prompt and answer as the tokenizer's two segments"
-    method, labels, pad = "", "", ""
+    method, imports, model = "", _IMPORTS, _MODEL
     if options.lora_rank is not None:
         method = f", by LoRA of rank {options.lora_rank}, merged into the weights"
-    if run.is_adapter:  # transformers loads its model first, with that one's settings
+    if run.is_adapter:
         method = f", by LoRA of rank {options.lora_rank}; this is the adapter alone"
-        labels, pad = ", num_labels=1", "model.config.pad_token_id = tokenizer.pad_token_id\n"
+        imports, model = _PEFT_IMPORTS, _PEFT_MODEL
+    steps = f"{run.steps:,} steps"
+    if run.best != run.steps:
+        steps += f" (kept: step {run.best:,}, the best held-out accuracy, which that flatters)"
     name = json.dumps(public.output, ensure_ascii=False)
     text = _CARD.format(
         metadata=_metadata(run, public).to_yaml(),
@@ -148,12 +160,12 @@ def write(run: Finished, folder: Path) -> None:
         method=method,
         loss=_LOSSES[run.loss],
         warnings="".join(f"\n**Warning: {warning}.**\n" for warning in run.warnings),
-        load=_LOAD.format(name=name, labels=labels, pad=pad, conversation=conversation),
+        load=_LOAD.format(name=name, imports=imports, model=model, conversation=conversation),
         ids=_ids(run),
         call="**ids" if run.rows.form.segments else "torch.tensor([ids])",
         trained_on=trained_on,
         figures=_figures(run, public),
-        steps=run.steps,
+        steps=steps,
         versions=", ".join(f"{name} {version}" for name, version in run.versions.items()),
         config=public.as_yaml(),
     )

@@ -18,6 +18,11 @@ from rmfast.train.rows import Rows
 from rmfast.train.trainer import RewardConfig, RewardTrainer
 from rmfast.train.watch import COMPLETE, Watch
 
+_SCHEDULES = {  # transformers' names; its "constant" has no warm-up
+    "cosine": "cosine_with_min_lr",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+}
 _POINTS = 0.01  # of the run, from one line of metrics.jsonl to the next
 _PART = 0.1  # of the run, from one evaluation or checkpoint to the next
 
@@ -28,6 +33,13 @@ class Trainer(RewardTrainer):
     watch: Watch
     use_cache: bool | None  # of the model, before transformers turned it off
     begun: dict[str, int]  # what tells its weights from later ones
+    dtypes: dict[str, torch.dtype]  # of its weights
+
+    @property
+    def best_step(self) -> int:
+        """Of the weights that are written."""
+        best = self.args.metric_for_best_model and self.state.best_global_step
+        return best or self.state.global_step
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         return self.watch.evaluate()
@@ -60,6 +72,7 @@ def make_trainer(
     use_cache = getattr(started.model.config, "use_cache", None)
     begun = _weights(started.model)
     rows.form.record(started.model.config)
+    dtypes = {name: parameter.dtype for name, parameter in started.model.named_parameters()}
     held_out = None if rows.held_out is None else Dataset.from_list(rows.held_out)
     args = _config(options, folder, held_out is not None, is_new)
     try:
@@ -79,7 +92,7 @@ def make_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    trainer.begun = begun
+    trainer.begun, trainer.dtypes = begun, dtypes
     return trainer
 
 
@@ -93,7 +106,9 @@ def _weights(model: torch.nn.Module) -> dict[str, int]:
 
 
 def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -> RewardConfig:
-    cosine = options.schedule == "cosine"
+    evaluates, saves = options.eval_every or _PART, options.save_every or _PART
+    if options.keep_best:
+        evaluates = saves = options.eval_every or saves
     args = RewardConfig(
         output_dir=str(folder / "checkpoints"),
         num_train_epochs=options.epochs,
@@ -102,8 +117,8 @@ def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -
         gradient_accumulation_steps=options.grad_accum,
         max_tokens_per_batch=options.max_tokens_per_batch,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr" if cosine else options.schedule,
-        lr_scheduler_kwargs={"min_lr_rate": 0.1} if cosine else None,
+        lr_scheduler_type=_SCHEDULES[options.schedule],
+        lr_scheduler_kwargs={"min_lr_rate": 0.1} if options.schedule == "cosine" else None,
         warmup_steps=options.warm_up,
         weight_decay=options.weight_decay,
         loss_type=options.loss,
@@ -119,12 +134,14 @@ def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -
         logging_steps=_POINTS,
         eval_strategy="steps" if measures else "no",
         eval_on_start=measures and is_new,
-        eval_steps=(options.eval_every or _PART) if measures else None,
+        eval_steps=evaluates if measures else None,
         save_strategy="steps",
-        save_steps=options.save_every or _PART,
-        save_total_limit=2,
+        save_steps=saves,
+        metric_for_best_model="eval_accuracy" if options.keep_best else None,
+        greater_is_better=True if options.keep_best else None,
         disable_tqdm=True,
-        report_to="none",
+        report_to=options.report_to.split(",") if options.report_to else "none",
+        run_name=folder.resolve().name,
     )
     args._n_gpu = min(1, args.n_gpu)  # one process trains on one GPU
     return args
@@ -175,7 +192,7 @@ def rehearse(trainer: Trainer, folder: Path) -> None:
     except OSError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason, *_ = str(error).strip().split("\n")
         raise UserError(
             f"nothing is trained, for this model could not be saved at the end: {reason}"
         ) from error
@@ -188,18 +205,27 @@ def keeps_adapter(model: torch.nn.Module) -> bool:
     return any(getattr(module, "is_quantized", False) for module in model.modules())
 
 
-def save(trainer: Trainer, started: Started, folder: Path) -> bool:
-    """Write the model or its adapter, and its tokenizer; whether any weight changed.
+def finish(trainer: Trainer) -> Any:
+    """The model as it is to be written: the best or the last one, with its adapter merged.
 
-    Adapters are merged, unless the model is quantised.
+    Adapters of quantised models stay beside them.
     """
-    if trainer.use_cache is not None:
-        started.model.config.use_cache = trainer.use_cache
+    if trainer.args.metric_for_best_model and trainer.best_step != trainer.state.global_step:
+        trainer._load_from_checkpoint(f"{trainer.args.output_dir}/checkpoint-{trainer.best_step}")
     model = patching.unpatch(trainer.accelerator.unwrap_model(trainer.model, False))
     if hasattr(model, "merge_and_unload") and not keeps_adapter(model):
         model = model.merge_and_unload()
-    else:
-        started.model.config.save_pretrained(folder)  # an adapter is saved without the form
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(trainer.dtypes.get(name))
+    return model
+
+
+def save(trainer: Trainer, model: Any, started: Started, folder: Path) -> bool:
+    """Write the model and its tokenizer; whether any weight changed."""
+    patching.unpatch(model)
+    if trainer.use_cache is not None:
+        started.model.config.use_cache = trainer.use_cache
+    started.model.config.save_pretrained(folder)  # an adapter's own has no form of conversations
     model.save_pretrained(folder)
     started.tokenizer.save_pretrained(folder)
     return _weights(model) != trainer.begun

@@ -39,6 +39,7 @@ from rmfast.train.watch import COMPLETE, Watch, last_checkpoint, step_of
 
 try:
     import datasets
+    from transformers.integrations import get_available_reporting_integrations
 
     from rmfast.train import fit
 except ImportError as _error:
@@ -46,7 +47,7 @@ except ImportError as _error:
 
 
 # Options that may differ when a run goes on: its data is told by digest, its model by its files.
-_MAY_DIFFER = {"output", "model", "data", "eval_data", "resume", "overwrite"}
+_MAY_DIFFER = {"output", "model", "data", "eval_data", "report_to", "resume", "overwrite"}
 _OURS = ("checkpoints", "metrics.jsonl", "training.png", "config.yaml", "README.md")
 _EARLY = {"checkpoints", "metrics.jsonl", "training.png", "metrics.jsonl.tmp"}
 
@@ -115,27 +116,32 @@ def _run(options: TrainOptions) -> int:
         (folder / "config.yaml").write_text(options.as_yaml(), encoding="utf-8")
     if not _train(trainer, watch, folder, checkpoint):
         return 130
+    model = fit.finish(trainer)
+    watch.measure_written(model, trainer.best_step)
     finished = card.Finished(
         options,
         started,
         found,
         loss=trainer.objective.kind,
         steps=trainer.state.global_step,
-        is_adapter=fit.keeps_adapter(trainer.model),
+        best=trainer.best_step,
         summary=watch.summary,
+        is_adapter=fit.keeps_adapter(trainer.model),
         versions=state.versions,
         warnings=state.warnings,
     )
-    _save(folder, trainer, watch, finished)
+    _save(folder, trainer, model, watch, finished)
     state.done = True
     state.save(folder)
     return 0
 
 
-def _save(folder: Path, trainer: fit.Trainer, watch: Watch, finished: card.Finished) -> None:
+def _save(
+    folder: Path, trainer: fit.Trainer, model: Any, watch: Watch, finished: card.Finished
+) -> None:
     """Write the model and what belongs to it."""
     with saving(folder):
-        if not fit.save(trainer, finished.started, folder):
+        if not fit.save(trainer, model, finished.started, folder):
             finished.warnings.append(
                 f"no weight changed in {finished.steps:,} steps, this is the model that the run "
                 "began with: raise --learning-rate"
@@ -162,6 +168,18 @@ def _check(options: TrainOptions) -> None:
         raise UserError("--eval-data and --eval-split: give one of them")
     if options.eval_data is None and options.eval_split == 0 and options.eval_every:
         raise UserError("--eval-every goes with held-out data, and --eval-split is 0")
+    if options.keep_best and options.eval_data is None and options.eval_split == 0:
+        raise UserError("--keep-best goes with held-out data, and --eval-split is 0")
+    if options.keep_best and None not in (one := (options.eval_every, options.save_every)):
+        if one[0] != one[1]:
+            raise UserError("--keep-best saves where it measures: give --eval-every alone")
+    if options.report_to is not None:
+        there = get_available_reporting_integrations()
+        if missing := set(options.report_to.split(",")) - {"none", "all", *there}:
+            raise UserError(
+                f"--report-to {', '.join(sorted(missing))}: it is not installed, or unknown to "
+                f"transformers (there is: {', '.join(there) or 'nothing'})"
+            )
     if options.lora_rank is not None:
         try:
             import peft  # noqa: F401 (found now, not after the data)

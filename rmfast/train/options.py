@@ -69,6 +69,9 @@ class TrainOptions(Options):
     eval_every: int | None = _held_out(
         "Measure after this many steps (default: a tenth of the run).",
         None, metavar="STEPS", least=1)
+    keep_best: bool = _held_out(
+        "Write the model of the highest held-out accuracy, of the first of equals, instead of the "
+        "last; checkpoints are saved where it is measured.", False, both=True)
 
     epochs: float = _training(
         "Pass over the data this often; reward models overfit in the second pass.", 1.0, above=0)
@@ -108,6 +111,9 @@ class TrainOptions(Options):
         "Save a checkpoint after this many steps (default: a tenth of the run).",
         None, metavar="STEPS", least=1)
 
+    report_to: str | None = _run(
+        "Report metrics to these, such as wandb,tensorboard (default: none).",
+        None, metavar="NAMES")
     resume: bool = _run("Continue from the last checkpoint, or start.", False)
     overwrite: bool = _run("Replace what is in the folder.", False)
     # fmt: on
