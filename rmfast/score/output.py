@@ -9,6 +9,7 @@ what was written after it.
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import datetime
 import decimal
@@ -54,7 +55,7 @@ def check(path: Path, source: Source) -> None:
         schema_of(path, source)
 
 
-class _Appended:
+class Appended:
     """A file that grows by whole pieces; with gzip, a member each."""
 
     def __init__(self, path: Path, gzipped: bool, mark: int) -> None:
@@ -77,10 +78,11 @@ class _Appended:
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # append wrote everything, or has raised this
+            self._file.close()
 
 
-class Errors(_Appended):
+class Errors(Appended):
     """The rows that were left out: a line of JSON each, and no file if there are none."""
 
     def __init__(self, path: Path, mark: int) -> None:
@@ -103,7 +105,7 @@ class Errors(_Appended):
             self._path.unlink()
 
 
-class JsonLines(_Appended):
+class JsonLines(Appended):
     """A line a row: that of the input, where that is JSON lines too, with the scores put in."""
 
     def __init__(self, path: Path, gzipped: bool, source: Source, mark: int) -> None:
@@ -134,7 +136,7 @@ class JsonLines(_Appended):
             self.append(b"")
 
 
-class Csv(_Appended):
+class Csv(Appended):
     """A header, then a record a row. What is not text is written as JSON."""
 
     def __init__(self, path: Path, gzipped: bool, source: Source, mark: int) -> None:

@@ -1,0 +1,152 @@
+"""The files that ``rmfast eval`` writes rows to, window by window, and reads back to resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rmfast.errors import RowError, UserError
+from rmfast.evaluate import rewardbench
+from rmfast.evaluate.options import EvalOptions
+from rmfast.resume import model_identity, saving, write_whole
+from rmfast.score import start
+from rmfast.score.output import Appended
+from rmfast.score.windows import Scored
+
+if TYPE_CHECKING:
+    from rmfast.data.encoding import Encoder
+    from rmfast.data.files import Reader
+    from rmfast.data.rows import Row
+
+_SIDES = ("chosen", "rejected")
+
+
+def first_state(args: EvalOptions, reader: Reader, template: str | None) -> start.State:
+    """The state to start from: a new one, or that of the run that ``--resume`` continues.
+
+    Raises:
+        UserError: ``--scores`` is there and would be lost, or is of another run.
+    """
+    if args.scores is None:
+        if args.resume:
+            raise UserError("--resume continues what is in --scores: give it, too")
+        return start.State({})
+    settings = start.settings(args, reader, template)
+    for name in ("tokenizer", "subset_column", "ref_model", "beta"):
+        settings["--" + name.replace("_", "-")] = getattr(args, name)
+    if args.ref_model is not None:
+        files = model_identity(args.ref_model).get("a file of --model")
+        settings["a file of --ref-model"] = files
+    return start.first_state(Path(args.scores), settings, args)
+
+
+class RowFiles(contextlib.ExitStack):
+    """``--scores`` and RewardBench's files; a context manager."""
+
+    def __init__(self, args: EvalOptions, encoder: Encoder, state: start.State) -> None:
+        super().__init__()
+        self.args, self.encoder, self.state = args, encoder, state
+        self.results: list[float] = []  # of RewardBench's rows
+        self.stem = rewardbench.stem(args.output_dir, args.model)
+        paths = {} if args.scores is None else {"scores": Path(args.scores)}
+        if args.rewardbench_files:
+            paths["outputs"] = Path(f"{self.stem}_outputs.jsonl")
+        if args.save_all:
+            paths["all"] = Path(f"{self.stem}_all.jsonl")
+        self.paths, self.lines = paths, {name: [] for name in paths}
+        self.files: dict[str, Appended] = {}
+        for name, path in paths.items():
+            with self._saving(path):
+                if name != "scores":
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                file = Appended(path, False, state.output if name == "scores" else 0)
+                self.files[name] = self.enter_context(contextlib.closing(file))
+        self.save()
+
+    def _saving(self, path: Path) -> contextlib.AbstractContextManager:
+        resumes = self.args.scores is not None
+        return saving(path, "; --resume continues from what is saved" if resumes else "")
+
+    def earlier(self) -> Iterator[tuple[int, Scored]]:
+        """The rows that ``--scores`` has, with their numbers."""
+        if not self.state.rows:
+            return
+        with open(self.paths["scores"], "rb") as file:
+            for text in file:
+                line = json.loads(text)
+                if "error" in line:
+                    scored = Scored(None, None, RowError(line["error"], line["kind"]))
+                else:
+                    scores, lengths = (
+                        np.concatenate([np.atleast_1d(line[f"{side}{x}"]) for side in _SIDES])
+                        for x in ("", "_tokens")
+                    )
+                    scored = Scored(scores.astype(np.float32), lengths, None)
+                yield line["line"], scored
+
+    def add(self, number: int, row: Row | None, scored: Scored, new: bool = True) -> None:
+        """Take a row; what is not ``new`` is in ``--scores`` already."""
+        if scored.error is not None:
+            error = {"error": scored.error.reason, "kind": scored.error.kind}
+            self._line("scores", {"line": number} | error, new)
+            return
+        count = len(row.chosen)
+        scores = [float(str(score)) for score in scored.scores]  # the shortest, not fp64's digits
+        line = {"line": number} | ({} if row.subset is None else {"subset": row.subset})
+        for name, side in zip(_SIDES, (slice(count), slice(count, None)), strict=True):
+            line[name] = rewardbench.single(scores[side])
+            line[f"{name}_tokens"] = rewardbench.single(scored.lengths[side].tolist())
+        self._line("scores", line, new)
+        if "outputs" in self.files:
+            output = rewardbench.output(row, scores, self.encoder)
+            self.results.append(output["results"])
+            self._line("outputs", output)
+            self._line("all", {name: output[f"scores_{name}"] for name in _SIDES})
+
+    def _line(self, name: str, line: dict[str, Any], new: bool = True) -> None:
+        if new and name in self.files:
+            text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
+            self.lines[name].append(text.encode("utf-8", "backslashreplace"))
+
+    def save(self, new: int = 0) -> None:
+        """Put the rows that were taken on the disk, and then the ``new`` ones into the state."""
+        for name, file in self.files.items():
+            with self._saving(self.paths[name]):
+                file.append(b"".join(self.lines[name]))
+            self.lines[name].clear()
+        self.state.rows += new
+        if "scores" in self.files:
+            path = self.paths["scores"]
+            self.state.output = self.files["scores"].mark()
+            with self._saving(path):
+                write_whole(start.beside(path, "state.json"), dataclasses.asdict(self.state))
+
+    def finish(self, summary: dict[str, Any]) -> list[Path]:
+        """Write RewardBench's summary, and return the paths of all files."""
+        args, count, headline = self.args, len(self.results), summary["headline"]
+        self.state.done = True
+        self.save()
+        paths = list(self.paths.values())
+        subsets = {name: x["accuracy"] for name, x in summary.get("subsets", {}).items()}
+        if headline and headline["benchmark"] == "RewardBench 2":
+            subsets = headline["parts"]
+        if "outputs" in self.files:
+            about = {
+                "accuracy": sum(self.results) / count,
+                "num_prompts": count,
+                "model": args.model,
+                "ref_model": args.ref_model,
+                "tokenizer": args.tokenizer or args.model,
+                "chat_template": args.chat_template,
+                "extra_results": subsets or None,
+            }
+            paths.append(Path(f"{self.stem}.json"))
+            with self._saving(paths[-1]):
+                paths[-1].write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+        return paths
