@@ -567,6 +567,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     assert job("--resume") == 1
     assert job.found() == whole
     assert job("--resume") == 1  # complete: the figures again, without a forward pass
+    assert job() == 2
+    assert f"{job.scores} already exists: --overwrite replaces it" in capsys.readouterr().err
     assert job.found() == whole
 
 

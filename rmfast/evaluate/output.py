@@ -14,9 +14,9 @@ import numpy as np
 from rmfast.errors import RowError, UserError
 from rmfast.evaluate import rewardbench
 from rmfast.evaluate.options import EvalOptions
-from rmfast.resume import model_identity, saving, write_whole
-from rmfast.score import start
-from rmfast.score.output import Appended
+from rmfast.resume import model_identity, same_run, saving, stored, write_whole
+from rmfast.score.output import _Appended as Appended
+from rmfast.score.start import State, beside, settings
 from rmfast.score.windows import Scored
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _SIDES = ("chosen", "rejected")
 
 
-def first_state(args: EvalOptions, reader: Reader, template: str | None) -> start.State:
+def first_state(args: EvalOptions, reader: Reader, template: str | None) -> State:
     """The state to start from: a new one, or that of the run that ``--resume`` continues.
 
     Raises:
@@ -36,20 +36,33 @@ def first_state(args: EvalOptions, reader: Reader, template: str | None) -> star
     if args.scores is None:
         if args.resume:
             raise UserError("--resume continues what is in --scores: give it, too")
-        return start.State({})
-    settings = start.settings(args, reader, template)
+        return State({})
+    now = settings(args, reader, template)
     for name in ("tokenizer", "subset_column", "ref_model", "beta"):
-        settings["--" + name.replace("_", "-")] = getattr(args, name)
+        now["--" + name.replace("_", "-")] = getattr(args, name)
     if args.ref_model is not None:
         files = model_identity(args.ref_model).get("a file of --model")
-        settings["a file of --ref-model"] = files
-    return start.first_state(Path(args.scores), settings, args)
+        now["a file of --ref-model"] = files
+    path = Path(args.scores)
+    file = beside(path, "state.json")
+    before = None if args.overwrite else stored(file, State)
+    if before is not None and args.resume:
+        same_run(before.settings, now)
+        return before
+    if path.exists() and path.stat().st_size and not args.overwrite:
+        words = "--overwrite replaces it"
+        if args.resume:
+            words = f"--resume cannot continue it without {file}, {words}"
+        elif before is not None and not before.done:
+            words = f"--resume continues it, {words}"
+        raise UserError(f"{path} already exists: {words}")
+    return State(now)
 
 
 class RowFiles(contextlib.ExitStack):
     """``--scores`` and RewardBench's files; a context manager."""
 
-    def __init__(self, args: EvalOptions, encoder: Encoder, state: start.State) -> None:
+    def __init__(self, args: EvalOptions, encoder: Encoder, state: State) -> None:
         super().__init__()
         self.args, self.encoder, self.state = args, encoder, state
         self.results: list[float] = []  # of RewardBench's rows
@@ -65,7 +78,7 @@ class RowFiles(contextlib.ExitStack):
             with self._saving(path):
                 if name != "scores":
                     path.parent.mkdir(parents=True, exist_ok=True)
-                file = Appended(path, False, state.output if name == "scores" else 0)
+                file = Appended(path, None, state.output if name == "scores" else 0)
                 self.files[name] = self.enter_context(contextlib.closing(file))
         self.save()
 
@@ -125,7 +138,7 @@ class RowFiles(contextlib.ExitStack):
             path = self.paths["scores"]
             self.state.output = self.files["scores"].mark()
             with self._saving(path):
-                write_whole(start.beside(path, "state.json"), dataclasses.asdict(self.state))
+                write_whole(beside(path, "state.json"), dataclasses.asdict(self.state))
 
     def finish(self, summary: dict[str, Any]) -> list[Path]:
         """Write RewardBench's summary, and return the paths of all files."""

@@ -55,7 +55,7 @@ def check(path: Path, source: Source) -> None:
         schema_of(path, source)
 
 
-class Appended:
+class _Appended:
     """A file that grows by whole pieces; with gzip, a member each."""
 
     def __init__(self, path: Path, gzipped: bool, mark: int) -> None:
@@ -78,11 +78,11 @@ class Appended:
         return self._file.tell()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # append wrote everything, or has raised this
+        with contextlib.suppress(OSError):  # what a full disk did not take is after the mark
             self._file.close()
 
 
-class Errors(Appended):
+class Errors(_Appended):
     """The rows that were left out: a line of JSON each, and no file if there are none."""
 
     def __init__(self, path: Path, mark: int) -> None:
@@ -105,7 +105,7 @@ class Errors(Appended):
             self._path.unlink()
 
 
-class JsonLines(Appended):
+class JsonLines(_Appended):
     """A line a row: that of the input, where that is JSON lines too, with the scores put in."""
 
     def __init__(self, path: Path, gzipped: bool, source: Source, mark: int) -> None:
@@ -136,7 +136,7 @@ class JsonLines(Appended):
             self.append(b"")
 
 
-class Csv(Appended):
+class Csv(_Appended):
     """A header, then a record a row. What is not text is written as JSON."""
 
     def __init__(self, path: Path, gzipped: bool, source: Source, mark: int) -> None:

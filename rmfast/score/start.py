@@ -11,7 +11,7 @@ from typing import Any
 from rmfast.data import columns, files
 from rmfast.errors import RowError, UserError
 from rmfast.resume import digest, model_identity, same_run, stored
-from rmfast.score.options import ScoreOptions, ScoringOptions
+from rmfast.score.options import ScoreOptions
 from rmfast.score.windows import Stats
 
 # options that decide the output, beside the input, the model, the device and the template
@@ -64,7 +64,7 @@ def output_path(options: ScoreOptions) -> Path:
     return path
 
 
-def settings(options: ScoringOptions, reader: files.Reader, template: str | None) -> dict[str, Any]:
+def settings(options: ScoreOptions, reader: files.Reader, template: str | None) -> dict[str, Any]:
     """What decides the output. ``--resume`` continues a run with the same settings only."""
     import torch
 
