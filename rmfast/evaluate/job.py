@@ -84,16 +84,13 @@ def _evaluate(args: EvalOptions, template: str | None, source: _Source, state: S
             if scored.error is not None:
                 left_out.add(number, scored.error)
             else:
-                about = (len(row.chosen), row.subset, benchmark, row.record.get("id"))
+                id = row.record.get("id") if benchmark else None
+                about = (len(row.chosen), row.subset, benchmark, id)
                 judged.add(scored.scores, scored.lengths, *about)
             files.add(number, row, scored, new)
 
         rows, before = iter(source), state.stats()
-        for (number, scored), (tag, row) in zip(files.earlier(), rows, strict=False):
-            if number != tag[0] or (scored.error is None and len(scored.scores) != len(row or ())):
-                raise UserError(
-                    f"{args.scores} has other rows than {args.input}: --overwrite starts again"
-                )
+        for tag, scored in files.earlier(rows):
             take(tag, scored, new=False)
         windows = stack.enter_context(contextlib.closing(scorer.windows(rows)))
         advice = "" if args.scores is None else "; --resume continues after the last window"

@@ -17,7 +17,7 @@ from rmfast.evaluate.options import EvalOptions
 from rmfast.resume import model_identity, same_run, saving, stored, write_whole
 from rmfast.score.output import _Appended as Appended
 from rmfast.score.start import State, beside, settings
-from rmfast.score.windows import Scored
+from rmfast.score.windows import Scored, Tagged
 
 if TYPE_CHECKING:
     from rmfast.data.encoding import Encoder
@@ -86,22 +86,18 @@ class RowFiles(contextlib.ExitStack):
         resumes = self.args.scores is not None
         return saving(path, "; --resume continues from what is saved" if resumes else "")
 
-    def earlier(self) -> Iterator[tuple[int, Scored]]:
-        """The rows that ``--scores`` has, with their numbers."""
+    def earlier(self, rows: Iterator[Tagged]) -> Iterator[tuple[Any, Scored]]:
+        """Of the rows, those that ``--scores`` has. A tag begins with the row's number."""
         if not self.state.rows:
             return
-        with open(self.paths["scores"], "rb") as file:
-            for text in file:
-                line = json.loads(text)
-                if "error" in line:
-                    scored = Scored(None, None, RowError(line["error"], line["kind"]))
-                else:
-                    scores, lengths = (
-                        np.concatenate([np.atleast_1d(line[f"{side}{x}"]) for side in _SIDES])
-                        for x in ("", "_tokens")
-                    )
-                    scored = Scored(scores.astype(np.float32), lengths, None)
-                yield line["line"], scored
+        path = self.paths["scores"]
+        with open(path, "rb") as file:
+            for text, (tag, row) in zip(file, rows, strict=False):
+                try:
+                    yield tag, _scored(json.loads(text), tag[0], row)
+                except (ValueError, KeyError, TypeError):
+                    change = f"{path} has other rows than {self.args.input}"
+                    raise UserError(f"{change}: --overwrite starts again") from None
 
     def add(self, number: int, row: Row | None, scored: Scored, new: bool = True) -> None:
         """Take a row; what is not ``new`` is in ``--scores`` already."""
@@ -163,3 +159,18 @@ class RowFiles(contextlib.ExitStack):
             with self._saving(paths[-1]):
                 paths[-1].write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
         return paths
+
+
+def _scored(line: dict[str, Any], number: Any, row: Any) -> Scored:
+    """What became of a row, from its line; another row's is a ValueError."""
+    if line["line"] != number:
+        raise ValueError
+    if "error" in line:
+        return Scored(None, None, RowError(line["error"], line["kind"]))
+    scores, lengths = (
+        np.concatenate([np.atleast_1d(line[f"{side}{x}"]) for side in _SIDES])
+        for x in ("", "_tokens")
+    )
+    if isinstance(row, RowError) or len(row) != len(scores):
+        raise ValueError
+    return Scored(scores.astype(np.float32), lengths, None)
