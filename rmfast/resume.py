@@ -93,14 +93,13 @@ def versions(*names: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def saving(path: Path) -> Iterator[None]:
+def saving(path: Path, advice: str = "; --resume continues from what is saved") -> Iterator[None]:
     """Turn an error of the disk into a UserError that names the file, or else ``path``."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or path}: cannot be written: {error.strerror or error}; --resume "
-            "continues from what is saved"
+            f"{error.filename or path}: cannot be written: {error.strerror or error}{advice}"
         ) from error
 
 

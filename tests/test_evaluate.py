@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import math
+import os
 import random
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rmfast.commands.main import main
 from rmfast.data.rows import Row, RowReader
 from rmfast.errors import RowError
 from rmfast.evaluate import job as eval_job
+from rmfast.evaluate import output as eval_output
 from rmfast.evaluate import show
 
 LOAD = functools.cache(loading.load)
@@ -217,7 +219,9 @@ def test_the_same_from_every_kind_of_file(model, tmp_path):
     kinds = {}
     for name in ("in.jsonl", "in.csv", "in.parquet"):
         out = tmp_path / "scores.jsonl"
-        assert run("--model", model, "--input", tmp_path / name, "--scores", out) == 0
+        assert (
+            run("--model", model, "--input", tmp_path / name, "--scores", out, "--overwrite") == 0
+        )
         kinds[name] = read_lines(out)
     for line in kinds["in.csv"]:
         line["line"] -= 1  # the header
@@ -491,3 +495,175 @@ def test_plain_text(model, hf, tmp_path, capsys):
     (line,) = read_lines(scores)
     assert [line["chosen"], line["rejected"]] == pytest.approx(expected, rel=1e-4)
     assert "as TRL trains" in capsys.readouterr().out
+
+
+# --- runs that stop
+
+
+class Stopped:
+    """A run of ``rmfast eval`` with windows of three rows, and what it writes."""
+
+    def __init__(self, model: str, folder: Path, rows: list) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.data = lines(folder / "in.jsonl", rows)
+        self.scores, self.json = folder / "scores.jsonl", folder / "out.json"
+        self.argv = [
+            "--model", model, "--input", self.data, "--scores", self.scores, "--json", self.json,
+            "--batch-window", 6, "--output-dir", folder / "results", "--save-all",
+        ]  # fmt: skip
+
+    def __call__(self, *more: object) -> int:
+        return run(*self.argv, *more)
+
+    def found(self) -> dict:
+        """What was written, without what is another in every run."""
+        out = {path.name: path.read_bytes() for path in (self.folder / "results").rglob("*.json*")}
+        summary = json.loads(self.json.read_text(encoding="utf-8"))
+        del summary["input"], summary["run"]["seconds"]
+        return out | {"scores": self.scores.read_bytes(), "summary": summary}
+
+
+def mixed_rows() -> list:
+    rows: list = [*pairs(9), *({**row, "id": -1, "subset": "chat"} for row in triples(3))]
+    rows[1]["chosen"] = "x" * 300  # too long
+    rows[4] = '{"chosen": '
+    return rows
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> dict:
+    job = Stopped(model, tmp_path_factory.mktemp("whole") / "run", mixed_rows())
+    assert job() == 1
+    return job.found()
+
+
+def stop_after(monkeypatch, saves: int) -> None:
+    """Interrupt the run when it has put so many windows on the disk."""
+    save, count = eval_output.RowFiles.save, []
+
+    def stopping(files, *new: int) -> None:
+        if len(count) > saves:  # one before the first window
+            raise KeyboardInterrupt
+        count.append(1)
+        save(files, *new)
+
+    monkeypatch.setattr(eval_output.RowFiles, "save", stopping)
+
+
+@pytest.mark.parametrize("saves", [0, 1, 3])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    model, tmp_path, monkeypatch, capsys, whole, saves
+):
+    job = Stopped(model, tmp_path / "run", mixed_rows())
+    with monkeypatch.context() as patch:
+        stop_after(patch, saves)
+        assert job() == 130
+    before = read_lines(job.scores)
+    assert f"interrupted, {len(before)} rows are in {job.scores}" in capsys.readouterr().err
+    assert bool(before) == bool(saves)
+    with job.scores.open("ab") as file:
+        file.write(b'{"line": 7, "cho')  # a window that was being written
+    if saves:
+        assert job() == 2
+        assert "--resume continues" in capsys.readouterr().err
+    assert job("--resume") == 1
+    assert job.found() == whole
+    assert job("--resume") == 1  # complete: the figures again, without a forward pass
+    assert job() == 2
+    assert f"{job.scores} already exists: --overwrite replaces it" in capsys.readouterr().err
+    assert job.found() == whole
+
+
+def test_a_full_disk_loses_nothing(model, tmp_path, capsys, whole):
+    resource = pytest.importorskip("resource")
+    job = Stopped(model, tmp_path / "run", mixed_rows())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))  # bytes of any file
+    try:
+        assert job() == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written: File too large; --resume continues" in capsys.readouterr().err
+    assert job("--resume") == 1
+    assert job.found() == whole
+
+
+def test_a_full_disk_without_scores_promises_nothing(model, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    data = lines(tmp_path / "in.jsonl", pairs(2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for extra in (["--json", tmp_path / "x"], ["--rewardbench-files", "--output-dir", tmp_path]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+        try:
+            assert run("--model", model, "--input", data, *extra) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        err = capsys.readouterr().err
+        assert "cannot be written: File too large" in err and "--resume" not in err
+
+
+def test_strict_stops_and_resume_without_it_goes_on(model, tmp_path, capsys, whole):
+    job = Stopped(model, tmp_path / "run", mixed_rows())
+    assert job("--strict", "--on-overlong", "error") == 2
+    assert "line 2: conversation 1 of 2" in capsys.readouterr().err
+    assert job("--resume") == 1
+    assert job.found() == whole
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["--max-length", 99], "--max-length was not given, now it is 99"),
+        (["--subset-column", "id"], '--subset-column was "subset", now it is "id"'),
+        (["--batch-window", 7], "--batch-window was 6, now it is 7"),
+        (["--limit", 4], "--limit was not given, now it is 4"),
+        (["--overwrite"], "--resume and --overwrite exclude each other"),
+        ("input", "of --input changed"),
+        ('{"line": 4', "has other rows than"),
+        ('["line": 3', "has other rows than"),
+        ("one answer", "has other rows than"),
+        ("state", "--resume cannot continue it without"),
+        ("shorter", "is shorter than when it was last written"),
+    ],
+)
+def test_another_run_is_not_resumed(model, tmp_path, monkeypatch, capsys, change, said):
+    job = Stopped(model, tmp_path / "run", mixed_rows())
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert job() == 130
+    written = job.scores.read_bytes()
+    if change == "input":
+        lines(Path(job.data), [*pairs(12)])
+        said = "of --input"
+    elif change == "one answer":  # of a file that seems to be the same
+        stat, text = Path(job.data).stat(), Path(job.data).read_bytes()
+        Path(job.data).write_bytes(text.replace(b'"chosen"', b'"Chosen"'))
+        os.utime(job.data, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change[1:8] == '"line":':
+        text = written.decode().replace('{"line": 3', change, 1)
+        job.scores.write_text(text, encoding="utf-8")
+    elif change == "state":
+        next(path for path in job.folder.iterdir() if "state" in path.name).unlink()
+    elif change == "shorter":
+        job.scores.write_bytes(written[:-9])
+    assert job("--resume", *(change if isinstance(change, list) else ())) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_resume_needs_scores(model, tmp_path, capsys):
+    data = lines(tmp_path / "in.jsonl", pairs(1))
+    assert run("--model", model, "--input", data, "--resume") == 2
+    assert "--resume continues what is in --scores" in capsys.readouterr().err
+
+
+def test_other_policies_are_another_run(policies, tmp_path, capsys):
+    data, scores = lines(tmp_path / "in.jsonl", pairs(2)), tmp_path / "scores.jsonl"
+    argv = ["--model", policies[0], "--ref-model", policies[1], "--input", data, "--scores", scores]
+    assert run(*argv) == 0
+    assert run(*argv, "--resume") == 0
+    assert run(*argv, "--resume", "--beta", 0.2) == 2
+    assert "--beta was not given, now it is 0.2" in capsys.readouterr().err
+    argv[:4] = ["--model", policies[1], "--ref-model", policies[0]]
+    assert run(*argv, "--resume") == 2
+    assert "--model was" in capsys.readouterr().err

@@ -201,7 +201,7 @@ def test_a_model_that_records_its_training():
         scorer.score(["x" * 40])
     assert scorer.about()["form"] == {
         "text": "as it is", "end_of_text": True, "bos": False, "max_length": 40,
-        "as_recorded_in_training": True,
+        "as_recorded_in_training": True, "warnings": [],
     }  # fmt: skip
     other = Scorer(model, tokenizer, chat=True, end_of_text=False, max_length=99)
     plain = tokenizer.apply_chat_template([{**TALK[0], "content": "a"}, TALK[1]])["input_ids"]

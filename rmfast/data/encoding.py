@@ -164,6 +164,7 @@ class Encoder:
             "bos": self.adds_bos,
             "max_length": self.max_length,
             "as_recorded_in_training": self.form is not None,
+            "warnings": self.told(),
         }
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[np.ndarray | RowError]:

@@ -46,6 +46,9 @@ class EvalOptions(ScoringOptions):
         None, metavar="FILE", group=OUTPUT)
     scores: str | None = option(
         "Write the scores of each row here, as JSON lines.", None, metavar="FILE", group=OUTPUT)
+    resume: bool = option(
+        "Continue what a run with the same options left in --scores, or start.", False, OUTPUT)
+    overwrite: bool = option("Replace the files that are there.", False, OUTPUT)
     rewardbench_files: bool = option(
         "Write MODEL.json and MODEL_outputs.jsonl as RewardBench does.", False, OUTPUT)
     output_dir: str | None = option(
@@ -63,3 +66,7 @@ class EvalOptions(ScoringOptions):
     batch_size: int | None = option(
         "Do nothing: see --max-tokens.", None, metavar="N", least=1, group=REWARDBENCH)
     # fmt: on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.one_of("resume", "overwrite")

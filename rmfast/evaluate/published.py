@@ -27,9 +27,9 @@ Subsets = dict[str, np.ndarray]  # which rows are in each, bool [rows]
 
 # columns that tell a benchmark; RewardBench's are those of any pairs, its subsets tell it
 _COLUMNS = {
-    "RewardBench 2": "id prompt chosen rejected subset num_correct total_completions".split(),
-    "RM-Bench": "id prompt chosen rejected domain".split(),
-    "JudgeBench": "question response_A response_B label source".split(),
+    "RewardBench 2": {*"id prompt chosen rejected subset num_correct total_completions".split()},
+    "RM-Bench": {"id", "prompt", "chosen", "rejected", "domain"},
+    "JudgeBench": {"question", "response_A", "response_B", "label", "source"},
 }
 # the weight of each subset in its section, as in the authors' code: numbers of prompts, but for
 # math-prm, which weighs as much as all code, and for XSTest's two, which are transposed there
@@ -86,7 +86,7 @@ def read(record: Any, columns: Mapping[str, str]) -> tuple[str | None, Any]:
     """
     name = None
     if isinstance(record, Mapping):
-        name = next((x for x, names in _COLUMNS.items() if record.keys() >= set(names)), None)
+        name = next((x for x, names in _COLUMNS.items() if names <= record.keys()), None)
     if name == "RM-Bench" and "subset" not in record:
         return name, {**record, "subset": record["domain"]}
     if name != "JudgeBench":

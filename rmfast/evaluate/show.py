@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import textwrap
+import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -149,8 +152,42 @@ def _figure(title: str, width: float, height: float) -> Figure:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, wrap=True)
+    title, families = _drawable(title)
+    lines = "\n".join(_wrapped(line, 8 * width) for line in title.split("\n"))
+    figure.suptitle(lines.replace("$", r"\$"), fontfamily=families)  # between two is mathtext
     return figure
+
+
+def _wrapped(line: str, width: float) -> str:
+    """The line in lines of so many letters, of which some are twice as wide."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in line)
+    width *= len(line) / (len(line) + wide) if line else 1
+    return textwrap.fill(line, int(width), break_on_hyphens=False)
+
+
+def _drawable(text: str) -> tuple[str, list[str]]:
+    """A text and the font families that draw it; what no installed font has is written out."""
+    from matplotlib import font_manager, rcParams
+
+    families, missing = list(rcParams["font.family"]), set(text) - {"\n"}
+    own = font_manager.findfont(font_manager.FontProperties())
+    entries = [(own, None), *((font.fname, font.name) for font in font_manager.fontManager.ttflist)]
+    for path, name in entries:
+        if not missing:
+            break
+        if "Last Resort" in str(name):  # boxes
+            continue
+        with contextlib.suppress(OSError, RuntimeError):
+            found = {x for x in missing if ord(x) in font_manager.get_font(path).get_charmap()}
+            missing -= found
+            families += [name] if found and name else []
+    written = {ord(x): x.encode("unicode_escape").decode() for x in missing}
+    return text.translate(written), families
+
+
+def _legend(axes: Axes) -> None:
+    """A legend below the axes, where it hides nothing."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
 
 
 def figure(summary: dict[str, Any], title: str) -> Figure:
@@ -171,23 +208,38 @@ def curve(lines: list[dict[str, Any]], title: str) -> Figure:
     Args:
         lines: those of ``rmfast train``'s metrics.jsonl.
     """
+    from matplotlib.ticker import MaxNLocator
+
     trained = [line for line in lines if line["kind"] == "train"]
     held_out = [line for line in lines if line["kind"] == "eval"]
     drawn = _figure(title, 8, 8 if held_out else 4)
-    first, *second = drawn.subplots(2 if held_out else 1, 1, squeeze=False)[:, 0]
-    first.plot([x["step"] for x in trained], [x["loss"] for x in trained], label="training")
-    first.set(xlabel="step", ylabel="loss")
+    first, *second = drawn.subplots(2 if held_out else 1, 1, squeeze=False, sharex=True)[:, 0]
+    steps, losses = ([line[key] for line in trained] for key in ("step", "loss"))
+    count = len(losses) // 20
+    first.plot(steps, losses, label="training", alpha=0.4 if count > 1 else 1)
+    if count > 1:
+        sums = list(itertools.accumulate(losses, initial=0))
+        means = [(b - a) / count for a, b in zip(sums, sums[count:], strict=False)]
+        label = f"training, mean of {count}"
+        first.plot(steps[count - 1 :], means, color="tab:blue", label=label)
+    first.set(ylabel="loss")
     for axes in second:
         steps = [line["step"] for line in held_out]
         losses = [line["calibration"]["log_loss"] for line in held_out]
-        first.plot(steps, losses, "o-", label="held out, log loss of σ(margin)")
+        label = "held out, log loss of σ(margin)"
+        first.plot(steps, losses, "o-", color="tab:orange", label=label)
         tallies = [line["rows"] for line in held_out]
         low, high = zip(*(tally["interval"] for tally in tallies), strict=True)
-        axes.plot(steps, [tally["accuracy"] for tally in tallies], "o-")
-        axes.fill_between(steps, low, high, alpha=0.2)
-        axes.axhline(0.5, color="grey", linestyle=":")
-        axes.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1))
-    first.legend()
+        axes.plot(steps, [tally["accuracy"] for tally in tallies], "o-", label="held out")
+        band = {"alpha": 0.2, "edgecolor": "tab:blue", "label": "95 % interval"}
+        axes.fill_between(steps, low, high, **band)  # of one step, its edge is what is seen
+        axes.axhline(0.5, color="grey", linestyle=":", label="chance")
+        axes.set(ylabel="held-out accuracy", ylim=(0, 1))
+    for axes in (first, *second):
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelbottom=True)
+        _legend(axes)
     return drawn
 
 
@@ -200,7 +252,9 @@ def _draw_margins(axes: Axes, margin: dict[str, Any]) -> None:
     colours = ["tab:red" if left < 0 else "tab:blue" for left in edges[:-1]]
     axes.bar(edges[:-1], counts, widths, align="edge", color=colours, edgecolor="white")
     axes.axvline(margin["mean"], color="black", linestyle="--", label=f"mean {margin['mean']:.3g}")
-    axes.legend()
+    axes.ticklabel_format(axis="x", scilimits=(-3, 4))
+    axes.locator_params(axis="x", nbins=7)
+    _legend(axes)
 
 
 def _draw_reliability(axes: Axes, calibration: dict[str, Any]) -> None:
@@ -215,4 +269,4 @@ def _draw_reliability(axes: Axes, calibration: dict[str, Any]) -> None:
     style = {"color": "tab:blue", "alpha": 0.5, "edgecolor": "white"}
     axes.bar(low, right, widths, align="edge", **style)
     axes.plot(confidence, right, "o", color="tab:blue")
-    axes.legend(loc="lower right")
+    _legend(axes)

@@ -9,6 +9,7 @@ what was written after it.
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import datetime
 import decimal
@@ -77,7 +78,8 @@ class _Appended:
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take is after the mark
+            self._file.close()
 
 
 class Errors(_Appended):

@@ -74,7 +74,8 @@ def settings(options: ScoreOptions, reader: files.Reader, template: str | None) 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found["--device"] = device.split(":")[0]
     for name in [*_DECIDE, *(f"{field}_column" for field in columns.FIELDS)]:
-        found["--" + name.replace("_", "-")] = getattr(options, name)
+        if hasattr(options, name):
+            found["--" + name.replace("_", "-")] = getattr(options, name)
     found["the text of --chat-template"] = None if template is None else digest(template)
     return json.loads(json.dumps(found))
 
