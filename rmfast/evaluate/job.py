@@ -138,7 +138,7 @@ class _Source:
 
     def __init__(self, args: EvalOptions) -> None:
         options = {"name": args.name, "split": args.split, "limit": args.limit}
-        reader = Reader(args.input, lists=True, **options)
+        reader = Reader(args.input, **options)
         self.records = reader.read()
         names = ("prompt", "chosen", "rejected", "subset")
         columns = {name: getattr(args, f"{name}_column") for name in names}
