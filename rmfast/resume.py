@@ -1,16 +1,20 @@
-"""What runs share that can be stopped and resumed: their state on the disk, and signals."""
+"""What runs share that can be stopped and resumed: their paths, locks, state, and signals."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
+import platform
 import signal
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, TypeVar
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, TypeVar
 
 from rmfast.errors import UserError
 
@@ -18,7 +22,114 @@ State = TypeVar("State")
 
 _OF_MODELS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
 # settings whose values are digests or times: an error only says that they changed
-_DIGESTS = ("time of", "a file of", "the text of", "the preferences of")
+_DIGESTS = ("time of", "a file of", "the files of", "the text of", "the preferences of")
+# what safetensors and torch.save say in errors of their own when they cannot write
+_FULL_DISK = ("Error while serializing", "unexpected pos", "PytorchStreamWriter failed")
+# options that name models: an output may lie in the folder of one
+_MODELS = ("--model", "--ref-model", "--tokenizer")
+
+
+# --- paths
+
+
+def check_paths(inputs: dict[str, Any], outputs: dict[str, Any], overwrite: bool) -> None:
+    """See that no two paths of a command meet, and that nothing is lost that exists.
+
+    Args:
+        inputs, outputs: paths by the names of their options, ``"--input"``; None: not given. An
+            input may be a pattern, several paths with commas between them, or a name on the hub.
+        overwrite: outputs may be there: they may be replaced, or are checked elsewhere.
+
+    Raises:
+        UserError: an output is an input or another output, lies in the folder of an input, or is
+            there already.
+    """
+    read = [(name, place) for name, value in inputs.items() for place in _places(value)]
+    written: list[tuple[str, str]] = []
+    for name, value in outputs.items():
+        if value is None:
+            continue
+        path = os.path.realpath(value)
+        for other, place in [*read, *written]:
+            if _meet(path, place):
+                known = other.removeprefix("--")
+                raise UserError(f"{name} {value} is the {known}: give it another name")
+            inside = os.path.isdir(place) and Path(place) in Path(path).parents
+            if inside and other in inputs and other not in _MODELS:
+                raise UserError(f"{name} {value} lies in a folder that {other} reads: name another")
+        is_there = bool(os.listdir(path)) if os.path.isdir(path) else os.path.exists(path)
+        if is_there and not overwrite:
+            raise UserError(f"{name} {value} already exists: --overwrite replaces it")
+        written.append((name, path))
+
+
+def _places(value: Any) -> list[str]:
+    """What an input names: a path, or several and patterns, these with the files that match."""
+    if value is None or os.path.exists(value):
+        return [] if value is None else [os.path.realpath(value)]
+    parts = str(value).split(",")
+    found = [path for part in parts for path in (part, *glob.glob(part, recursive=True))]
+    return list(map(os.path.realpath, found))
+
+
+def _meet(path: str, other: str) -> bool:
+    if os.path.exists(path) and os.path.exists(other):
+        return os.path.samefile(path, other)
+    return PurePath(path).match(other)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from writing an output, a file or a folder that is there.
+
+    The lock ends with its process, however that ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+    name = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    with saving(path):
+        file = _lock(name, path)
+    with file:
+        with contextlib.suppress(OSError):  # a full disk is told when something is lost
+            file.truncate(0)
+            file.write(f" (process {os.getpid()} on {platform.node()})".encode())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # an open file cannot be deleted everywhere
+                name.unlink()
+
+
+def _lock(name: Path, path: Path) -> BinaryIO:
+    """The lock's file, open and locked."""
+    while True:
+        file = open(name, "ab+", buffering=0)  # noqa: SIM115 (closed by locked)
+        try:
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                file.seek(1 << 20)  # what is locked cannot be read
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                words = "see that no other run writes it"
+                print(f"! {path} cannot be locked ({error.strerror}): {words}", file=sys.stderr)
+                return file
+            with file:
+                file.seek(0)
+                who = file.read(200).decode(errors="replace")
+            raise UserError(
+                f"{path} is being written by another run{who}: wait for it, or name another output"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
+                return file
+        file.close()  # a run that ended just now has deleted it
 
 
 # --- the state of a run
@@ -68,7 +179,8 @@ def model_identity(name: str) -> dict[str, Any]:
     folder = Path(name)
     if not folder.is_dir():
         return {"--model": name}
-    paths = sorted(path for path in folder.iterdir() if path.suffix in _OF_MODELS)
+    names = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    paths = [path for path in names if path.suffix in _OF_MODELS]
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return {"--model": str(folder.resolve()), "a file of --model": digest(stats)}
 
@@ -97,10 +209,11 @@ def saving(path: Path, advice: str = "; --resume continues from what is saved") 
     """Turn an error of the disk into a UserError that names the file, or else ``path``."""
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or path}: cannot be written: {error.strerror or error}{advice}"
-        ) from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not any(said in str(error) for said in _FULL_DISK):
+            raise
+        name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+        raise UserError(f"{name or path}: cannot be written: {reason or error}{advice}") from error
 
 
 def put_in_place(beside: Path, path: Path) -> None:

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 import rmfast
 import tiny
-from rmfast import data
+from rmfast import data, resume
 from rmfast.commands import main
 from rmfast.data.encoding import Encoder
 from rmfast.train import begin, fit, job, watch
@@ -690,6 +690,56 @@ def test_resume_and_overwrite(run, model, capsys):
     Path("out/mine.txt").write_text("kept")
     run(*argv, "--overwrite", "--max-steps", "1")
     assert len(metrics("out", "train")) == 1 and Path("out/mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoints/checkpoint-500/x", "checkpoints/x", "README.md", "model.safetensors", "x/y"],
+)
+def test_a_folder_that_no_run_wrote_stays_as_it_is(run, capsys, name):
+    file = Path("out", name)
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    for argv in ([], ["--overwrite"], ["--resume"]):
+        run("--model", "x", "--data", "x.jsonl", "--output", "out", *argv, code=2)
+        said = capsys.readouterr().err
+        assert ("no run to go on with" if argv == ["--resume"] else "no run of rmfast") in said
+        assert [path for path in Path("out").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "precious"
+
+
+def test_a_new_run_clears_away_what_the_last_one_wrote(tmp_path):
+    ours = ["checkpoints/checkpoint-2/x", "metrics.jsonl", "model-1-of-2.safetensors", "README.md"]
+    theirs = ["checkpoints/mine/x", "checkpoints/mine.bin", "mine.txt", "model.txt"]
+    for name in (*ours, *theirs):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    job.State({"a": 1}, done=True).save(tmp_path)
+    job._clear(tmp_path, job.State({"a": 2}))
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*theirs, "checkpoints/run.json"}
+    assert resume.stored(tmp_path / "checkpoints/run.json", job.State) == job.State({"a": 2})
+
+
+def test_places_where_a_run_must_not_write(run, model, capsys):
+    argv = command(model, pairs(6))
+    Path("data").mkdir()
+    lines(Path("data/a.jsonl"), pairs(6))
+    for more, said in (
+        (["--output", model], "is the model: give it another name"),
+        (["--data", "data", "--output", "data/out"], "lies in a folder that --data reads"),
+        (["--eval-data", "data", "--output", "data"], "is the eval-data"),
+    ):
+        run(*argv, *more, code=2)
+        assert said in " ".join(capsys.readouterr().err.split())
+    Path("out").mkdir()
+    with resume.locked(Path("out")):
+        for more in ([], ["--resume"], ["--overwrite"]):
+            run(*argv, *more, code=2)
+            assert f"out is being written by another run (process {os.getpid()}" in (
+                " ".join(capsys.readouterr().err.split())
+            )
+    assert list(Path("out").iterdir()) == []
 
 
 # --- what is refused

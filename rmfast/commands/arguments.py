@@ -34,6 +34,7 @@ def command(
 
     def run(**given: Any) -> int | None:
         given.pop("config", None)
+        given |= {name: ",".join(x) for name, x in given.items() if isinstance(x, list)}
         return interruptible(name, lambda: work(options(**given)))
 
     fields = sorted(
@@ -70,6 +71,7 @@ def parameter(options: type[Options], field: dataclasses.Field) -> inspect.Param
         how["metavar"] = ""
     else:
         how["metavar"] = field.metadata.get("metavar", field.name.upper())
+        kind = list[str] if field.metadata.get("several") else kind
     declared = typer.Option(
         *names,
         help=field.metadata["help"],

@@ -177,7 +177,7 @@ class _Source:
 
     def __init__(self, args: EvalOptions) -> None:
         options = {"name": args.name, "split": args.split, "limit": args.limit}
-        self.reader = reader = Reader(args.input, lists=True, **options)
+        self.reader = reader = Reader(args.input, **options)
         names = ("prompt", "chosen", "rejected", "subset")
         columns = {name: getattr(args, f"{name}_column") for name in names}
         self.rows = RowReader(columns, cells=reader.format == "csv", lists=True)

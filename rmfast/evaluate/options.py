@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from rmfast.arguments import option
-from rmfast.score.options import INPUT, ScoringOptions
+from rmfast.score.options import FILES, INPUT, ScoringOptions
 
 IMPLICIT = "Implicit reward: beta * (log policy - log reference)"
 OUTPUT = "Output"
@@ -23,8 +23,7 @@ class EvalOptions(ScoringOptions):
 
     # fmt: off
     input: str = option(
-        "Read this .jsonl, .csv (both .gz too), .parquet or .json list, or a folder or hub name of "
-        "a data set.", metavar="FILE", names=("--dataset",))
+        f"Read this {FILES}", metavar="FILE", names=("--dataset",), several=True)
 
     ref_model: str | None = option(
         "Take --model as a policy and this as its reference.",

@@ -1,7 +1,7 @@
 """``rmfast score``: a file of conversations in, the same rows with rewards out, safe to kill.
 
 Rows go to the scorer window by window, and a window's rows are on the disk before
-``OUTPUT.state.json`` says so. A run that ``--resume`` continues cuts off the output after the last
+``.OUTPUT.state.json`` says so. A run that ``--resume`` continues cuts off the output after the last
 window that the state counts, and gets the same windows as one that was never killed: its output is
 the same, byte for byte.
 """
@@ -20,13 +20,22 @@ from rmfast import loading
 from rmfast.data import files
 from rmfast.data.encoding import read_template
 from rmfast.errors import DataError, RowError, UserError
-from rmfast.resume import saving, told_to_stop, write_whole
+from rmfast.resume import locked, saving, told_to_stop, write_whole
 from rmfast.score import output, parquet
 from rmfast.score.options import ScoreOptions
 from rmfast.score.progress import progress_bar
 from rmfast.score.report import as_text, report
 from rmfast.score.source import Source, look
-from rmfast.score.start import State, beside, first_state, output_path, settings
+from rmfast.score.start import (
+    STDOUT,
+    State,
+    beside,
+    first_state,
+    output_path,
+    report_path,
+    settings,
+    shard,
+)
 from rmfast.score.windows import memory_told
 
 if TYPE_CHECKING:
@@ -46,10 +55,17 @@ def run(options: ScoreOptions, make_scorer: Callable[..., Any] | None = None) ->
             user.
     """
     loading.silence_transformers()
-    path = output_path(options)
-    reader = files.Reader(
-        options.input, name=options.name, split=options.split, limit=options.limit
-    )
+    path, rows = output_path(options), shard(options)
+    with contextlib.nullcontext() if path == STDOUT else locked(path):
+        names = ("name", "split", "limit")
+        given = {name: getattr(options, name) for name in names}
+        reader = files.Reader(options.input, shard=rows, **given)
+        return _run(options, make_scorer or load_scorer, path, reader)
+
+
+def _run(
+    options: ScoreOptions, make_scorer: Callable[..., Any], path: Path, reader: files.Reader
+) -> int:
     template = read_template(options.chat_template)
     state = first_state(path, settings(options, reader, template), options)
     if state.done:
@@ -62,23 +78,21 @@ def run(options: ScoreOptions, make_scorer: Callable[..., Any] | None = None) ->
     keywords = options.for_scorer(template) | {"progress": job.ran}
     keywords["max_tokens"] = state.max_tokens or options.max_tokens
     try:
-        scorer = (make_scorer or load_scorer)(options, keywords)
+        scorer = make_scorer(options, keywords)
     except ValueError as error:
         raise UserError(str(error)) from error
     try:
         with job.opened(), told_to_stop():
             job.score(scorer)
             found = report(scorer.about(), state, options)
-            job.finish(found, Path(options.report or beside(path, "report.json")))
+            job.finish(found, report_path(options))
     except KeyboardInterrupt:
-        print(
-            f"\nrmfast score: interrupted, {state.rows:,} rows are done; the same command with "
-            "--resume continues",
-            file=sys.stderr,
-        )
+        done = f"{state.rows:,} rows are done"
+        go_on = "" if path == STDOUT else "; the same command with --resume continues"
+        print(f"\nrmfast score: interrupted, {done}{go_on}", file=sys.stderr)
         return 130
     parquet.clean(path)
-    print(as_text(found, path, beside(path, "errors.jsonl")))
+    print(as_text(found, path), file=sys.stderr if path == STDOUT else None)
     return state.exit_code()
 
 
@@ -106,13 +120,13 @@ class Job:
                 self.save()
                 self.output = output.open_output(self.path, self.source, self.state.output)
                 stack.enter_context(contextlib.closing(self.output))
-                errors = beside(self.path, "errors.jsonl")
-                self.errors = output.Errors(errors, self.state.errors)
+                self.errors = output.open_errors(self.path, self.state.errors)
                 stack.enter_context(contextlib.closing(self.errors))
             yield
 
     def save(self) -> None:
-        write_whole(beside(self.path, "state.json"), dataclasses.asdict(self.state))
+        if self.path != STDOUT:
+            write_whole(beside(self.path, "state.json"), dataclasses.asdict(self.state))
 
     def score(self, scorer: Scorer) -> None:
         """Score the rows that are left. Of the scorer: ``windows``, ``max_tokens``, ``stats``."""
@@ -185,10 +199,11 @@ class Job:
         self.state.output, self.state.errors = self.output.mark(), self.errors.mark()
         self.save()
 
-    def finish(self, found: dict[str, Any], path: Path) -> None:
+    def finish(self, found: dict[str, Any], path: Path | None) -> None:
         """Complete the output, and write the report to ``path``."""
         with saving(self.path):
             self.output.finish()
-            write_whole(path, found)
+            if path is not None:
+                write_whole(path, found)
             self.state.done = True
             self.save()

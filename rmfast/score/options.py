@@ -11,6 +11,10 @@ MODEL = "Model"
 CONVERSATIONS = "Conversations"
 INPUT = "Input"
 RUN = "Run"
+FILES = (
+    ".jsonl, .csv (.gz or .zst too) or .parquet file; several of one kind, as a quoted pattern or "
+    "with commas between; - for JSON lines from stdin; or a folder or hub name of a data set."
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -98,11 +102,10 @@ class ScoreOptions(ScoringOptions):
     """Options of ``rmfast score``."""
 
     # fmt: off
-    input: str = option(
-        "Read this .jsonl, .csv (both .gz too) or .parquet file, or a folder or hub name of a data "
-        "set.", metavar="FILE")
+    input: str = option(f"Read this {FILES}", metavar="FILE", several=True)
     output: str = option(
-        "Write this file; its name says which kind, whatever the input is.", metavar="FILE")
+        "Write this file; its name says which kind, whatever the input is; - for JSON lines to "
+        "stdout, which cannot be resumed.", metavar="FILE")
 
     messages_column: str | None = column("a list of messages")
     prompt_column: str | None = column("what comes before, as text or messages,")
@@ -112,6 +115,9 @@ class ScoreOptions(ScoringOptions):
     rejected_column: str | None = column("the other response")
     text_column: str | None = column("plain text")
     split: str = option("Read this split of a data set.", "train", group=INPUT)
+    shard: str | None = option(
+        "Score a part of the rows: i/n takes row i and each n-th after it, counted from 0, so that "
+        "0/4 to 3/4 are all of them.", None, metavar="I/N", group=INPUT)
 
     normalize: bool = option(
         "Write (score - mean) / std, with both from the model's config.", False, "Scores")
@@ -127,7 +133,7 @@ class ScoreOptions(ScoringOptions):
         "Continue where a run with the same options stopped, or start.", False, RUN)
     overwrite: bool = option("Replace the output.", False, RUN)
     report: str | None = option(
-        "Write the JSON report here (default: OUTPUT.report.json).",
+        "Write the JSON report here (default: .OUTPUT.report.json).",
         None, metavar="FILE", group=RUN)
     # fmt: on
 

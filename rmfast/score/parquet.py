@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ class Parquet:
         self._folder = parts_folder(path)
         self._folder.mkdir(exist_ok=True)
         kept = [self._part(number) for number in range(mark)]
-        for file in set(self._folder.iterdir()) - set(kept):
+        for file in set(_parts(self._folder)) - set(kept):
             file.unlink()
         if not all(file.exists() for file in kept):
             raise UserError(f"{self._folder} lacks a part: start again with --overwrite")
@@ -183,6 +183,15 @@ def parts_folder(path: Path) -> Path:
     return path.with_name(path.name + ".parts")
 
 
+def _parts(folder: Path) -> list[Path]:
+    """The parts, whole and half written; whatever else lies there is not ours."""
+    return list(folder.glob("[0-9]" * 6 + ".parquet*"))
+
+
 def clean(path: Path) -> None:
     """Forget the parts of a file that is complete."""
-    shutil.rmtree(parts_folder(path), ignore_errors=True)
+    folder = parts_folder(path)
+    with contextlib.suppress(OSError):  # not there, or not empty
+        for file in _parts(folder):
+            file.unlink()
+        folder.rmdir()

@@ -25,7 +25,9 @@ from rmfast.data.records import Preferences
 from rmfast.errors import UserError
 from rmfast.evaluate import show
 from rmfast.resume import (
+    check_paths,
     digest,
+    locked,
     model_identity,
     same_run,
     saving,
@@ -48,8 +50,9 @@ except ImportError as _error:
 
 # Options that may differ when a run goes on: its data is told by digest, its model by its files.
 _MAY_DIFFER = {"output", "model", "data", "eval_data", "report_to", "resume", "overwrite"}
-_OURS = ("checkpoints", "metrics.jsonl", "training.png", "config.yaml", "README.md")
-_EARLY = {"checkpoints", "metrics.jsonl", "training.png", "metrics.jsonl.tmp"}
+# what a run writes, beside its checkpoints
+_OURS = ("metrics.jsonl", "metrics.jsonl.tmp", "training.png", "config.yaml", "README.md")
+_WEIGHTS = ("model*.safetensors*", "adapter_*")
 
 
 @dataclasses.dataclass
@@ -92,7 +95,13 @@ def _run(options: TrainOptions) -> int:
     datasets.disable_progress_bars()
     _check(options)
     template = read_template(options.chat_template)
-    folder = _folder(options)
+    folder = _make_folder(options)
+    with locked(folder):
+        _check_folder(folder, options)
+        return _run_in(folder, options, template)
+
+
+def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
     train, held_out = rows.read(options)
     state = _begin(folder, _settings(options, template, train, held_out), options.resume)
     if state.done:
@@ -107,8 +116,7 @@ def _run(options: TrainOptions) -> int:
     if checkpoint is None:
         with saving(folder):
             fit.rehearse(trainer, folder)
-    if not options.resume:
-        _clear(folder)  # not before it is known that there is something to replace it
+        _clear(folder, state)  # not before it is known that there is something to replace it
     watch = Watch(folder, trainer, found.held_out, step_of(checkpoint))
     state.versions = _versions(None if checkpoint is None else state.versions)
     state.save(folder)
@@ -203,40 +211,52 @@ def _resolved(options: TrainOptions) -> TrainOptions:
 # --- where it begins
 
 
-def _folder(options: TrainOptions) -> Path:
-    """Make the output's folder; raise UserError where something would be lost in it."""
-    folder, model = Path(options.output), options.model
+def _make_folder(options: TrainOptions) -> Path:
+    """The output's folder; raise UserError where it is no place for one."""
+    folder, names = Path(options.output), ("model", "tokenizer", "data", "eval_data")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file: name a folder")
-    if os.path.isdir(model) and folder.is_dir() and folder.samefile(model):
-        raise UserError(f"--output {folder} is the --model: give it another name")
-    names = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
-    has_run = (folder / "checkpoints" / "run.json").exists()
-    # a run that was stopped before its first checkpoint is no loss
-    early = _EARLY | ({"config.yaml"} if has_run else set())
-    is_free = set(names) <= early and not any(folder.glob(f"checkpoints/*/{COMPLETE}"))
-    if options.resume and not (has_run or is_free):
-        raise UserError(
-            f"--resume: {folder} has no run to go on with; name an empty folder, or --overwrite"
-        )
-    if not (is_free or options.resume or options.overwrite):
-        resume = "--resume goes on with it, " if has_run else ""
-        raise UserError(
-            f"--output {folder} is not empty ({', '.join(names[:3])}): {resume}--overwrite replaces"
-            " what a run writes"
-        )
+    inputs = {flag(name): getattr(options, name) for name in names}
+    check_paths(inputs, {"--output": folder}, overwrite=True)
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
     return folder
 
 
-def _clear(folder: Path) -> None:
-    """What a run before this one wrote."""
+def _check_folder(folder: Path, options: TrainOptions) -> None:
+    """Raise UserError where something would be lost in the folder."""
+    names = sorted(x.name for x in folder.iterdir() if not x.name.startswith("."))
+    if not (folder / "checkpoints" / "run.json").exists():
+        inside = {x.name for x in folder.glob("checkpoints/*")}
+        if names in ([], ["checkpoints"]) and inside <= {"run.json.tmp", "rehearsal"}:
+            return  # a run was stopped before it began
+        if options.resume:
+            raise UserError(f"--resume: {folder} has no run to go on with; name an empty folder")
+        raise UserError(
+            f"--output {folder} is not empty ({', '.join(names[:3])}), and no run of rmfast train "
+            "wrote it: name another folder"
+        )
+    # a run that was stopped before its first checkpoint is no loss
+    is_free = {*names} <= {"checkpoints", *_OURS} and not any(
+        folder.glob(f"checkpoints/*/{COMPLETE}")
+    )
+    if not (is_free or options.resume or options.overwrite):
+        raise UserError(
+            f"--output {folder} is not empty ({', '.join(names[:3])}): --resume goes on with it, "
+            "--overwrite replaces what a run writes"
+        )
+
+
+def _clear(folder: Path, state: State) -> None:
+    """Begin a run where an earlier one may have written."""
     with saving(folder):
-        for path in [*(folder / name for name in _OURS), *folder.glob("model*.safetensors*")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in folder.glob("checkpoints/checkpoint-*"):
+            shutil.rmtree(path)  # before the new state, which could go on from none of these
+        state.save(folder)
+        for path in (path for name in (*_OURS, *_WEIGHTS) for path in folder.glob(name)):
+            path.unlink()
 
 
 def _settings(

@@ -7,6 +7,7 @@ import functools
 from typing import Literal
 
 from rmfast.arguments import Options, option
+from rmfast.score.options import FILES
 
 _model = functools.partial(option, group="Model")
 _data = functools.partial(option, group="Data")
@@ -21,9 +22,7 @@ class TrainOptions(Options):
 
     # fmt: off
     model: str = option("Train this language model or reward model: a folder or a name on the hub.")
-    data: str = option(
-        "Read preferences from this .jsonl, .csv (both .gz too) or .parquet file, or a folder or "
-        "hub name of a data set.")
+    data: str = option(f"Read preferences from this {FILES}")
     output: str = option("Write the model and all that belongs to it here.", metavar="FOLDER")
 
     revision: str | None = _model("Take this branch, tag or commit of a model on the hub.", None)
@@ -115,7 +114,7 @@ class TrainOptions(Options):
         "Report metrics to these, such as wandb,tensorboard (default: none).",
         None, metavar="NAMES")
     resume: bool = _run("Continue from the last checkpoint, or start.", False)
-    overwrite: bool = _run("Replace what is in the folder.", False)
+    overwrite: bool = _run("Replace what an earlier run wrote to the folder.", False)
     # fmt: on
 
     def __post_init__(self) -> None:
