@@ -146,7 +146,7 @@ def oracle(loaded):
             "pair",
         ),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [[USER, GOOD], [USER, BAD]], "pair"),
-        ({"chosen": "hi good", "rejected": "hi bad"}, ["hi good", "hi bad"], "pair"),
+        ({"chosen": "hi good", "rejected": "hi bad"}, ["hi good</s>", "hi bad</s>"], "pair"),
         ({"text": "hi good"}, ["hi good"], "reward"),
     ],
 )
@@ -491,10 +491,10 @@ def test_input_may_be_named_again(run):
 
 def test_shards_make_up_the_whole(run, monkeypatch, capsys):
     write("in.jsonl", conversations(22))
-    whole = read(run("--plain"))
+    whole = read(run("--no-chat"))
     parts = []
     for i in range(3):
-        shard = ("--plain", "--shard", f"{i}/3", "--limit", "20")
+        shard = ("--no-chat", "--shard", f"{i}/3", "--limit", "20")
         if i == 1:
             interrupted(run, monkeypatch, *shard, name="1.jsonl", windows=1)
             other = (*shard[:2], "2/3", *shard[3:])
