@@ -196,12 +196,14 @@ class BulkScorer:
 
 
 def _is_text_or_messages(side: Any) -> bool:
-    return isinstance(side, str) or (isinstance(side, list) and isinstance([*side, 0][0], dict))
+    first = [*side, 0][0] if isinstance(side, list) else side
+    return isinstance(first, (str, Mapping))
 
 
 def _sides(pair: Any) -> list[Conversation] | RowError:
     if isinstance(pair, Pair):
-        pair = {name: getattr(pair, name) for name in ("prompt", "chosen", "rejected")}
+        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+        pair = {"prompt": pair.prompt, **sides, **pair.columns()}
     if isinstance(pair, Mapping):
         sides = [pair.get("chosen"), pair.get("rejected")]
         if pair.get("prompt") is None and not any(map(_is_text_or_messages, sides)):

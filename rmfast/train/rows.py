@@ -182,5 +182,6 @@ def tokenised(
         if not rows:
             raise DataError(f"{records.source}: no {records.kind} left to {purpose}")
         found.append(rows)
-    example = _ended(train.records[0].whole()[0], tokenizer.eos_token)
+    first = dataclasses.replace(train.records[0], given=None)
+    example = _ended(first.whole()[0], tokenizer.eos_token)
     return Rows(*found, train, encoder.adds_bos, example)
