@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from rmfast.data.coats import ASKED, TURNS
 from rmfast.data.rows import RowReader
-from rmfast.data.values import ASKED, TURNS
 from rmfast.errors import UserError
 
 # In this order: the first whose fields are all there. A pair may have a prompt.

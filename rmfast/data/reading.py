@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rmfast.data.coats import is_conversation
 from rmfast.data.files import Reader
 from rmfast.data.records import (
     Group,
@@ -20,7 +21,7 @@ from rmfast.data.records import (
     useless_pair,
 )
 from rmfast.data.rows import Row, RowReader, check_record
-from rmfast.data.values import TURN, Messages, as_messages, is_conversation, kind_of
+from rmfast.data.values import TURN, Messages, as_messages, kind_of
 from rmfast.errors import DataError, RowError
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ def preferences(
 ) -> Preferences:
     """Read preference data of every usual kind.
 
-    Each row is one of these, by the fields it has; other fields are passed over:
+    Each row is one of these, by the fields it has. Other fields are passed over, but for those that
+    belong to the prompt, which are read (``question``, ``system``, ``tools``, …) or must be in it
+    (``context``, ``images``, …). Messages may come in any coat that
+    :func:`rmfast.data.coats.uncoat` takes off.
 
     - ``chosen`` and ``rejected``, with or without ``prompt`` and ``margin``: TRL's formats, text
       and messages; Anthropic/hh-rlhf's dialogues; the ultrafeedback_binarized of HuggingFaceH4 and
@@ -77,11 +81,12 @@ def preferences(
             where a row has these). A ``margin`` in the data is always kept.
         rating: the field of a completion that rates it; None: the first that is there of
             ``overall_score``, ``rating``, ``score``, ``fine-grained_score``.
-        chat: whether text becomes messages. None: only rated text and an ``instruction`` with its
-            answers, which are turns; all other text stays as it is, byte for byte, prompt and
-            answer joined as TRL does. True: dialogues (``"\\n\\nHuman: …\\n\\nAssistant: …"``)
-            become turns, as fits a model that was trained to chat; so do text prompts and answers.
-            False: no text does, as fits a model without a chat template.
+        chat: whether text becomes messages. None: only rated text, and text after ``instruction``,
+            ``question``, ``query`` or ``system``, which are turns; all other text stays as it is,
+            byte for byte, prompt and answer joined as TRL does. True: dialogues
+            (``"\\n\\nHuman: …\\n\\nAssistant: …"``) become turns, as fits a model that was trained
+            to chat; so do text prompts and answers. False: no text does, as fits a model without a
+            chat template.
         strict: raise an error where a row or a response would be dropped.
         name: configuration of a data set that ``source`` names.
         split: split of that data set.
@@ -284,6 +289,11 @@ class _Reader:
             turns = self.chat and text
             return None, [_dialogue(*x) for x in row.answers] if turns else answers
         if not (text and isinstance(prompt, str)):
+            raw = row.record.get(row.prompt_column)
+            if self.chat is False and text and isinstance(raw, str) and not is_conversation(raw):
+                raise RowError(
+                    "has a system prompt, which goes with turns, and chat=False makes none"
+                )
             return as_messages("user", prompt), [as_messages("assistant", x) for x in answers]
         dialogue = TURN.match(prompt)
         turns = row.prompt_column != "prompt" or (rated and not dialogue)

@@ -11,24 +11,25 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rmfast.data.values import (
+from rmfast.data.coats import (
     ASKED,
     TURNS,
+    given_by,
+    is_conversation,
+    is_message,
+    read_conversation,
+    with_parts,
+)
+from rmfast.data.values import (
     Chat,
     Messages,
-    check_conversation,
     check_number,
     check_text,
-    given_by,
     holds,
-    is_conversation,
     is_empty,
-    is_message,
     is_whole,
     kind_of,
     parse_text,
-    uncoat,
-    with_parts,
 )
 from rmfast.errors import RowError
 
@@ -241,9 +242,7 @@ class RowReader:
 
     def conversation(self, name: str, value: Any) -> str | Messages | Chat:
         """Text or messages, called ``name`` in an error; a Chat where they come with ``tools``."""
-        value, given = uncoat(name, value)
-        value = check_conversation(name, value, self.empty)
-        return Chat(value, given) if given else value
+        return read_conversation(name, value, self.empty)
 
     def answers(self, name: str, items: list[Any]) -> list[tuple[str, Any]]:
         """Several answers, each after what it is called in an error."""
@@ -253,7 +252,6 @@ class RowReader:
     def items(self, name: str, value: Any, what: str = "numbers") -> list[Any]:
         """A list, which may be written as text."""
         items = parse_text(value) if isinstance(value, str) else value
-        items = items.tolist() if hasattr(items, "tolist") else items
         if not isinstance(items, list):
             raise RowError(f'"{name}" must be a list of {what}, not {kind_of(value)}')
         if not items and not self.empty:
@@ -275,7 +273,8 @@ def check_record(record: Any) -> Mapping[str, Any]:
     if not isinstance(record, Mapping):
         kind = kind_of(record)
         raise RowError(f"must be an object, with a value for each column, not {kind}")
-    return record
+    # pandas has arrays of Parquet's lists
+    return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in record.items()}
 
 
 def value_of(name: str, record: Mapping[str, Any]) -> Any:

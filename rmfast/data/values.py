@@ -1,4 +1,4 @@
-"""What a value of a row may be: numbers, text, messages in any coat, JSON."""
+"""What a value of a row may be: numbers, text, messages, JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,8 @@ from rmfast.errors import RowError
 
 Messages = list[dict[str, Any]]  # each with "role" and "content"
 TURN = re.compile(r"\n\n(Human|Assistant):")  # where a turn of HH-RLHF's dialogues begins
-TURNS = ("messages", "conversations", "conversation")  # columns of turns, and what wraps messages
-ASKED = ("prompt", "question", "instruction", "query")  # columns of what the user says
-_SYSTEM = ("system", "system_prompt")
-_UNREAD = ("input", "context", "history", "passage", "documents", "functions", "image", "images")
-_PROMPT = {*TURNS, *ASKED, *_SYSTEM, *_UNREAD, "audio", "audios", "video", "videos"}
-_ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
-_ROLES |= {"human": "user", "gpt": "assistant"}  # as in ShareGPT
-# text that begins as an object or a list of them does, in JSON or in Python
-_OPENS = re.compile(r"""[\s\["']*\{\s*\\*["'](\w+)\\*["']\s*:""")
-_TRACES = {"role", "content", "from", "value", "tools", *_SYSTEM, *TURNS}  # keys of conversations
+ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
+ROLES |= {"human": "user", "gpt": "assistant"}  # as in ShareGPT
 
 
 @dataclass(frozen=True)
@@ -174,7 +166,14 @@ def is_empty(value: Any) -> bool:
 # --- messages
 
 
-def check_conversation(name: str, value: Any, empty: bool = False) -> str | Messages:
+def check_conversation(name: str, value: Any, empty: bool = False) -> Any:
+    """The value, which must be as :func:`cleaned` gives it, keys that are null aside."""
+    if cleaned(name, value, empty) != without_nulls(value):
+        raise RowError(f"{name} has messages with content in parts, or with names of ShareGPT's")
+    return value
+
+
+def cleaned(name: str, value: Any, empty: bool = False) -> str | Messages:
     """Text, or messages as chat templates take them.
 
     Keys that are null are dropped, content in parts of text is joined, and ShareGPT's names become
@@ -207,8 +206,8 @@ def _message(name: str, message: Any) -> dict[str, Any]:
     message = without_nulls(message)
     if "role" not in message and "from" in message:
         role, content = message.pop("from"), message.pop("value", None)
-        if str(role).lower() not in _ROLES:
-            raise RowError(f'{name}: "from" is {role!r}, and known are {", ".join(_ROLES)}')
+        if str(role).lower() not in ROLES:
+            raise RowError(f'{name}: "from" is {role!r}, and known are {", ".join(ROLES)}')
         message |= {"role": role.lower(), "content": content}
     role, content = message.get("role"), message.get("content")
     missing = "role" if role is None else "content"
@@ -216,7 +215,7 @@ def _message(name: str, message: Any) -> dict[str, Any]:
         how = "null" if missing in null else "missing"
         raise RowError(f'{name}: "{missing}" must be text, is {how}')
     check_text(f'{name}: "role"', role)
-    message["role"] = _ROLES.get(role, role)
+    message["role"] = ROLES.get(role, role)
     if isinstance(message.get("tool_calls"), str):
         message["tool_calls"] = parse_text(message["tool_calls"])
     if isinstance(content, list):
@@ -229,8 +228,9 @@ def _message(name: str, message: Any) -> dict[str, Any]:
 def _joined(name: str, parts: list[Any]) -> str:
     """The text of content in parts."""
     for i, part in enumerate(parts):
-        kind = part.get("type", "text") if isinstance(part, Mapping) else kind_of(part)
-        if kind != "text":
+        if not isinstance(part, Mapping):
+            raise RowError(f'{name} part {i} must be an object with "type", not {kind_of(part)}')
+        if (kind := part.get("type", "text")) != "text":
             raise RowError(f"{name} part {i} is of type {kind}, and only text is scored")
         check_text(f'{name} part {i}: "text"', part.get("text"))
     return "".join(part["text"] for part in parts)
@@ -267,143 +267,3 @@ def holds(conversation: str | Messages, part: Any) -> bool:
     begin = next((i for i, role in enumerate(roles) if role in ("user", "assistant")), len(roles))
     last = len(conversation) - len(part)  # something must come after it
     return any(conversation[i : i + len(part)] == part for i in range(min(begin + 1, last)))
-
-
-# --- conversations in another coat
-
-
-def uncoat(name: str, value: Any) -> tuple[Any, dict[str, Any]]:
-    """A conversation without what it comes in, and what that gives the chat template.
-
-    Messages may be text (JSON, or as Python writes them), all or each; one may stand alone; and
-    an object with ``messages`` or ``conversations`` may be around them, with ``tools``,
-    ``chat_template_kwargs`` and ``system`` beside. Other values stay as they are.
-
-    Raises:
-        RowError: it seems to be a conversation that cannot be read.
-    """
-    if hasattr(value, "tolist"):  # an array, as pandas has of Parquet
-        value = value.tolist()
-    value = _parsed(name, value)
-    if isinstance(value, list):
-        return [_parsed(f"{name} message {i}", item) for i, item in enumerate(value)], {}
-    if not isinstance(value, Mapping) or not is_conversation(value):
-        return value, {}
-    key = next((key for key in TURNS if key in value), None)
-    if key is None:
-        return [value], {}
-    messages, given = uncoat(f'{name} "{key}"', value[key])
-    messages = check_conversation(f'{name} "{key}"', messages)
-    (messages,) = with_parts(value, {key}, [messages], name=f"{name} ")
-    return messages, given_by(value) | given
-
-
-def _parsed(name: str, value: Any) -> Any:
-    """The conversation that a text is; any other value as it is."""
-    opens = _OPENS.match(value) if isinstance(value, str) else None
-    if opens is None:
-        return value
-    parsed = parse_text(value)
-    if isinstance(parsed, str) and parsed != value:  # JSON of JSON
-        parsed = _parsed(name, parsed)
-    if isinstance(parsed, str) and parsed == value and opens[1] in _TRACES:
-        raise RowError(
-            f"{name} is text that begins as messages do, and neither JSON nor Python's notation "
-            "that can be read: write a list of messages"
-        )
-    return parsed if not isinstance(parsed, str) and is_conversation(parsed) else value
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether a value seems to be messages, one or several lists of them, or an object around."""
-    if isinstance(value, str):
-        return not isinstance(_parsed("an item", value), str)
-    if isinstance(value, list):
-        return any(map(is_conversation, value))
-    if not isinstance(value, Mapping):
-        return False
-    wraps = any(is_conversation(value[key]) for key in TURNS if key in value)
-    return wraps or is_message(value)
-
-
-def is_message(value: Any) -> bool:
-    """Whether a value, as text too, seems to be one message."""
-    value = _parsed("an item", value)
-    if not isinstance(value, Mapping):
-        return False
-    if {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys():
-        return True
-    return any(str(value.get(key)).lower() in _ROLES for key in ("role", "from"))
-
-
-def with_parts(
-    record: Mapping[str, Any],
-    used: Collection[str],
-    conversations: list[Any],
-    prompt: bool = False,
-    name: str = "",
-) -> list[Any]:
-    """Conversations with what other columns have of their prompt.
-
-    A system prompt is put before them. Any other part must be in all of them already.
-
-    Args:
-        record: the columns.
-        used: those that were read.
-        conversations: text or messages.
-        prompt: whether these are prompts, and the answers are elsewhere.
-        name: how an error begins.
-
-    Raises:
-        RowError: a column seems to belong to the prompt, and is not in it.
-    """
-    for column, value in record.items():
-        part = str(column).lower()
-        if part not in _PROMPT or column in used or is_empty(value):
-            continue
-        if part in TURNS or part in ASKED:
-            value = check_conversation(f'"{column}"', uncoat(f'"{column}"', value)[0])
-        if value in conversations or all(holds(x, value) for x in conversations):
-            continue
-        fits = part in _SYSTEM and isinstance(value, str)
-        if not fits or not all(_takes_system(x, prompt) for x in conversations):
-            raise RowError(
-                f'{name}has "{column}", which seems to belong to the prompt and is not read: put '
-                'it into "prompt", or take the column away'
-            )
-        system = as_messages("system", value)
-        conversations = [system + as_messages("user", x) for x in conversations]
-    return conversations
-
-
-def _takes_system(conversation: str | Messages, prompt: bool) -> bool:
-    if isinstance(conversation, str):
-        return prompt and not is_whole(conversation)
-    begins = conversation and conversation[0]["role"] not in ("system", "developer")
-    return begins and (prompt or is_whole(conversation))
-
-
-def given_by(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``tools`` and ``chat_template_kwargs`` of a row give its chat template.
-
-    Raises:
-        RowError: they are something else than a list of objects and an object.
-    """
-    columns = {str(name).lower(): value for name, value in record.items()}
-    given = dict(_given(columns, "chat_template_kwargs", dict, "an object"))
-    tools = _given(columns, "tools", list, "a list of objects")
-    tools = [parse_text(tool) if isinstance(tool, str) else tool for tool in tools]
-    for tool in tools:
-        if not (isinstance(tool, Mapping) or callable(tool)):
-            raise RowError(f'"tools" must be a list of objects, one is {kind_of(tool)}')
-    return given | {"tools": tools} if tools else given
-
-
-def _given(columns: Mapping[str, Any], name: str, kind: type, words: str) -> Any:
-    value = columns.get(name)
-    value = parse_text(value) if isinstance(value, str) else value
-    if is_empty(value):
-        return kind()
-    if not isinstance(value, kind):
-        raise RowError(f'"{name}" must be {words}, not {kind_of(value)}')
-    return without_nulls(value)
