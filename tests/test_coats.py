@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import tiny
 from rmfast.data import columns, preferences
 from rmfast.data.files import Reader
-from rmfast.data.rows import RowReader
+from rmfast.data.rows import RowReader, check_as_it_is
 from rmfast.data.values import Chat, is_whole, without_nulls
 from rmfast.errors import DataError, RowError
 
@@ -371,6 +371,39 @@ def test_a_scorer_reads_pairs_as_files_are_read():
         {"system": "be kind", "question": ASK["content"], "chosen": "yes", "rejected": "no\n"}
     )
     assert (scorer.score_pairs(given) == want).all()
+
+
+AS_IT_IS = [
+    {"chosen": "a", "rejected": "b", "prompt": "p"},
+    {"chosen": [ASK, YES], "rejected": [ASK, {**NO, "name": None}], "system": ""},
+    {"chosen": [YES], "rejected": [NO], "prompt": [ASK], "tools": TOOLS},
+    {"responses": ["a", "b"], "ranks": [1, 2], "prompt": "p"},
+]
+NOT_AS_IT_IS = [
+    {"chosen": "a", "rejected": "b", "question": "q"},
+    {"chosen": [YES], "rejected": [NO], "prompt": [ASK], "system": "be kind"},
+    {"chosen": [ASK, YES], "rejected": [ASK, NO], "prompt": [ASK]},
+    {"chosen": shared([ASK, YES]), "rejected": shared([ASK, NO])},
+    {"chosen": in_parts([ASK, YES]), "rejected": in_parts([ASK, NO])},
+    {"responses": [json.dumps([ASK, YES]), json.dumps([ASK, NO])], "ranks": [1, 2]},
+    {"responses": ["a", "b"], "ranks": [1, 2], "context": "q", "prompt": "p"},
+]
+
+
+@pytest.mark.parametrize("row", NOT_AS_IT_IS)
+def test_a_trainer_refuses_rows_that_are_not_what_they_mean(row):
+    for fine in AS_IT_IS:
+        check_as_it_is(fine)
+    with pytest.raises(RowError, match=r"seems to belong|are in a coat"):
+        check_as_it_is(row)
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from rmfast.integrations.trl import RewardTrainer
+
+    trainer = object.__new__(RewardTrainer)  # preparing data takes no model
+    trainer.dropped, trainer._data = {}, {}
+    args = trl.RewardConfig("unused", use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="row 0: "):
+        trainer._prepare_dataset(datasets.Dataset.from_list([row]), None, args, "train")
 
 
 def test_ray_reads_a_table_as_files_are_read():

@@ -114,8 +114,8 @@ def is_blank(answer: Any, prompt: Any = None) -> bool:
         return not answer.strip()
     if answer and isinstance(answer[-1], dict):
         content = answer[-1].get("content")
-        says = content is None or content.strip() or answer[-1].get("tool_calls")
-        return not says
+        blank = isinstance(content, str) and not content.strip()
+        return blank and not answer[-1].get("tool_calls")
     return not answer
 
 

@@ -30,6 +30,7 @@ from rmfast.data.values import (
     is_whole,
     kind_of,
     parse_text,
+    without_nulls,
 )
 from rmfast.errors import RowError
 
@@ -264,6 +265,30 @@ class RowReader:
             with contextlib.suppress(ValueError):
                 value = float(value)
         return check_number(name, value)
+
+
+def check_as_it_is(record: Mapping[str, Any]) -> None:
+    """See that a row means to TRL, which takes its columns as they are, what is read here.
+
+    Args:
+        record: with ``chosen`` and ``rejected``, or ``responses``.
+
+    Raises:
+        RowError: it does not, or cannot be read at all.
+    """
+    reader = RowReader(empty=True)
+    if "responses" in record:
+        raw = list(record["responses"])
+        row = reader.row(record, reader.answers("responses", raw))
+    else:
+        raw = [record["chosen"], record["rejected"]]
+        row = reader.read(record, "pair")
+    read = [row.prompt, *(answer for _, answer in row.answers)]
+    if read != without_nulls([record.get("prompt") or None, *raw]):
+        raise RowError(
+            "its conversations are in a coat, or their prompt in other columns, which a trainer "
+            "does not read: give it rmfast.data.preferences(dataset).dataset()"
+        )
 
 
 def check_record(record: Any) -> Mapping[str, Any]:
