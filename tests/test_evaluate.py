@@ -245,7 +245,8 @@ def test_bad_rows_are_told_and_left_out(model, tmp_path, capsys):
     assert summary["rows"]["n"] == 3
     assert [one["line"] for one in summary["left_out"]["rows"]] == [2, 3, 5]
     assert [line["line"] for line in read_lines(scores)] == [1, 2, 3, 4, 5, 6]
-    assert read_lines(scores)[2] == {"line": 3, "error": '"rejected" is missing', "kind": "bad"}
+    missing = '"rejected" is missing: there are chosen'
+    assert read_lines(scores)[2] == {"line": 3, "error": missing, "kind": "bad"}
     assert "left out: 3 bad rows, 0 too long\n  line 2: not JSON" in capsys.readouterr().out
     assert run("--model", model, "--input", data, "--strict") == 2
     assert "line 2: not JSON" in capsys.readouterr().err
@@ -451,9 +452,10 @@ def test_rows_are_read_as_what_they_are():
     assert (row.chosen, row.rejected, row.prompt) == ([turns], [turns, turns[:1]], None)
     row = read({"prompt": turns[:1], "chosen": [turns[1:]], "rejected": "r"})
     assert row.chosen == [(turns[:1], turns[1:])]
-    row = read({"a": "x", "b": "y", "c": "z"}, prompt="c", chosen="a", rejected="b", subset="d")
+    columns = {"a": "x", "b": "y", "c": "z", "d": None}
+    row = read(columns, prompt="c", chosen="a", rejected="b", subset="d")
     assert (row.chosen, row.subset) == ([("z", "x")], None)
-    cells = {"prompt": "[not JSON", "chosen": '["a", "b"]', "rejected": "[1]", "subset": ""}
+    cells = {"prompt": "[not JSON", "chosen": '["a", "b"]', "rejected": '["[1]"]', "subset": ""}
     row = read(cells, cells=True)
     assert row.chosen == [("[not JSON", "a"), ("[not JSON", "b")]
     assert row.rejected == [("[not JSON", "[1]")] and row.subset is None

@@ -418,7 +418,7 @@ def test_pairs_of_token_ids_and_pairs_that_cannot_be_scored():
     assert np.allclose(ids[0], ids[1])
     for bad, reason in (
         ({"chosen": "a"}, '"rejected" is missing'),
-        ({"chosen": "a", "rejected": "b", "question": "q"}, 'has "question", which seems to'),
+        ({"chosen": "a", "rejected": "b", "context": "q"}, 'has "context", which seems to'),
         ({"chosen": "a", "rejected": TALK}, '"chosen", "rejected" must all be text'),
         (Pair([5, 6], [7], "hé"), '"chosen" message 0 must be an object'),
         (Pair("a", "b", 3), '"prompt" must be text or a list of messages'),

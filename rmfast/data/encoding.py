@@ -20,10 +20,10 @@ from rmfast.data.values import (
     Side,
     as_messages,
     begun,
-    check_conversation,
+    cleaned,
     dialogue,
+    holds,
     is_whole,
-    without_nulls,
 )
 from rmfast.errors import DataError, RowError, UserError
 from rmfast.trie import SEGMENT
@@ -212,7 +212,7 @@ class Encoder:
         Raises:
             RowError, DataError: as above.
         """
-        check_conversation("the prompt", prompt)
+        prompt = cleaned("the prompt", prompt)
         if isinstance(prompt, str) and self.chat is False:
             text, templated = prompt, False
         else:
@@ -256,7 +256,7 @@ class Encoder:
     def _plain(
         self, text: str, given: Mapping[str, Any], is_side: bool = False
     ) -> tuple[str, bool]:
-        check_conversation("the text", text)
+        cleaned("the text", text)
         if self.system_prompt is not None or given:
             name = "a system prompt" if self.system_prompt is not None else next(iter(given))
             raise RowError(f"{name} goes with messages, and this is plain text")
@@ -275,8 +275,7 @@ class Encoder:
     def _answered(
         self, prompt: Any, response: Any, given: Mapping[str, Any]
     ) -> tuple[str, bool] | np.ndarray:
-        check_conversation("the prompt", prompt)
-        check_conversation("the response", response)
+        prompt, response = cleaned("the prompt", prompt), cleaned("the response", response)
         if self.chat is False:
             if not (isinstance(prompt, str) and isinstance(response, str)):
                 raise RowError("messages need the chat template: do not read them as plain text")
@@ -288,18 +287,16 @@ class Encoder:
         before, after = self._turns(prompt), as_messages("assistant", response)
         if isinstance(response, str) and before != as_messages("user", prompt):  # of a dialogue
             after = as_messages("assistant", response.strip())
-        if isinstance(response, list) and is_whole(response):
-            if not any(response[i : i + len(before)] == before for i in range(len(response))):
+        if isinstance(response, list) and (is_whole(response) or holds(response, before)):
+            if not holds(response, prompt):
                 raise RowError("the response is a whole conversation without the prompt")
-            return self._render(response, given)
-        if isinstance(response, list) and response[: len(before)] == before:
             return self._render(response, given)
         return self._render(before + after, given)
 
     def _render(
         self, messages: Messages, given: Mapping[str, Any], add_generation_prompt: bool = False
     ) -> tuple[str, bool]:
-        messages = without_nulls(check_conversation("the list of messages", messages))
+        messages = cleaned("the list of messages", messages)
         if self.chat is False and self.form is not None:
             raise RowError(
                 "messages, and the model was trained on text as it is: --chat (chat=True) scores "

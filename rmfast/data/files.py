@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from rmfast.data import sources
 from rmfast.data.sources import file_format, need
-from rmfast.data.values import kind_of, parse_json
+from rmfast.data.values import from_arrow, has_arrow_json, kind_of, parse_json, read_json
 from rmfast.errors import DataError, RowError
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class _JsonLines(_Text):
     def _parse_list(self) -> list[Any]:
         try:
             with self._opened() as (_, lines):
-                return json.loads(b"".join(lines).decode())
+                return read_json(b"".join(lines).decode())
         except (ValueError, RecursionError) as error:
             problem = f"a list of JSON that cannot be read: {error}"
             raise DataError(f"{self.source}: {problem}") from None
@@ -289,7 +289,7 @@ class _Parquet(Reader):
 
 def _values(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | RowError]:
     try:
-        return batch.to_pylist()
+        return to_records(batch)
     except (ValueError, OverflowError):  # a time beyond Python's, text that is not UTF-8
         return [_value(batch, i) for i in range(batch.num_rows)]
 
@@ -298,7 +298,7 @@ def _value(batch: pyarrow.RecordBatch, i: int) -> dict[str, Any] | RowError:
     value = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            value[name] = column[i].as_py()
+            value[name] = from_arrow(batch.schema.field(name), column[i].as_py())
         except (ValueError, OverflowError) as error:
             return RowError(f'"{name}" cannot be read: {error}')
     return value
@@ -331,6 +331,15 @@ class _Several(Reader):
                 position = None if position is None else before + position
                 yield Record(f"{reader.source}:{number}", value, position, raw)
             before += reader.total
+
+
+def to_records(table: pyarrow.RecordBatch | pyarrow.Table) -> list[dict[str, Any]]:
+    """The rows of a table, also where columns have Arrow's JSON type, which it reads as text."""
+    rows = table.to_pylist()
+    fields = [field for field in table.schema if has_arrow_json(field)]
+    for row in rows if fields else ():
+        row |= {field.name: from_arrow(field, row[field.name]) for field in fields}
+    return rows
 
 
 class _DataSet(Reader):

@@ -215,7 +215,8 @@ class BulkScorer:
 
 def _sides(pair: Any) -> list[Conversation] | RowError:
     if isinstance(pair, Pair):
-        pair = {name: getattr(pair, name) for name in ("prompt", "chosen", "rejected")}
+        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+        pair = {"prompt": pair.prompt, **sides, **pair.columns()}
     if isinstance(pair, Mapping):
         sides = [pair.get("chosen"), pair.get("rejected")]
         if pair.get("prompt") is None and not any(map(is_text_or_messages, sides)):

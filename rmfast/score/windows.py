@@ -92,7 +92,8 @@ def refuse_one(given: Any, name: str = "conversations") -> None:
 
 
 def is_text_or_messages(side: Any) -> bool:
-    return isinstance(side, str) or (isinstance(side, list) and isinstance([*side, 0][0], dict))
+    first = [*side, 0][0] if isinstance(side, list) else side
+    return isinstance(first, (str, Mapping))
 
 
 def gathered(rows: Iterable[Tagged], size: int) -> Iterator[list[Tagged]]:

@@ -186,4 +186,5 @@ def tokenised(
         found.append(rows)
     for warning in encoder.told():
         print(f"! {warning}")
-    return Rows(*found, train, encoder.form_of_training(), train.records[0].whole()[0])
+    first = dataclasses.replace(train.records[0], given=None)
+    return Rows(*found, train, encoder.form_of_training(), first.whole()[0])

@@ -24,7 +24,9 @@ from torch import Tensor
 from trl.data_utils import _tokenize, get_dataset_column_names
 
 from rmfast.data.records import is_blank, useless_group, useless_pair
+from rmfast.data.rows import check_as_it_is
 from rmfast.data.values import check_number
+from rmfast.errors import RowError
 from rmfast.packed import models, patching
 from rmfast.packed import step as packed_step
 from rmfast.train.batches import Collator, first_of, shared_length
@@ -397,7 +399,7 @@ def _why_not_pair(row: dict[str, Any], place: int) -> str:
     if "margin" in row:
         check_number(f"row {place}: margin", row["margin"])
     chosen, rejected = (row.get(f"{name}_ids", row.get(name)) for name in ("chosen", "rejected"))
-    return useless_pair(chosen, rejected, row.get("prompt"))
+    return useless_pair(chosen, rejected, row.get("prompt")) or _as_it_is(row, place)
 
 
 def _why_not_group(row: dict[str, Any], place: int) -> str:
@@ -413,7 +415,17 @@ def _why_not_group(row: dict[str, Any], place: int) -> str:
         )
     if len(responses) > 1 and any(is_blank(x, row.get("prompt")) for x in responses):
         return "empty response"
-    return useless_group(responses, ranks)
+    return useless_group(responses, ranks) or _as_it_is(row, place)
+
+
+def _as_it_is(row: dict[str, Any], place: int) -> str:
+    """Nothing; ValueError where TRL would make something else of a row than is meant."""
+    if "chosen_ids" not in row and "responses_ids" not in row:
+        try:
+            check_as_it_is(row)
+        except RowError as error:
+            raise ValueError(f"row {place}: {error.reason}") from None
+    return ""
 
 
 def _tokenize_group(row: dict[str, Any], processing_class: Any) -> dict[str, Any]:
