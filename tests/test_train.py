@@ -398,7 +398,7 @@ def test_the_best_checkpoint_is_written(run, model, monkeypatch, more):
         return {**figures, "eval_accuracy": accuracy[self.state.global_step]}
 
     monkeypatch.setattr(fit.Trainer, "evaluate", scripted)
-    argv = command(model, pairs(), "--keep-best", "--save-every", "1", *more)
+    argv = command(model, pairs(), "--keep-best", "--eval-every", "1", *more)
     out = run(*argv)
     kept = {x.name for x in (out / "checkpoints").glob("checkpoint-*")}
     assert kept == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
@@ -549,6 +549,9 @@ def test_an_adapter_of_a_quantised_model_is_kept(run, model, monkeypatch):
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
     before = load_file(f"{model}/model.safetensors")
     assert not torch.equal(ours.score.weight, before["score.weight"])
+    monkeypatch.setattr(fit, "train", train)
+    run(*command(model, pairs()), "--overwrite")
+    assert not list(out.glob("adapter*")) and (out / "model.safetensors").exists()
 
 
 # --- going on

@@ -48,7 +48,10 @@ except ImportError as _error:
 
 # Options that may differ when a run goes on: its data is told by digest, its model by its files.
 _MAY_DIFFER = {"output", "model", "data", "eval_data", "report_to", "resume", "overwrite"}
-_OURS = ("checkpoints", "metrics.jsonl", "training.png", "config.yaml", "README.md")
+_OURS = (
+    "checkpoints", "metrics.jsonl", "training.png", "config.yaml", "README.md",
+    "adapter_config.json", "adapter_model.safetensors",
+)  # fmt: skip
 _EARLY = {"checkpoints", "metrics.jsonl", "training.png", "metrics.jsonl.tmp"}
 
 
@@ -166,13 +169,11 @@ def _check(options: TrainOptions) -> None:
         raise UserError("--lora-alpha goes with --lora-rank")
     if options.eval_data is not None and options.eval_split:
         raise UserError("--eval-data and --eval-split: give one of them")
-    if options.eval_data is None and options.eval_split == 0 and options.eval_every:
-        raise UserError("--eval-every goes with held-out data, and --eval-split is 0")
-    if options.keep_best and options.eval_data is None and options.eval_split == 0:
-        raise UserError("--keep-best goes with held-out data, and --eval-split is 0")
-    if options.keep_best and None not in (one := (options.eval_every, options.save_every)):
-        if one[0] != one[1]:
-            raise UserError("--keep-best saves where it measures: give --eval-every alone")
+    for name in ("eval_every", "keep_best"):
+        if options.eval_data is None and options.eval_split == 0 and getattr(options, name):
+            raise UserError(f"{flag(name)} goes with held-out data, and --eval-split is 0")
+    if options.keep_best and options.save_every not in (None, options.eval_every):
+        raise UserError("--keep-best saves where it measures: give --eval-every alone")
     if options.report_to is not None:
         there = get_available_reporting_integrations()
         if missing := set(options.report_to.split(",")) - {"none", "all", *there}:
