@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -627,6 +628,18 @@ def test_killed_after_the_last_step(run, model, monkeypatch, more):
         metrics(whole, "train") == metrics(out, "train")
         and "2 steps" in (out / "README.md").read_text()
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_while_it_is_measured_and_written(run, model, monkeypatch, capsys, number):
+    argv = command(model, pairs())
+    with monkeypatch.context() as patched:
+        patched.setattr(watch.Watch, "measure_written", lambda *_: signal.raise_signal(number))
+        run(*argv, code=130)
+    said = capsys.readouterr().err
+    assert "interrupted, saved up to step 4; the same command with --resume goes on" in said
+    out = run(*argv, "--resume")
+    assert [line["step"] for line in metrics(out, "eval")][-1] == 4
 
 
 def test_resume_and_overwrite(run, model, capsys):
