@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -425,7 +426,7 @@ def test_defaults_of_lora_and_bf16_weights(run, model):
 @pytest.mark.parametrize("more", [[], ["--lora-rank", "2"]], ids=["all weights", "LoRA"])
 def test_the_best_checkpoint_is_written(run, model, monkeypatch, more):
     """The first of equals, in a run that was stopped and went on elsewhere, too."""
-    accuracy = {0: 1.0, 1: 0.2, 2: 0.9, 3: 0.9, 4: 0.1}
+    accuracy = {0: 1.0, 1: 0.9, 2: 0.9, 3: 0.1}
     evaluate = fit.Trainer.evaluate
     stops = []
 
@@ -436,18 +437,18 @@ def test_the_best_checkpoint_is_written(run, model, monkeypatch, more):
         return {**figures, "eval_accuracy": accuracy[self.state.global_step]}
 
     monkeypatch.setattr(fit.Trainer, "evaluate", scripted)
-    argv = command(model, pairs(), "--keep-best", "--save-every", "1", *more)
+    argv = command(model, pairs(), "--keep-best", "--max-steps", "3", *more)
     out = run(*argv)
     kept = {x.name for x in (out / "checkpoints").glob("checkpoint-*")}
-    assert kept == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+    assert kept == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
     *_, last = metrics(out, "eval")
-    assert last["step"] == 2 and last["written"]
-    assert "4 steps (kept: step 2, the best held-out" in (out / "README.md").read_text()
+    assert last["step"] == 1 and last["written"]
+    assert "3 steps (kept: step 1, the best held-out" in (out / "README.md").read_text()
     want = load_file(out / "model.safetensors")
     if not more:
-        best = load_file(out / "checkpoints/checkpoint-2/model.safetensors")
+        best = load_file(out / "checkpoints/checkpoint-1/model.safetensors")
         assert all(torch.equal(want[name], best[name]) for name in want)
-    stops.append(2)  # after the next step
+    stops.append(1)  # after the next step
     run(*argv, "--output", "b", code=130)
     Path("b").rename("c")
     stops.clear()
@@ -497,9 +498,9 @@ def test_one_step_is_enough_to_learn(run, model):
 
 def test_a_constant_rate_is_warmed_up_too(run, model):
     argv = command(model, pairs(), "--eval-split", "0", "--warm-up", "0.1", "--batch-pairs", "1")
-    out = run(*argv, "--schedule", "constant", "--max-steps", "20")
+    out = run(*argv, "--schedule", "constant", "--max-steps", "10")
     rates = [line["learning_rate"] for line in metrics(out, "train")]
-    assert rates[0] < rates[1] < rates[2] == rates[-1] == 1e-3
+    assert rates[0] < rates[1] == rates[-1] == 1e-3
 
 
 @pytest.mark.parametrize("more", [[], ["--lora-rank", "2"], ["--dtype", "bfloat16"]], ids=str)
@@ -573,7 +574,8 @@ def test_an_adapter_of_a_quantised_model_is_kept(run, model, monkeypatch):
         trainer.model.get_base_model().is_quantized = True
 
     monkeypatch.setattr(fit, "train", quantised)
-    out = run(*command(model, pairs(messages=True), "--lora-rank", "2"))
+    short = ["--max-steps", "1", "--eval-split", "0"]
+    out = run(*command(model, pairs(messages=True), "--lora-rank", "2", *short))
     assert (out / "adapter_model.safetensors").exists()
     assert not (out / "model.safetensors").exists()
     card = (out / "README.md").read_text()
@@ -587,6 +589,9 @@ def test_an_adapter_of_a_quantised_model_is_kept(run, model, monkeypatch):
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
     before = load_file(f"{model}/model.safetensors")
     assert not torch.equal(ours.score.weight, before["score.weight"])
+    monkeypatch.setattr(fit, "train", train)
+    run(*command(model, pairs(), *short), "--overwrite")
+    assert not list(out.glob("adapter*")) and (out / "model.safetensors").exists()
 
 
 # --- going on
@@ -662,6 +667,19 @@ def test_killed_after_the_last_step(run, model, monkeypatch, more):
         metrics(whole, "train") == metrics(out, "train")
         and "2 steps" in (out / "README.md").read_text()
     )
+
+
+def test_stopped_while_it_is_measured_and_written(run, model, monkeypatch, capsys):
+    argv = command(model, pairs(), "--max-steps", "1")
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            watch.Watch, "measure_written", lambda *_: signal.raise_signal(signal.SIGTERM)
+        )
+        run(*argv, code=130)
+    said = capsys.readouterr().err
+    assert "interrupted, saved up to step 1; the same command with --resume goes on" in said
+    out = run(*argv, "--resume")
+    assert [line["step"] for line in metrics(out, "eval")] == [0, 1]
 
 
 def test_resume_and_overwrite(run, model, capsys):
@@ -847,17 +865,17 @@ def test_without_matplotlib_it_trains(run, model, capsys, monkeypatch):
     assert not (out / "training.png").exists() and "![" not in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["a$b_{$c", "$\\frac$ 猫 קול %s", "^_^$"])
-def test_any_name_will_do(run, model, monkeypatch, name):
-    monkeypatch.setattr(watch, "_can_draw", lambda: name.startswith("a"))  # it takes its time
-    run(*command(model, pairs(), "--output", name, "--max-steps", "1", "--eval-every", "1"))
+def test_any_name_will_do(run, model, monkeypatch):
+    monkeypatch.setattr(watch, "_can_draw", CAN_DRAW)
+    name = "a$b_{$c 猫 %s ^"
+    run(*command(model, pairs(), "--output", name, "--max-steps", "1"))
     assert f"# {name}" in Path(name, "README.md").read_text()
 
 
 def test_a_picture_that_fails_does_not_stop_the_training(run, model, monkeypatch, capsys):
     monkeypatch.setattr(watch, "_can_draw", CAN_DRAW)
     monkeypatch.setattr(watch.show, "curve", cannot)
-    out = run(*command(model, pairs(), "--eval-every", "2"))
+    out = run(*command(model, pairs(), "--max-steps", "1"))
     assert capsys.readouterr().err.count("no training.png: a reason\n") == 1
     assert not (out / "training.png").exists() and "![" not in (out / "README.md").read_text()
 

@@ -58,45 +58,38 @@ def option_of(args: trl.RewardConfig, name: str) -> Any:
     return getattr(args, name, getattr(RewardConfig, name))
 
 
-_REFUSED = {  # options that would silently train on something else, and why
-    "use_liger_kernel": "Liger puts the causal-LM forward on a reward model; give the trainer "
-    "rmfast.patch(model, backbone_kernels='liger') instead",
-    "label_smoothing_factor": "a reward model has no class labels; label_smoothing of rmfast's "
-    "RewardConfig smooths preferences",
-    "include_for_metrics": "packed batches have no rows of tokens to give to compute_metrics",
-    "accelerator_config.dispatch_batches": "packed batches cannot be cut up for other processes",
-    "accelerator_config.split_batches": "packed batches cannot be cut up; set "
-    "per_device_train_batch_size to the pairs of one process",
-    "parallelism_config": "of all kinds of parallelism only data parallelism is supported",
-    "max_tokens_per_batch": "it must be a positive integer, and the data set's length known",
-    "train_sampling_strategy": "max_tokens_per_batch draws the order of batches itself",
-    "dataloader_drop_last": "batches of max_tokens_per_batch have no size to fall short of",
-    "auto_find_batch_size": "it changes per_device_train_batch_size; lower max_tokens_per_batch",
-}
-
-
 def refuse(args: trl.RewardConfig, dataset: Any) -> None:
     """Raise ValueError for an option that would silently train on something else."""
     budget, accelerator = option_of(args, "max_tokens_per_batch"), args.accelerator_config
     parallel = getattr(args, "parallelism_config", None)
-    refused = {
-        "use_liger_kernel": args.use_liger_kernel,
-        "label_smoothing_factor": args.label_smoothing_factor,
-        "include_for_metrics": "inputs" in args.include_for_metrics,
-        "accelerator_config.dispatch_batches": accelerator.dispatch_batches,
-        "accelerator_config.split_batches": accelerator.split_batches,
-        "parallelism_config": any(
-            getattr(parallel, f"{kind}_size", 1) > 1 for kind in ("cp", "sp", "tp")
-        ),
-    }
+    splits = any(getattr(parallel, f"{kind}_size", 1) > 1 for kind in ("cp", "sp", "tp"))
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    refused = [
+        ("use_liger_kernel", args.use_liger_kernel, "Liger puts the causal-LM forward on a reward "
+         "model; give the trainer rmfast.patch(model, backbone_kernels='liger') instead"),
+        ("label_smoothing_factor", args.label_smoothing_factor, "a reward model has no class "
+         "labels; label_smoothing of rmfast's RewardConfig smooths preferences"),
+        ("include_for_metrics", "inputs" in args.include_for_metrics, "packed batches have no rows "
+         "of tokens to give to compute_metrics"),
+        ("accelerator_config.dispatch_batches", accelerator.dispatch_batches, "packed batches "
+         "cannot be cut up for other processes"),
+        ("accelerator_config.split_batches", accelerator.split_batches, "packed batches cannot be "
+         "cut up; set per_device_train_batch_size to the pairs of one process"),
+        ("parallelism_config", splits, "of all kinds of parallelism only data parallelism is "
+         "supported"),
+    ]  # fmt: skip
     if budget is not None:
-        refused |= {
-            "max_tokens_per_batch": budget < 1 or not isinstance(dataset, datasets.Dataset),
-            "train_sampling_strategy": getattr(args, "train_sampling_strategy", "random")
-            != "random",
-            "dataloader_drop_last": args.dataloader_drop_last,
-            "auto_find_batch_size": args.auto_find_batch_size,
-        }
-    for name, is_set in refused.items():
+        no_length = not isinstance(dataset, datasets.Dataset)
+        refused += [
+            ("max_tokens_per_batch", budget < 1 or no_length, "it must be a positive integer, and "
+             "the data set's length known"),
+            ("train_sampling_strategy", strategy != "random", "max_tokens_per_batch draws the "
+             "order of batches itself"),
+            ("dataloader_drop_last", args.dataloader_drop_last, "batches of max_tokens_per_batch "
+             "have no size to fall short of"),
+            ("auto_find_batch_size", args.auto_find_batch_size, "it changes "
+             "per_device_train_batch_size; lower max_tokens_per_batch"),
+        ]  # fmt: skip
+    for name, is_set, reason in refused:
         if is_set:
-            raise ValueError(f"{name} cannot be used with rmfast's RewardTrainer: {_REFUSED[name]}")
+            raise ValueError(f"{name} cannot be used with rmfast's RewardTrainer: {reason}")

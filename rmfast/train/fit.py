@@ -106,9 +106,8 @@ def _weights(model: torch.nn.Module) -> dict[str, int]:
 
 
 def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -> RewardConfig:
-    evaluates, saves = options.eval_every or _PART, options.save_every or _PART
-    if options.keep_best:
-        evaluates = saves = options.eval_every or saves
+    evaluates = options.eval_every or _PART
+    saves = evaluates if options.keep_best else options.save_every or _PART
     args = RewardConfig(
         output_dir=str(folder / "checkpoints"),
         num_train_epochs=options.epochs,

@@ -32,6 +32,7 @@ from rmfast.resume import (
     same_run,
     saving,
     stored,
+    told_to_stop,
     versions,
     write_whole,
 )
@@ -85,7 +86,7 @@ def run(options: TrainOptions) -> int:
     Raises:
         UserError, DataError: it cannot run; the message is for the user.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), told_to_stop():
         warnings.simplefilter("ignore", FutureWarning)  # names that only newer libraries have
         return _run(options)
 
@@ -122,8 +123,31 @@ def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
     state.save(folder)
     with saving(folder):
         (folder / "config.yaml").write_text(options.as_yaml(), encoding="utf-8")
-    if not _train(trainer, watch, folder, checkpoint):
-        return 130
+    try:
+        if _train(trainer, watch, folder, checkpoint):
+            _finish(folder, trainer, watch, state, options, started, found)
+            return 0
+    except KeyboardInterrupt:
+        pass
+    step = step_of(last_checkpoint(folder / "checkpoints"))
+    print(
+        f"\nrmfast train: interrupted, saved up to step {step:,}; the same command with --resume "
+        "goes on",
+        file=sys.stderr,
+    )
+    return 130
+
+
+def _finish(
+    folder: Path,
+    trainer: fit.Trainer,
+    watch: Watch,
+    state: State,
+    options: TrainOptions,
+    started: begin.Started,
+    found: rows.Rows,
+) -> None:
+    """Measure the model as it is written, and write it and what belongs to it."""
     model = fit.finish(trainer)
     watch.measure_written(model, trainer.best_step)
     finished = card.Finished(
@@ -133,34 +157,26 @@ def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
         loss=trainer.objective.kind,
         steps=trainer.state.global_step,
         best=trainer.best_step,
-        summary=watch.summary,
         is_adapter=fit.keeps_adapter(trainer.model),
+        summary=watch.summary,
         versions=state.versions,
         warnings=state.warnings,
     )
-    _save(folder, trainer, model, watch, finished)
-    state.done = True
-    state.save(folder)
-    return 0
-
-
-def _save(
-    folder: Path, trainer: fit.Trainer, model: Any, watch: Watch, finished: card.Finished
-) -> None:
-    """Write the model and what belongs to it."""
     with saving(folder):
-        if not fit.save(trainer, model, finished.started, folder):
-            finished.warnings.append(
+        if not fit.save(trainer, model, started, folder):
+            state.warnings.append(
                 f"no weight changed in {finished.steps:,} steps, this is the model that the run "
                 "began with: raise --learning-rate"
             )
         watch.draw()
         card.write(finished, folder)
-    if finished.summary is not None:
-        print(f"\n{show.table(finished.summary)}\n")
-    for warning in finished.warnings:
+    if watch.summary is not None:
+        print(f"\n{show.table(watch.summary)}\n")
+    for warning in state.warnings:
         print(f"! {warning}")
     print(f"written: {folder}")
+    state.done = True
+    state.save(folder)
 
 
 def _check(options: TrainOptions) -> None:
@@ -174,13 +190,11 @@ def _check(options: TrainOptions) -> None:
         raise UserError("--lora-alpha goes with --lora-rank")
     if options.eval_data is not None and options.eval_split:
         raise UserError("--eval-data and --eval-split: give one of them")
-    if options.eval_data is None and options.eval_split == 0 and options.eval_every:
-        raise UserError("--eval-every goes with held-out data, and --eval-split is 0")
-    if options.keep_best and options.eval_data is None and options.eval_split == 0:
-        raise UserError("--keep-best goes with held-out data, and --eval-split is 0")
-    if options.keep_best and None not in (one := (options.eval_every, options.save_every)):
-        if one[0] != one[1]:
-            raise UserError("--keep-best saves where it measures: give --eval-every alone")
+    for name in ("eval_every", "keep_best"):
+        if options.eval_data is None and options.eval_split == 0 and getattr(options, name):
+            raise UserError(f"{flag(name)} goes with held-out data, and --eval-split is 0")
+    if options.keep_best and options.save_every not in (None, options.eval_every):
+        raise UserError("--keep-best saves where it measures: give --eval-every alone")
     if options.report_to is not None:
         there = get_available_reporting_integrations()
         if missing := set(options.report_to.split(",")) - {"none", "all", *there}:
@@ -319,19 +333,9 @@ def _train(trainer: fit.Trainer, watch: Watch, folder: Path, checkpoint: str | N
     try:
         with watch, saving(folder):
             fit.train(trainer, checkpoint)
-        done = not watch.stopped or trainer.state.global_step >= trainer.state.max_steps
-    except KeyboardInterrupt:
-        done = False
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else ''} Lower "
             "--batch-pairs (and raise --grad-accum as much), or --max-length, and --overwrite"
         ) from None
-    if not done:
-        step = step_of(last_checkpoint(folder / "checkpoints"))
-        print(
-            f"\nrmfast train: interrupted, saved up to step {step:,}; the same command with "
-            "--resume goes on",
-            file=sys.stderr,
-        )
-    return done
+    return not watch.stopped or trainer.state.global_step >= trainer.state.max_steps
