@@ -112,10 +112,9 @@ def read_checkpoint(
 
     code = {"trust_remote_code": remote["trust_remote_code"]}
     # another tokenizer, and an adapter's model, have revisions of their own
-    source, own = (tokenizer, code) if tokenizer else (name, remote)
-    if adapter and not tokenizer:
-        source, own = _with_tokenizer(adapter), code
-    found = AutoTokenizer.from_pretrained(source, **own)
+    beside = adapter_folder(tokenizer) if tokenizer else adapter
+    source = _with_tokenizer(beside) if beside else tokenizer or name
+    found = AutoTokenizer.from_pretrained(source, **(remote if source == name else code))
     if adapter:
         model, missing, unused = load_adapter(adapter, auto, **options, **code)
         if found.pad_token_id is not None and found.pad_token_id < _rows(model):

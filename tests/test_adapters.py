@@ -123,6 +123,19 @@ def test_the_pad_token_is_that_of_its_tokenizer(base, tmp_path):
     assert tiny.score_error(model(**tiny.padded(tiny.rows())).logits[:, 0], scores(model)) < 1e-5
 
 
+def test_as_policy_and_as_tokenizer(base, hub, tmp_path, capsys):
+    hub("me/base", base)
+    folder = saved(tuned(base, LANGUAGE, task_type="CAUSAL_LM"), tmp_path / "a")
+    name = hub("me/policy", moved(folder, "me/base"))
+    loaded = loading.load(base, task="causal", tokenizer=name, device="cpu")
+    assert loaded.tokenizer("one")["input_ids"] == tiny.tokenizer()("one")["input_ids"]
+    row = {"prompt": "one", "chosen": "two", "rejected": "three"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    arguments = ["--model", name, "--ref-model", "me/base", "--input", str(tmp_path / "rows.jsonl")]
+    assert main(["eval", *arguments, "--device", "cpu"]) == 0
+    assert "me/policy against me/base on" in capsys.readouterr().out
+
+
 # --- resized embeddings
 
 

@@ -47,7 +47,7 @@ except ImportError as _error:
 
 # Options that may differ when a run goes on: its data is told by digest, its model by its files.
 _MAY_DIFFER = {"output", "model", "data", "eval_data", "resume", "overwrite"}
-_OURS = ("checkpoints", "metrics.jsonl", "training.png", "config.yaml", "README.md")
+_OURS = "checkpoints metrics.jsonl training.png config.yaml README.md adapter_config.json".split()
 _EARLY = {"checkpoints", "metrics.jsonl", "training.png", "metrics.jsonl.tmp"}
 
 
@@ -204,7 +204,7 @@ def _folder(options: TrainOptions) -> Path:
 def _clear(folder: Path) -> None:
     """What a run before this one wrote."""
     with saving(folder):
-        for path in [*(folder / name for name in _OURS), *folder.glob("model*.safetensors*")]:
+        for path in [*(folder / name for name in _OURS), *folder.glob("*model*.safetensors*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
