@@ -188,6 +188,13 @@ def test_a_head_that_was_not_saved(base, hub, tmp_path):
                 load(name)
 
 
+def test_an_adapter_without_weights(base, tmp_path):
+    folder = saved(tuned(base), tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"an adapter_config\.json, and no adapter_model"):
+        loading.load(folder, device="cpu")
+
+
 def test_a_reward_models_adapter_is_no_language_models(base, tmp_path):
     folder = saved(tuned(base), tmp_path)
     with pytest.raises(UserError, match=r"has \S*score\S*, and LlamaForCausalLM has no place"):

@@ -222,6 +222,35 @@ def test_a_config_that_is_no_classifiers(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "broken, said",
+    [
+        ({"tokenizer.json": None}, "it has no tokenizer: name one with --tokenizer"),
+        ({"config.json": None}, "it has no config.json that names a kind"),
+        ({"config.json": "{"}, "config.json' is not a valid JSON file"),
+        ({"model.safetensors": None}, "no file named model.safetensors"),
+        ({"hidden_size": 48}, "its weights have other sizes than its config.json says"),
+        ({"pad_token_id": 10**6}, "its config.pad_token_id has no embedding"),
+        ({"model_type": "zork"}, "has model type `zork` but Transformers does not recognize"),
+    ],
+)
+def test_a_folder_that_is_not_whole(tmp_path, broken, said):
+    folder = save(tmp_path, tiny.model(vocab_size=ROWS))
+    for name, value in broken.items():
+        if "." not in name:
+            config = json.loads((tmp_path / "config.json").read_text())
+            (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+        elif value is None:
+            (tmp_path / name).unlink()
+            (tmp_path / name.replace(".json", "_config.json")).unlink(missing_ok=True)
+        else:
+            (tmp_path / name).write_text(value)
+    for load in (loading.load, begin.load_to_train):
+        with pytest.raises(UserError, match=re.escape(said)) as refused:
+            load(folder)
+        assert len(str(refused.value)) < len(folder) + 280
+
+
+@pytest.mark.parametrize(
     "name, said",
     [
         ("./nowhere", "there is no folder ./nowhere"),
