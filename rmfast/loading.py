@@ -113,10 +113,9 @@ def read_checkpoint(
 
     code = {"trust_remote_code": remote["trust_remote_code"]}
     # another tokenizer, and an adapter's model, have revisions of their own
-    source, own = (tokenizer, code) if tokenizer else (name, remote)
-    if adapter and not tokenizer:
-        source, own = _with_tokenizer(adapter), code
-    found = AutoTokenizer.from_pretrained(source, **own)
+    beside = adapter_folder(tokenizer) if tokenizer else adapter
+    source = _with_tokenizer(beside) if beside else tokenizer or name
+    found = AutoTokenizer.from_pretrained(source, **(remote if source == name else code))
     if adapter:
         model, missing, unused = load_adapter(adapter, auto, **options, **code)
         if found.pad_token_id is not None and found.pad_token_id < _rows(model):
@@ -168,6 +167,8 @@ def load_adapter(
     except ImportError:
         raise UserError(f"{folder} holds a PEFT adapter: pip install peft") from None
     settings = peft.PeftConfig.from_pretrained(folder)
+    if not any(Path(folder).glob("adapter_model.*")):
+        raise UserError(f"{folder} has an adapter_config.json, and no adapter_model.safetensors")
     base, keys = auto.from_pretrained(
         settings.base_model_name_or_path,
         revision=settings.revision,
@@ -225,12 +226,26 @@ def readable(name: str) -> Iterator[None]:
         raise UserError(f"{name} cannot be loaded: {_why(name, error)}") from None
 
 
+# What a part of a library's message means here, and what to do.
+_KNOWN = {
+    "trust_remote_code": "it comes with code of its own: read that, then allow it with "
+    "--trust-remote-code",
+    "Unrecognized model in": "it has no config.json that names a kind of model (model_type)",
+    "backend tokenizer": "it has no tokenizer: name one with --tokenizer",
+    "ignore_mismatched_sizes": "its weights have other sizes than its config.json says: take both "
+    "from one model",
+    "Padding_idx must be within": "its config.pad_token_id has no embedding: set another one in "
+    "its config.json",
+}
+
+
 def _why(name: str, error: Exception) -> str:
     text, damaged = " ".join(str(error).split()), _damaged(name)
     if damaged or isinstance(error, SafetensorError):
         return f"{damaged or 'a safetensors file'} is cut off or damaged: download or copy it again"
-    if "trust_remote_code" in text:
-        return "it comes with code of its own: read that, then allow it with --trust-remote-code"
+    known = next((said for part, said in _KNOWN.items() if part in text), None)
+    if known:
+        return known
     if "Unrecognized configuration class" in text:
         kind = re.search(r"kind of AutoModel: (\w+)", text)
         kind = kind[1] if kind else "the class that is needed"
@@ -240,13 +255,11 @@ def _why(name: str, error: Exception) -> str:
                 "one that returns logits [B, 1]"
             )
         return f"its config is for a kind of model that has no {kind} in transformers"
-    if "Padding_idx must be within" in text:
-        return "its config.pad_token_id has no embedding: set another one in its config.json"
     sentence = re.match(r".{30,240}?[.!](?= [A-Z]|$)|.{,240}", text)[0]
     if isinstance(error, OSError) and not Path(name).exists():
         return f"there is no such folder, and the hub did not give it: {sentence}"
-    known = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
-    return sentence if known else f"{type(error).__name__}: {sentence}"
+    usual = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+    return sentence if usual else f"{type(error).__name__}: {sentence}"
 
 
 def _damaged(name: str) -> str | None:

@@ -123,6 +123,19 @@ def test_the_pad_token_is_that_of_its_tokenizer(base, tmp_path):
     assert tiny.score_error(model(**tiny.padded(tiny.rows())).logits[:, 0], scores(model)) < 1e-5
 
 
+def test_as_policy_and_as_tokenizer(base, hub, tmp_path, capsys):
+    hub("me/base", base)
+    folder = saved(tuned(base, LANGUAGE, task_type="CAUSAL_LM"), tmp_path / "a")
+    name = hub("me/policy", moved(folder, "me/base"))
+    loaded = loading.load(base, task="causal", tokenizer=name, device="cpu")
+    assert loaded.tokenizer("one")["input_ids"] == tiny.tokenizer()("one")["input_ids"]
+    row = {"prompt": "one", "chosen": "two", "rejected": "three"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    arguments = ["--model", name, "--ref-model", "me/base", "--input", str(tmp_path / "rows.jsonl")]
+    assert main(["eval", *arguments, "--device", "cpu"]) == 0
+    assert "me/policy against me/base on" in capsys.readouterr().out
+
+
 # --- resized embeddings
 
 
@@ -173,6 +186,13 @@ def test_a_head_that_was_not_saved(base, hub, tmp_path):
         for load in (begin.load_to_train, loading.load):
             with pytest.raises(UserError, match="the head that it was trained with is not in it"):
                 load(name)
+
+
+def test_an_adapter_without_weights(base, tmp_path):
+    folder = saved(tuned(base), tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"an adapter_config\.json, and no adapter_model"):
+        loading.load(folder, device="cpu")
 
 
 def test_a_reward_models_adapter_is_no_language_models(base, tmp_path):

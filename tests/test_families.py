@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, processors
 from tokenizers import models as tokenizer_models
 from transformers import (
@@ -15,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaTokenizer,
 )
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 import rmfast
 import tiny
@@ -42,6 +45,39 @@ def test_configs_of_all_classifiers():
         tokens = SimpleNamespace(num_special_tokens_to_add=lambda pair: 2 + pair)
         assert models.takes_pairs(config, tokens) in (True, False)
     assert lacking == {"use_cache", "eos_token_id"}  # else this test shows nothing
+
+
+# --- a head that pools by another rule
+
+
+COUNTING = """
+class CountingForSequenceClassification(Base):
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        hidden = self.base_model(input_ids, attention_mask=attention_mask)[0]
+        last = (input_ids != self.config.pad_token_id).sum(-1) - 1
+        return Output(logits=self.score(hidden)[range(len(hidden)), last])
+"""
+
+
+@pytest.mark.parametrize("family", ["biogpt", "gpt2", "gpt_neox"])
+def test_a_family_that_counts_tokens_keeps_its_own_head(family):
+    """As biogpt did up to transformers 5.12: with pads on the left, it scores another token."""
+    model = tiny.model(family, torch.float64)
+    if family != "biogpt" or transformers.__version__ > "5.12":
+        assert models.find(model)[0] is model
+    names = {"Base": type(model), "Output": SequenceClassifierOutputWithPast}
+    own = os.path.join(os.path.dirname(transformers.__file__), "counting.py")
+    exec(compile(COUNTING, own, "exec"), names)  # as if it were of transformers
+    model.__class__ = names["CountingForSequenceClassification"]
+    for side in ("left", "right"):
+        batch = tiny.padded(tiny.rows(), side)
+        with torch.no_grad():
+            theirs = model(**batch).logits
+            with rmfast.patched(model):
+                ours, report = model(**batch).logits, rmfast.report(model)
+        assert tiny.score_error(ours, theirs) < 1e-6  # rotary frequencies are fp32
+        assert report.level == "backbone"
+        assert "the head of CountingForSequenceClassification is its own" in report.reasons[0]
 
 
 # --- encoders, which read a prompt and its response as two segments

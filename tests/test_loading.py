@@ -222,6 +222,35 @@ def test_a_config_that_is_no_classifiers(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "broken, said",
+    [
+        ({"tokenizer.json": None}, "it has no tokenizer: name one with --tokenizer"),
+        ({"config.json": None}, "it has no config.json that names a kind"),
+        ({"config.json": "{"}, "config.json' is not a valid JSON file"),
+        ({"model.safetensors": None}, "no file named model.safetensors"),
+        ({"hidden_size": 48}, "its weights have other sizes than its config.json says"),
+        ({"pad_token_id": 10**6}, "its config.pad_token_id has no embedding"),
+        ({"model_type": "zork"}, "has model type `zork` but Transformers does not recognize"),
+    ],
+)
+def test_a_folder_that_is_not_whole(tmp_path, broken, said):
+    folder = save(tmp_path, tiny.model(vocab_size=ROWS))
+    for name, value in broken.items():
+        if "." not in name:
+            config = json.loads((tmp_path / "config.json").read_text())
+            (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+        elif value is None:
+            (tmp_path / name).unlink()
+            (tmp_path / name.replace(".json", "_config.json")).unlink(missing_ok=True)
+        else:
+            (tmp_path / name).write_text(value)
+    for load in (loading.load, begin.load_to_train):
+        with pytest.raises(UserError, match=re.escape(said)) as refused:
+            load(folder)
+        assert len(str(refused.value)) < len(folder) + 280
+
+
+@pytest.mark.parametrize(
     "name, said",
     [
         ("./nowhere", "there is no folder ./nowhere"),
@@ -277,16 +306,21 @@ QUANTISED = {
     "gptq": {"bits": 4, "group_size": 128, "desc_act": False, "sym": True},
     "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "compressed-tensors": {"format": "float-quantized", "config_groups": {}, "ignore": ["score"]},
-    "fp8": {"activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "quanto": {"weights": "int8"},
 }
+
+
+def quantised(folder: Path, method: str, settings: dict) -> str:
+    save(folder, tiny.model(vocab_size=ROWS))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = settings | {"quant_method": method}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 @pytest.mark.parametrize("method", QUANTISED)
 def test_quantised_weights_are_not_trained(tmp_path, method):
-    folder = save(tmp_path, tiny.model(vocab_size=ROWS))
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = QUANTISED[method] | {"quant_method": method}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = quantised(tmp_path, method, QUANTISED[method])
     (tmp_path / "model.safetensors").unlink()  # nothing is read of it
     said = f"is quantised \\({method}\\): its weights cannot be trained; .* --lora-rank"
     with pytest.raises(UserError, match=said):
@@ -295,6 +329,17 @@ def test_quantised_weights_are_not_trained(tmp_path, method):
         begin.load_to_train(folder, lora=True)
     assert "is quantised" not in str(refused.value)
     assert len(str(refused.value)) < len(folder) + 280
+
+
+def test_fp8_that_is_read_as_another_dtype_is_trained(tmp_path, monkeypatch):
+    settings = {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    folder = quantised(tmp_path, "fp8", settings)
+    model = begin.load_to_train(folder).model  # a CPU has no kernels for fp8
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not hasattr(model.config, "quantization_config")
+    monkeypatch.setattr(type(model), "is_quantized", True, raising=False)
+    with pytest.raises(UserError, match=r"is quantised \(as cpu reads it\): its weights cannot"):
+        begin.load_to_train(save(tmp_path / "a", model))
 
 
 def test_a_head_of_another_name_is_told(tmp_path):
@@ -356,6 +401,13 @@ def test_the_end_of_text_pads_at_last_with_a_warning(tmp_path):
     with pytest.raises(UserError, match="has neither a pad token, nor a reserved one, nor an end"):
         none = tokenizer(eos=None)
         begin.load_to_train(save(tmp_path / "none", small, none))
+
+
+def test_a_token_of_any_named_template_is_not_free(tmp_path):
+    made = tokenizer("<|reserved_0|>", "<|reserved_1|>")
+    made.chat_template = {"default": "{{ messages }}", "tool_use": "<|reserved_0|>{{ messages }}"}
+    folder = save(tmp_path, language_model(pad_token_id=None), made)
+    assert begin.load_to_train(folder).start.pad[0] == "<|reserved_1|>"
 
 
 def test_the_pad_token_that_is_there_stays(tmp_path):

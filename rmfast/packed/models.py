@@ -110,9 +110,18 @@ def _scores_last_token(module: nn.Module) -> bool:
     if wrapped or not isinstance(inner(module), nn.Module) or not hasattr(module, "score"):
         return False
     own = _owner(module).__name__.endswith("ForSequenceClassification")
-    listed = own and module.config.model_type in LAST_TOKEN_HEADS
+    listed = own and module.config.model_type in LAST_TOKEN_HEADS and _pools_rightmost(module)
     known = _runs_transformers(module) and (is_generic(module) or listed)
     return known and is_pointwise(module.score)
+
+
+def _pools_rightmost(module: nn.Module) -> bool:
+    """Whether a forward that a family wrote out takes the rightmost token that is no pad.
+
+    Up to transformers 5.12, biogpt's counted the tokens: another one, where pads are on the left.
+    """
+    forward = inspect.unwrap(_owner(module).__dict__["forward"])
+    return "last_non_pad_token" in forward.__code__.co_varnames
 
 
 def is_generic(module: nn.Module) -> bool:

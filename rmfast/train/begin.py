@@ -32,6 +32,9 @@ _FREE = re.compile(r"reserved|unused|placeholder|dummy|<\|extra_\d+\|>|\[control
 # Heads of language models, masked ones too: a reward model has no use for them.
 _LANGUAGE_HEADS = tuple("lm_head. embed_out. cls. vocab_ lm_predictions. mask_predictions.".split())
 
+# Where a device has no kernels for these, transformers reads them as bf16, which can be trained.
+_READ_AS_BF16 = ("fp8", "mxfp4")
+
 
 @dataclass(frozen=True)
 class Start:
@@ -125,12 +128,15 @@ def load_to_train(
             name, AutoModelForSequenceClassification, tokenizer, remote, adapter, **options
         )
         model = placed(model, device)
-    if adapter and getattr(model, "is_quantized", False):
+    quantised = getattr(model, "is_quantized", False)
+    if quantised and adapter:
         base = adapter_settings(adapter)["base_model_name_or_path"]
         raise UserError(
             f"{name} is the adapter of a quantised model, which cannot be merged into it: begin "
             f"with {base}, or with the adapter of a model that is not quantised"
         )
+    if quantised and not lora:
+        _refuse_quantised(name, f"as {device} reads it")
     # an encoder's pooler is a part of the head, wherever it is
     body = [key for key in missing if ".pooler." not in key]
     inside = [key for key in body if key.startswith(f"{model.base_model_prefix}.")]
@@ -151,6 +157,13 @@ def load_to_train(
     return Started(model, tokens, start)
 
 
+def _refuse_quantised(name: str, method: str) -> None:
+    raise UserError(
+        f"{name} is quantised ({method}): its weights cannot be trained; train an adapter on them "
+        "with --lora-rank, or begin with the model that is not quantised"
+    )
+
+
 def _refuse_config(name: str, remote: dict[str, Any], lora: bool) -> None:
     """Refuse what its config says cannot be trained, before any weight is read."""
     from transformers import AutoConfig
@@ -159,11 +172,9 @@ def _refuse_config(name: str, remote: dict[str, Any], lora: bool) -> None:
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not lora:
         method = getattr(quantised, "quant_method", None) or quantised["quant_method"]
-        raise UserError(
-            f"{name} is quantised ({getattr(method, 'value', method)}): its weights cannot be "
-            "trained; train an adapter on them with --lora-rank, or begin with the model that is "
-            "not quantised"
-        )
+        method = getattr(method, "value", method)
+        if method not in _READ_AS_BF16:
+            _refuse_quantised(name, method)
     kinds = config.architectures or []
     if any(kind.endswith("Classification") for kind in kinds) and config.num_labels != 1:
         raise UserError(
