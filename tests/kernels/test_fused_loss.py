@@ -139,7 +139,7 @@ def test_widest_rows(device, poison):
 
 
 @pytest.mark.parametrize(
-    ("layout", "reduction"), zip(LAYOUTS, ["mean", "sum", "mean"], strict=True)
+    ("layout", "reduction"), [("halves", "mean"), ("interleaved", "sum"), ("index", "mean")]
 )
 def test_gradcheck(layout, reduction, device):
     torch.manual_seed(0)
