@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import rmfast
-from rmfast import ops, reference
+from rmfast import losses, ops, reference
 from rmfast.ops import _cpu as cpu
 
 
@@ -292,6 +292,7 @@ OF_ONE = {  # by name a function of [2, N, 4], which is read in all that has a d
     "head and pairs": lambda x: ops.reward_head_pairwise_loss(
         x[0, 0], torch.tensor([1, 0, 1]), x[0, 1, :1], **BOTH
     ).loss,
+    "ratings": lambda x: losses.regression(x[0, 0, :4, 0], x[0, 1, :4, 0].detach()),
     "all pairs": lambda x: ops.listwise_loss(x[0, 0, :5, 0], *GROUPS),
     "plackett-luce": lambda x: ops.listwise_loss(
         x[0, 0, :5, 0], *GROUPS, kind="plackett_luce", max_size=3

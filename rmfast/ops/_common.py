@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,17 @@ def without_autocast(function: Callable) -> Callable:
             return function(first, *args)
 
     return run
+
+
+def op(name: str, schema: str, **options: Any) -> Callable[[Callable], torch.library.CustomOpDef]:
+    """A decorator: an op of torch, in which autocast is off."""
+    make = torch.library.custom_op(f"rmfast::{name}", mutates_args=(), schema=schema, **options)
+    return lambda function: make(without_autocast(function))
+
+
+def present(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors, with an empty one like ``like`` for None, which an op cannot give back."""
+    return tuple(like.new_empty(0) if x is None else x for x in tensors)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
