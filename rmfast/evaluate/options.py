@@ -36,7 +36,7 @@ class EvalOptions(ScoringOptions):
     rejected_column: str = column("rejected")
     subset_column: str = column("subset")
     split: str | None = option(
-        "Read this split of a data set (default: train; filtered for allenai/reward-bench).",
+        "Read this split of a data set (default: train; of a published benchmark, its own).",
         None, group=INPUT)
 
     json: str | None = option("Write all figures here.", None, metavar="FILE", group=OUTPUT)

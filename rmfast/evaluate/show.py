@@ -178,7 +178,8 @@ def _drawable(text: str) -> tuple[str, list[str]]:
         if "Last Resort" in str(name):  # boxes
             continue
         with contextlib.suppress(OSError, RuntimeError):
-            found = {x for x in missing if ord(x) in font_manager.get_font(path).get_charmap()}
+            letters = font_manager.get_font(path).get_charmap()
+            found = {x for x in missing if ord(x) in letters}
             missing -= found
             families += [name] if found and name else []
     written = {ord(x): x.encode("unicode_escape").decode() for x in missing}
