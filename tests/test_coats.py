@@ -36,8 +36,15 @@ def shared(messages: list[dict]) -> list[dict]:
 
 
 def in_parts(messages: list[dict]) -> list[dict]:
-    parts = [[{"type": "text", "text": y} for y in halves(x["content"])] for x in messages]
-    return [{**x, "content": y} for x, y in zip(messages, parts, strict=True)]
+    def part(text: str) -> dict:
+        return {"type": "text", "text": text, "image_url": None}
+
+    return [{**x, "content": [part(y) for y in halves(x["content"])]} for x in messages]
+
+
+def renamed(messages: list[dict]) -> list[dict]:
+    names = {"user": "human", "assistant": "gpt"}
+    return [{**x, "role": names.get(x["role"], x["role"])} for x in messages]
 
 
 def halves(text: str) -> list[str]:
@@ -58,6 +65,7 @@ COATS: dict[str, Callable[[list], Any]] = {
     "ShareGPT": shared,
     "ShareGPT as JSON": lambda x: json.dumps({"conversations": shared(x), "system": ""}),
     "ShareGPT in an object": lambda x: {"conversation": shared(x)},
+    "ShareGPT's roles": renamed,
     "parts": in_parts,
     "parts as JSON": lambda x: json.dumps(in_parts(x)),
     "nulls": lambda x: [{**message, "name": None, "tool_calls": None} for message in x],
@@ -154,10 +162,14 @@ def test_text_that_cannot_be_messages_is_text(text):
 @pytest.mark.parametrize(
     "value, reason",
     [
-        ('[{"role": "user", "content": "x"}', '"chosen" is text that begins as messages do'),
-        ("[{'role': 'user', 'content': 'x'}\n {'role': 'user'}]", "begins as messages do"),  # NumPy
-        ("{'messages': array([{'role': 'user'}])}", "begins as messages do"),
-        ('[{"role": "user", "content": "a", "content": "b"}]', "begins as messages do"),
+        ('[{"role": "user", "content": "x"}', '"chosen" is text that seems to be a conversation'),
+        ("[{'role': 'user', 'content': 'x'}\n {'role': 'user'}]", "seems to be a"),  # NumPy
+        ("{'messages': array([{'role': 'user'}])}", "seems to be a conversation"),
+        ('[{"role": "user", "content": "a", "content": "b"}]', "seems to be a conversation"),
+        ('[{"speaker": "human", "text": "x"}]', "seems to be a conversation"),
+        ("[['user', 'x'], ['assistant', 'y']]", "seems to be a conversation"),
+        ('{"turns": [{"human": "x", "bot": "y"}]}', "seems to be a conversation"),
+        ('{"prompt": "x", "response": "y"}', "seems to be a conversation"),
         ('[{"role": "user"}]', '"chosen" message 0: "content" must be text, is missing'),
         ('[{"role": "user", "content": 3}]', '"chosen" message 0: "content" must be text, is a n'),
         ([{"from": "gpt", "value": None}], 'message 0: "content" must be text, is missing'),
@@ -206,7 +218,7 @@ SYSTEMS = [
     ({"system": "kind", "prompt": [SYSTEM, ASK]}, [SYSTEM, ASK]),
     ({"system": "be kind", "conversations": shared([ASK])}, [SYSTEM, ASK]),
     ({"prompt": {"messages": shared([ASK]), "system": "be kind"}}, [SYSTEM, ASK]),
-    ({"system": None, "question": "q", "context": [], "history": None}, "q"),
+    ({"system": None, "question": "q", "context": [], "history": [None]}, "q"),
     ({"question": "q", "prompt": "c q", "context": "c"}, "c q"),
 ]
 

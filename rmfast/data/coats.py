@@ -26,9 +26,11 @@ ASKED = ("prompt", "question", "instruction", "query")  # columns of what the us
 _SYSTEM = ("system", "system_prompt")
 _UNREAD = ("input", "context", "history", "passage", "documents", "functions", "image", "images")
 _PROMPT = {*TURNS, *ASKED, *_SYSTEM, *_UNREAD, "audio", "audios", "video", "videos"}
-# text that begins as an object or a list of them does, in JSON or in Python
-_OPENS = re.compile(r"""[\s\["']*\{\s*\\*["'](\w+)\\*["']\s*:""")
-_TRACES = {"role", "content", "from", "value", "tools", *_SYSTEM, *TURNS}  # keys of conversations
+# how text begins that is a list or an object, in JSON or in Python; and one that is a conversation
+_OPENS = re.compile(r"""[\s\["']*[\[{]\s*\\*["']\w""")
+_KEYS = ("role", "content", "from", "value", "tools", *_SYSTEM, *TURNS)
+_BEGINS = re.compile(rf"""[\s\["']*\{{\s*\\*["'](?:{"|".join(_KEYS)})\\*["']\s*:""")
+_SPEAKERS = {"user", "assistant", "human", "gpt", "prompter"}
 
 
 def read_conversation(name: str, value: Any, empty: bool = False) -> str | Messages | Chat:
@@ -78,18 +80,31 @@ def uncoat(name: str, value: Any) -> tuple[Any, dict[str, Any]]:
 
 def _parsed(name: str | None, value: Any) -> Any:
     """The conversation that a text is; any other value as it is. Without a name, nothing raises."""
-    opens = _OPENS.match(value) if isinstance(value, str) else None
-    if opens is None:
+    if not isinstance(value, str) or not _OPENS.match(value):
         return value
     parsed = parse_text(value)
     if isinstance(parsed, str) and parsed != value:  # JSON of JSON
         parsed = _parsed(name, parsed)
-    if name is not None and parsed == value and opens[1] in _TRACES:
+    if not isinstance(parsed, str) and is_conversation(parsed):
+        return parsed
+    if name is not None and (_has_turns(parsed) or (parsed == value and _BEGINS.match(value))):
         raise RowError(
-            f"{name} is text that begins as messages do, and neither JSON nor Python's notation "
-            "that can be read: write a list of messages"
+            f"{name} is text that seems to be a conversation, in a notation that cannot be read: "
+            "write a list of messages"
         )
-    return parsed if not isinstance(parsed, str) and is_conversation(parsed) else value
+    return value
+
+
+def _has_turns(value: Any) -> bool:
+    """Whether a parsed text seems to be turns in a notation that is not read."""
+    if isinstance(value, Mapping):
+        answered = "prompt" in value and ("response" in value or "completion" in value)
+        return answered or any(_has_turns(x) for x in value.values() if isinstance(x, list))
+    words: list[Any] = []
+    for item in value if isinstance(value, list) else ():
+        words += item[:1] if isinstance(item, list) else ()
+        words += [*item, *item.values()] if isinstance(item, Mapping) else ()
+    return any(isinstance(word, str) and word.lower() in _SPEAKERS for word in words)
 
 
 def is_conversation(value: Any) -> bool:

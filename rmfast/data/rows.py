@@ -132,7 +132,8 @@ class RowReader:
         beside = next((x for x in _ANSWERS if not is_empty(record.get(x))), None)
         if kind == "messages" and row.answers[0][1][-1]["role"] == "user" and beside is not None:
             raise RowError(
-                f'"{name}" has no answer, and "{beside}" is beside it: --{beside}-column reads that'
+                f'"{name}" has no answer, and "{beside}" is beside it: --response-column, or '
+                "--chosen-column and --rejected-column, name the columns of answers"
             )
         return row
 

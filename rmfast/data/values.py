@@ -165,6 +165,8 @@ def is_empty(value: Any) -> bool:
         return not value.strip()
     if isinstance(value, numbers.Real):
         return not value or math.isnan(value)
+    if isinstance(value, list):
+        return all(item is None for item in value)
     return not without_nulls(value)
 
 
