@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import hashlib
 import json
@@ -14,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from rmfast.errors import UserError
 
@@ -44,13 +43,12 @@ def check_paths(inputs: dict[str, Any], outputs: dict[str, Any], overwrite: bool
         UserError: an output is an input or another output, lies in the folder of an input, or is
             there already.
     """
-    read = [(name, place) for name, value in inputs.items() for place in _places(value)]
-    written: list[tuple[str, str]] = []
+    places = [(name, place) for name, value in inputs.items() for place in _places(value)]
     for name, value in outputs.items():
         if value is None:
             continue
         path = os.path.realpath(value)
-        for other, place in [*read, *written]:
+        for other, place in places:
             if _meet(path, place):
                 known = other.removeprefix("--")
                 raise UserError(f"{name} {value} is the {known}: give it another name")
@@ -60,14 +58,14 @@ def check_paths(inputs: dict[str, Any], outputs: dict[str, Any], overwrite: bool
         is_there = bool(os.listdir(path)) if os.path.isdir(path) else os.path.exists(path)
         if is_there and not overwrite:
             raise UserError(f"{name} {value} already exists: --overwrite replaces it")
-        written.append((name, path))
+        places.append((name, path))
 
 
 def _places(value: Any) -> list[str]:
     """What an input names: a path, or several and patterns, these with the files that match."""
-    if value is None or os.path.exists(value):
-        return [] if value is None else [os.path.realpath(value)]
-    parts = str(value).split(",")
+    if value is None or str(value) == "-":
+        return []
+    parts = [str(value)] if os.path.exists(value) else str(value).split(",")
     found = [path for part in parts for path in (part, *glob.glob(part, recursive=True))]
     return list(map(os.path.realpath, found))
 
@@ -76,6 +74,17 @@ def _meet(path: str, other: str) -> bool:
     if os.path.exists(path) and os.path.exists(other):
         return os.path.samefile(path, other)
     return PurePath(path).match(other)
+
+
+def make_folder(folder: Path, inputs: dict[str, Any]) -> None:
+    """Make the folder of ``--output``, which may be there; raises UserError where it cannot be."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file: name a folder")
+    check_paths(inputs, {"--output": folder}, overwrite=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -89,47 +98,32 @@ def locked(path: Path) -> Iterator[None]:
     """
     name = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     with saving(path):
-        file = _lock(name, path)
+        file = open(name, "ab+", buffering=0)  # noqa: SIM115 (closed below)
     with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(name))
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            is_ours = False  # not found: another run has ended, and deleted it, just now
+        except (OSError, ImportError) as error:
+            print(
+                f"! {path} cannot be locked ({error}): let no other run write it", file=sys.stderr
+            )
+            is_ours = True
+        if not is_ours:
+            file.seek(0)
+            who = file.read(200).decode(errors="replace")
+            words = "wait for it, or name another output"
+            raise UserError(f"{path} is being written by another run{who}: {words}")
         with contextlib.suppress(OSError):  # a full disk is told when something is lost
             file.truncate(0)
             file.write(f" (process {os.getpid()} on {platform.node()})".encode())
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # an open file cannot be deleted everywhere
-                name.unlink()
-
-
-def _lock(name: Path, path: Path) -> BinaryIO:
-    """The lock's file, open and locked."""
-    while True:
-        file = open(name, "ab+", buffering=0)  # noqa: SIM115 (closed by locked)
-        try:
-            if os.name == "posix":
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                import msvcrt
-
-                file.seek(1 << 20)  # what is locked cannot be read
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                words = "see that no other run writes it"
-                print(f"! {path} cannot be locked ({error.strerror}): {words}", file=sys.stderr)
-                return file
-            with file:
-                file.seek(0)
-                who = file.read(200).decode(errors="replace")
-            raise UserError(
-                f"{path} is being written by another run{who}: wait for it, or name another output"
-            ) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
-                return file
-        file.close()  # a run that ended just now has deleted it
+            name.unlink(missing_ok=True)
 
 
 # --- the state of a run

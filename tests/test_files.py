@@ -15,7 +15,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rmfast.data import files
+from rmfast.data import files, preferences
 from rmfast.errors import DataError, RowError
 
 
@@ -312,8 +312,6 @@ def test_a_list_may_be_on_one_line_or_several(tmp_path, text, values):
 def test_what_is_no_list_of_json(tmp_path):
     with pytest.raises(DataError, match="a list of JSON that cannot be read"):
         files.Reader(write(tmp_path, "a.json", b"[1, 2"))
-    with pytest.raises(DataError, match=r"objects over several lines: .* jq"):
-        files.Reader(write(tmp_path, "a.json", b'{\n  "a": 1\n}\n'))
     reason = "a line must be a JSON object, this is a list"
     assert told(write(tmp_path, "a.jsonl", b'[1]\n{"a": 2}')) == [(1, reason), (2, {"a": 2})]
     lines = write(tmp_path, "a.jsonl", b'{\n{"a": 2}')
@@ -396,6 +394,26 @@ def test_shards_are_all_rows(tmp_path, limit):
             (i + 1, {"a": i}) for i in range(10 if limit is None else min(limit, 10))
         ]
     check_skip(path, limit=limit, shard=(1, 3))
+
+
+def test_preferences_come_in_every_container(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    write(tmp_path, "list.json", json.dumps(rows).encode())
+    write(tmp_path, "pretty.json.gz", json.dumps(rows, indent=1).encode())
+    write(tmp_path, "lines.jsonl.zst", b"".join(lines))
+    write(tmp_path, "part1.jsonl", lines[0])
+    write(tmp_path, "part2.jsonl", b"".join(lines[1:]))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"".join(lines))))
+    for source in ("list.json", "pretty.json.gz", "lines.jsonl.zst", "part?.jsonl", "-"):
+        found = preferences(source)
+        assert [(x.question(), x.whole()) for x in found] == [
+            (x.question(), x.whole()) for x in preferences(rows)
+        ]
+    write(tmp_path, "part2.jsonl", lines[1] + b'{"chosen": "a"}\n')
+    with pytest.raises(DataError, match=r"part2.jsonl:2: "):
+        preferences("part?.jsonl")
 
 
 # --- packed by Zstandard

@@ -79,11 +79,8 @@ class Reader:
 
     def __new__(cls, source: str | Path, **_: Any) -> Reader:
         found = ["-.jsonl"] if str(source) == "-" else sources.find(str(source))
-        kinds = {sources.kind(path) for path in found}
-        if len(kinds) > 1:
-            raise DataError(f"{source}: files of {' and '.join(sorted(kinds))}: name one kind")
         classes = {"jsonl": _JsonLines, "csv": _Csv, "parquet": _Parquet}
-        one = classes[kinds.pop()] if found else _DataSet
+        one = classes[file_format(found[0])[0]] if found else _DataSet
         reader = super().__new__(_Several if len(found) > 1 else one)
         reader.paths = found
         return reader
@@ -166,13 +163,9 @@ class _JsonLines(_Text):
     def _begin(self) -> None:
         with self._opened() as (_, lines):
             rows = [row for _, row in itertools.islice(self._rows(lines), 2)]
-        if not rows or isinstance(rows[0], RowError):  # _records reports it with its line
+        if not rows or isinstance(rows[0], RowError) or not rows[0].startswith(b"["):
             return
-        several = len(rows) == 2 and not _is_json(rows[0])  # lines of one value
-        if rows[0] == b"{" and several and not _is_json(rows[1]):
-            problem = "has objects over several lines: write each on one, such as with: jq -c ."
-            raise DataError(f"{self.source} {problem}")
-        if rows[0].startswith(b"[") and (several or len(rows) == 1):
+        if len(rows) == 1 or not rows[0].endswith(b"]"):  # else a line that is a bad row
             self._list = self._parse_list()
 
     def _parse_list(self) -> list[Any]:
@@ -200,14 +193,6 @@ class _JsonLines(_Text):
                     yield number, line
         except RowError as error:
             yield number + 1, error
-
-
-def _is_json(line: bytes | RowError) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, TypeError, RecursionError):
-        return False
-    return True
 
 
 class _Csv(_Text):

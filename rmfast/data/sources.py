@@ -48,12 +48,12 @@ def find(source: str) -> list[str]:
     """The files that a source names; none: it is a folder, or a name on the hub.
 
     Raises:
-        DataError: a file is not there.
+        DataError: a file is not there, of no known kind, or of another kind than the first.
     """
-    if os.path.isfile(source) or os.path.isdir(source):
-        return [source] if os.path.isfile(source) else []
+    if os.path.isdir(source):
+        return []
     found: list[str] = []
-    for part in source.split(","):
+    for part in [source] if os.path.isfile(source) else source.split(","):
         files = [part] if os.path.isfile(part) else sorted(glob.glob(part, recursive=True))
         files = [file for file in files if os.path.isfile(file)]
         if not files:
@@ -61,17 +61,15 @@ def find(source: str) -> list[str]:
                 return []
             raise DataError(f"{part}: no such file or folder")
         found += files
+    for file in found:
+        if file_format(file) is None:
+            raise DataError(f"{file}: its name must end with {KINDS}, to say what it is")
+    kinds = {file_format(file)[0] for file in found}
+    if len(kinds) > 1:
+        raise DataError(f"{source}: files of {' and '.join(sorted(kinds))}: name one kind")
     if len(set(map(os.path.realpath, found))) < len(found):
         raise DataError(f"{source}: a file is named twice")
     return found
-
-
-def kind(path: str) -> str:
-    """``"jsonl"``, ``"csv"`` or ``"parquet"``; raises DataError for another file."""
-    found = file_format(path)
-    if found is None:
-        raise DataError(f"{path}: its name must end with {KINDS}, to say what it is")
-    return found[0]
 
 
 def spooled() -> Any:

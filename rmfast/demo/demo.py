@@ -28,7 +28,7 @@ from rmfast.evaluate.measures import interval
 from rmfast.losses import bradley_terry
 from rmfast.packed import patching
 from rmfast.packed.step import pad
-from rmfast.resume import check_paths, locked, saving
+from rmfast.resume import locked, make_folder, saving
 from rmfast.train import begin
 from rmfast.train.rows import Rows, hold_out, tokenised
 from rmfast.train.trainer import RewardConfig, RewardTrainer
@@ -133,13 +133,7 @@ def _output(options: DemoOptions) -> Iterator[None]:
         yield
         return
     folder = Path(options.output)
-    check_paths(
-        {"--model": options.model, "--data": options.data}, {"--output": folder}, overwrite=True
-    )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
+    make_folder(folder, {"--model": options.model, "--data": options.data})
     with locked(folder):
         if any(not path.name.startswith(".") for path in folder.iterdir()):
             raise UserError(f"--output {folder} is not empty: name another folder")

@@ -21,21 +21,12 @@ from rmfast.data import files
 from rmfast.data.encoding import read_template
 from rmfast.errors import DataError, RowError, UserError
 from rmfast.resume import locked, saving, told_to_stop, write_whole
-from rmfast.score import output, parquet
+from rmfast.score import output, parquet, start
 from rmfast.score.options import ScoreOptions
 from rmfast.score.progress import progress_bar
 from rmfast.score.report import as_text, report
 from rmfast.score.source import Source, look
-from rmfast.score.start import (
-    STDOUT,
-    State,
-    beside,
-    first_state,
-    output_path,
-    report_path,
-    settings,
-    shard,
-)
+from rmfast.score.start import STDOUT, State, beside
 from rmfast.score.windows import memory_told
 
 if TYPE_CHECKING:
@@ -55,19 +46,16 @@ def run(options: ScoreOptions, make_scorer: Callable[..., Any] | None = None) ->
             user.
     """
     loading.silence_transformers()
-    path, rows = output_path(options), shard(options)
+    path = start.output_path(options)
     with contextlib.nullcontext() if path == STDOUT else locked(path):
-        names = ("name", "split", "limit")
-        given = {name: getattr(options, name) for name in names}
-        reader = files.Reader(options.input, shard=rows, **given)
-        return _run(options, make_scorer or load_scorer, path, reader)
+        return _run(options, make_scorer or load_scorer, path)
 
 
-def _run(
-    options: ScoreOptions, make_scorer: Callable[..., Any], path: Path, reader: files.Reader
-) -> int:
+def _run(options: ScoreOptions, make_scorer: Callable[..., Any], path: Path) -> int:
+    how = {name: getattr(options, name) for name in ("name", "split", "limit")}
+    reader = files.Reader(options.input, shard=start.shard(options), **how)
     template = read_template(options.chat_template)
-    state = first_state(path, settings(options, reader, template), options)
+    state = start.first_state(path, start.settings(options, reader, template), options)
     if state.done:
         parquet.clean(path)
         print(f"already complete: {state.rows:,} rows in {path}")
@@ -85,7 +73,7 @@ def _run(
         with job.opened(), told_to_stop():
             job.score(scorer)
             found = report(scorer.about(), state, options)
-            job.finish(found, report_path(options))
+            job.finish(found, start.report_path(options))
     except KeyboardInterrupt:
         done = f"{state.rows:,} rows are done"
         go_on = "" if path == STDOUT else "; the same command with --resume continues"
@@ -116,13 +104,16 @@ class Job:
     def opened(self) -> Iterator[None]:
         """Open the output where the state says that it ends."""
         with contextlib.ExitStack() as stack:
-            with saving(self.path):
+            with self.saving():
                 self.save()
                 self.output = output.open_output(self.path, self.source, self.state.output)
                 stack.enter_context(contextlib.closing(self.output))
                 self.errors = output.open_errors(self.path, self.state.errors)
                 stack.enter_context(contextlib.closing(self.errors))
             yield
+
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        return saving(Path("stdout"), "") if self.path == STDOUT else saving(self.path)
 
     def save(self) -> None:
         if self.path != STDOUT:
@@ -131,14 +122,14 @@ class Job:
     def score(self, scorer: Scorer) -> None:
         """Score the rows that are left. Of the scorer: ``windows``, ``max_tokens``, ``stats``."""
         state, before = self.state, self.state.stats()
-        start = time.perf_counter() - state.seconds
+        begun = time.perf_counter() - state.seconds
         with self.progress(), contextlib.closing(scorer.windows(self.rows())) as windows:
             advice = "; --resume continues after the last window"
             for window in memory_told(windows, advice):
                 state.totals = (before + scorer.stats).as_dict()
                 state.max_tokens = scorer.max_tokens
-                state.seconds = time.perf_counter() - start
-                with saving(self.path):
+                state.seconds = time.perf_counter() - begun
+                with self.saving():
                     self.write(window)
                 self.show()
 
@@ -201,7 +192,7 @@ class Job:
 
     def finish(self, found: dict[str, Any], path: Path | None) -> None:
         """Complete the output, and write the report to ``path``."""
-        with saving(self.path):
+        with self.saving():
             self.output.finish()
             if path is not None:
                 write_whole(path, found)

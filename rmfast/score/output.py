@@ -60,9 +60,7 @@ def open_errors(path: Path, mark: int = 0) -> Errors:
 
 def check(path: Path, source: Source) -> None:
     """Raise what :func:`open_output` would raise for its columns, before a model is loaded."""
-    if path == STDOUT:
-        return
-    kind, packed = sources.file_format(path)
+    kind, packed = sources.file_format(path) or (None, None)  # of stdout
     if kind == "parquet":
         schema_of(path, source)
     elif packed == "zst":

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rmfast.arguments import flag
 from rmfast.data import columns, files, sources
 from rmfast.errors import RowError, UserError
 from rmfast.resume import check_paths, digest, model_identity, same_run, stored
@@ -66,17 +67,13 @@ def output_path(options: ScoreOptions) -> Path:
         raise UserError(f"--output {path} is a folder")
     if path == STDOUT and (options.resume or options.overwrite):
         raise UserError("--output - is stdout, which nothing can --resume or --overwrite")
-    outputs = {"--output": None if path == STDOUT else path, "--report": report_path(options)}
+    outputs = {"--output": path, "--report": report_path(options)}
     for option, file in outputs.items():
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{option} {file}: there is no folder {file.parent}")
-    inputs = {
-        f"--{x.replace('_', '-')}": getattr(options, x) for x in ("input", "model", "chat_template")
-    }
-    if path != STDOUT:
-        outputs |= {
-            f"{x} of --output": beside(path, x) for x in ("errors.jsonl", "state.json", "parts")
-        }
+    beside_it = ("errors.jsonl", "state.json", "parts")
+    outputs |= {f"{suffix} of --output": beside(path, suffix) for suffix in beside_it}
+    inputs = {flag(name): getattr(options, name) for name in ("input", "model", "chat_template")}
     check_paths(inputs, outputs, overwrite=True)
     return path
 
@@ -106,7 +103,7 @@ def settings(options: ScoreOptions, reader: files.Reader, template: str | None) 
     found["--device"] = device.split(":")[0]
     for name in [*_DECIDE, *(f"{field}_column" for field in columns.FIELDS)]:
         if hasattr(options, name):
-            found["--" + name.replace("_", "-")] = getattr(options, name)
+            found[flag(name)] = getattr(options, name)
     found["the text of --chat-template"] = None if template is None else digest(template)
     return json.loads(json.dumps(found))
 
@@ -122,9 +119,6 @@ def first_state(path: Path, now: dict[str, Any], options: ScoreOptions) -> State
     """
     report = report_path(options)
     new = State(now, report=report and str(report))
-    if path == STDOUT:
-        check_paths({}, {"--report": report}, overwrite=False)
-        return new
     file = beside(path, "state.json")
     _check_foreign(path, file)
     before = None if options.overwrite else stored(file, State)

@@ -25,9 +25,9 @@ from rmfast.data.records import Preferences
 from rmfast.errors import UserError
 from rmfast.evaluate import show
 from rmfast.resume import (
-    check_paths,
     digest,
     locked,
+    make_folder,
     model_identity,
     same_run,
     saving,
@@ -96,7 +96,8 @@ def _run(options: TrainOptions) -> int:
     datasets.disable_progress_bars()
     _check(options)
     template = read_template(options.chat_template)
-    folder = _make_folder(options)
+    folder, inputs = Path(options.output), ("model", "tokenizer", "data", "eval_data")
+    make_folder(folder, {flag(name): getattr(options, name) for name in inputs})
     with locked(folder):
         _check_folder(folder, options)
         return _run_in(folder, options, template)
@@ -223,20 +224,6 @@ def _resolved(options: TrainOptions) -> TrainOptions:
 
 
 # --- where it begins
-
-
-def _make_folder(options: TrainOptions) -> Path:
-    """The output's folder; raise UserError where it is no place for one."""
-    folder, names = Path(options.output), ("model", "tokenizer", "data", "eval_data")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file: name a folder")
-    inputs = {flag(name): getattr(options, name) for name in names}
-    check_paths(inputs, {"--output": folder}, overwrite=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
-    return folder
 
 
 def _check_folder(folder: Path, options: TrainOptions) -> None:
