@@ -23,6 +23,7 @@ from rmfast.errors import RowError
 from rmfast.evaluate import job as eval_job
 from rmfast.evaluate import output as eval_output
 from rmfast.evaluate import show
+from rmfast.resume import locked
 
 LOAD = functools.cache(loading.load)
 WORDS = "what is it a cat dog one two good bad ünïcode 猫 yes no".split()
@@ -669,3 +670,59 @@ def test_other_policies_are_another_run(policies, tmp_path, capsys):
     argv[:4] = ["--model", policies[1], "--ref-model", policies[0]]
     assert run(*argv, "--resume") == 2
     assert "--model was" in capsys.readouterr().err
+
+
+# --- paths
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--scores", "in.jsonl"], "--scores in.jsonl is the input"),
+        (["--json", "./in.jsonl"], "--json in.jsonl is the input"),
+        (["--figure", "link.png"], "--figure link.png is the input"),
+        (["--scores", "x", "--json", "sub/../x"], "--json sub/../x is the scores"),
+        (["--json", "t.jinja", "--chat-template", "t.jinja"], "is the chat-template"),
+        (["--output-dir", ".", "--save-all", "--model", "x", "--scores", "x_all.jsonl"], "x_all"),
+    ],
+)
+def test_no_two_paths_meet(model, tmp_path, monkeypatch, capsys, argv, said):
+    monkeypatch.chdir(tmp_path)
+    lines(tmp_path / "in.jsonl", pairs(2))
+    Path("sub").mkdir()
+    Path("t.jinja").write_text("{{ messages }}")
+    Path("link.png").symlink_to("in.jsonl")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for more in ([], ["--overwrite"]):
+        assert run("--model", model, "--input", "in.jsonl", *argv, *more) == 2
+        assert said in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("name", ["--json", "--figure", "--scores", "MODEL.json"])
+def test_nothing_is_replaced_unless_told(model, tmp_path, monkeypatch, capsys, name):
+    needs_matplotlib()
+    monkeypatch.chdir(tmp_path)
+    argv = ["--model", model, "--input", lines(tmp_path / "in.jsonl", pairs(2))]
+    there = tmp_path / "there.png"
+    if name == "MODEL.json":
+        argv += ["--rewardbench-files", "--output-dir", "out"]
+        there = tmp_path / "out" / f"{model[1:]}.json"
+        there.parent.mkdir(parents=True)
+    else:
+        argv += [name, there]
+    there.write_text("somebody else's")
+    for more in ([], *([["--scores", "new.jsonl", "--resume"]] if name != "--scores" else ())):
+        assert run(*argv, *more) == 2
+        assert "already exists: --overwrite replaces it" in capsys.readouterr().err
+        assert there.read_text() == "somebody else's"
+    assert run(*argv, "--overwrite") == 0
+    assert there.read_bytes() != b"somebody else's"
+
+
+def test_two_runs_do_not_write_one_file(model, tmp_path, capsys):
+    data, scores = lines(tmp_path / "in.jsonl", pairs(2)), tmp_path / "scores.jsonl"
+    with locked(scores):
+        assert run("--model", model, "--input", data, "--scores", scores) == 2
+    assert "is being written by another run" in capsys.readouterr().err
+    assert run("--model", model, "--input", data, "--scores", scores) == 0

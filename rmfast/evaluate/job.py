@@ -18,8 +18,8 @@ from rmfast.data.rows import Row, RowReader
 from rmfast.errors import RowError, UserError
 from rmfast.evaluate import measures, published, show
 from rmfast.evaluate.options import EvalOptions
-from rmfast.evaluate.output import RowFiles, first_state
-from rmfast.resume import saving, told_to_stop, versions
+from rmfast.evaluate.output import RowFiles, all_paths, first_state
+from rmfast.resume import check_paths, locked, saving, told_to_stop, versions
 from rmfast.score.progress import progress_bar
 from rmfast.score.windows import memory_told
 
@@ -54,8 +54,15 @@ def run(args: EvalOptions) -> int:
     loading.silence_transformers()
     _read_rewardbench_names(args)
     template = _check(args)
+    with contextlib.nullcontext() if args.scores is None else locked(Path(args.scores)):
+        return _run(args, template)
+
+
+def _run(args: EvalOptions, template: str | None) -> int:
     source = _Source(args)
     state = first_state(args, source.reader, template)
+    goes_on = args.resume and Path(args.scores).exists()
+    check_paths({}, all_paths(args), overwrite=args.overwrite or goes_on)
     try:
         with told_to_stop():
             return _evaluate(args, template, source, state)
@@ -139,6 +146,9 @@ def _check(args: EvalOptions) -> str | None:
         path = getattr(args, name)
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise UserError(f"--{name} {path}: there is no such folder")
+    names = ("input", "model", "ref_model", "tokenizer", "chat_template")
+    inputs = {"--" + name.replace("_", "-"): getattr(args, name) for name in names}
+    check_paths(inputs, all_paths(args), overwrite=True)
     if args.figure is not None:
         show.check(args.figure)
     if args.ref_model is None and args.beta is not None:

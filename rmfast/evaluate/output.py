@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rmfast.data.rows import Row
 
 _SIDES = ("chosen", "rejected")
+_SCORES = "--scores"
+_OUTPUTS, _SUMMARY, _ALL = "MODEL_outputs.jsonl", "MODEL.json", "MODEL_all.jsonl"
 
 
 def first_state(args: EvalOptions, reader: Reader, template: str | None) -> State:
@@ -59,6 +61,17 @@ def first_state(args: EvalOptions, reader: Reader, template: str | None) -> Stat
     return State(now)
 
 
+def all_paths(args: EvalOptions) -> dict[str, Path]:
+    """What ``rmfast eval`` writes, by the names that users know."""
+    found = {f"--{name}": getattr(args, name) for name in ("scores", "json", "figure")}
+    stem = rewardbench.stem(args.output_dir, args.model)
+    if args.rewardbench_files:
+        found |= {_OUTPUTS: f"{stem}_outputs.jsonl", _SUMMARY: f"{stem}.json"}
+    if args.save_all:
+        found[_ALL] = f"{stem}_all.jsonl"
+    return {name: Path(path) for name, path in found.items() if path is not None}
+
+
 class RowFiles(contextlib.ExitStack):
     """``--scores`` and RewardBench's files; a context manager."""
 
@@ -66,19 +79,16 @@ class RowFiles(contextlib.ExitStack):
         super().__init__()
         self.args, self.encoder, self.state = args, encoder, state
         self.results: list[float] = []  # of RewardBench's rows
-        self.stem = rewardbench.stem(args.output_dir, args.model)
-        paths = {} if args.scores is None else {"scores": Path(args.scores)}
-        if args.rewardbench_files:
-            paths["outputs"] = Path(f"{self.stem}_outputs.jsonl")
-        if args.save_all:
-            paths["all"] = Path(f"{self.stem}_all.jsonl")
-        self.paths, self.lines = paths, {name: [] for name in paths}
+        self.paths = all_paths(args)
+        rows = [name for name in (_SCORES, _OUTPUTS, _ALL) if name in self.paths]
+        self.lines: dict[str, list[bytes]] = {name: [] for name in rows}
         self.files: dict[str, Appended] = {}
-        for name, path in paths.items():
+        for name in rows:
+            path = self.paths[name]
             with self._saving(path):
-                if name != "scores":
+                if name != _SCORES:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                file = Appended(path, None, state.output if name == "scores" else 0)
+                file = Appended(path, None, state.output if name == _SCORES else 0)
                 self.files[name] = self.enter_context(contextlib.closing(file))
         self.save()
 
@@ -90,7 +100,7 @@ class RowFiles(contextlib.ExitStack):
         """Of the rows, those that ``--scores`` has. A tag begins with the row's number."""
         if not self.state.rows:
             return
-        path = self.paths["scores"]
+        path = self.paths[_SCORES]
         with open(path, "rb") as file:
             for text, (tag, row) in zip(file, rows, strict=False):
                 try:
@@ -103,7 +113,7 @@ class RowFiles(contextlib.ExitStack):
         """Take a row; what is not ``new`` is in ``--scores`` already."""
         if scored.error is not None:
             error = {"error": scored.error.reason, "kind": scored.error.kind}
-            self._line("scores", {"line": number} | error, new)
+            self._line(_SCORES, {"line": number} | error, new)
             return
         count = len(row.chosen)
         scores = [float(str(score)) for score in scored.scores]  # the shortest, not fp64's digits
@@ -111,12 +121,12 @@ class RowFiles(contextlib.ExitStack):
         for name, side in zip(_SIDES, (slice(count), slice(count, None)), strict=True):
             line[name] = rewardbench.single(scores[side])
             line[f"{name}_tokens"] = rewardbench.single(scored.lengths[side].tolist())
-        self._line("scores", line, new)
-        if "outputs" in self.files:
+        self._line(_SCORES, line, new)
+        if _OUTPUTS in self.files:
             output = rewardbench.output(row, scores, self.encoder)
             self.results.append(output["results"])
-            self._line("outputs", output)
-            self._line("all", {name: output[f"scores_{name}"] for name in _SIDES})
+            self._line(_OUTPUTS, output)
+            self._line(_ALL, {name: output[f"scores_{name}"] for name in _SIDES})
 
     def _line(self, name: str, line: dict[str, Any], new: bool = True) -> None:
         if new and name in self.files:
@@ -130,9 +140,9 @@ class RowFiles(contextlib.ExitStack):
                 file.append(b"".join(self.lines[name]))
             self.lines[name].clear()
         self.state.rows += new
-        if "scores" in self.files:
-            path = self.paths["scores"]
-            self.state.output = self.files["scores"].mark()
+        if _SCORES in self.files:
+            path = self.paths[_SCORES]
+            self.state.output = self.files[_SCORES].mark()
             with self._saving(path):
                 write_whole(beside(path, "state.json"), dataclasses.asdict(self.state))
 
@@ -141,11 +151,11 @@ class RowFiles(contextlib.ExitStack):
         args, count, headline = self.args, len(self.results), summary["headline"]
         self.state.done = True
         self.save()
-        paths = list(self.paths.values())
+        paths = [self.paths[name] for name in self.files]
         subsets = {name: x["accuracy"] for name, x in summary.get("subsets", {}).items()}
         if headline and headline["benchmark"] == "RewardBench 2":
             subsets = headline["parts"]
-        if "outputs" in self.files:
+        if _OUTPUTS in self.files:
             about = {
                 "accuracy": sum(self.results) / count,
                 "num_prompts": count,
@@ -155,7 +165,7 @@ class RowFiles(contextlib.ExitStack):
                 "chat_template": args.chat_template,
                 "extra_results": subsets or None,
             }
-            paths.append(Path(f"{self.stem}.json"))
+            paths.append(self.paths[_SUMMARY])
             with self._saving(paths[-1]):
                 paths[-1].write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
         return paths
