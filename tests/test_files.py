@@ -479,7 +479,7 @@ def test_a_changed_folder_is_another(tmp_path):
         return files.Reader(tmp_path).identity()
 
     before = identity()
-    assert identity() == before
+    assert files.Reader(os.path.relpath(tmp_path)).identity() == before
     write(tmp_path, ".hidden", b"")
     assert identity() == before
     found = [before]

@@ -365,7 +365,7 @@ class _DataSet(Reader):
     def _check_files(self, splits: dict[str, list[str]]) -> None:
         """Raise DataError where the folder has files that no split has."""
         card = Path(self.source) / "README.md"
-        if card.is_file() and "data_files:" in card.read_text(encoding="utf-8"):
+        if card.is_file() and b"data_files:" in card.read_bytes():
             return  # it says which they are
         read = {os.path.realpath(file) for files in splits.values() for file in files}
         data = [file for file in self._files() if file_format(file) and file.name not in _ABOUT]
@@ -391,9 +391,11 @@ class _DataSet(Reader):
         found = {"path": self.source, "name": self.name, "split": self.split}
         if not os.path.isdir(self.source):
             return found
-        files = [(str(x), x.stat().st_size, x.stat().st_mtime_ns) for x in self._files()]
+        path = os.path.abspath(self.source)
+        stats = ((os.path.relpath(file, path), os.stat(file)) for file in self._files())
+        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         digest = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-        return found | {"path": os.path.abspath(self.source), "the files": digest}
+        return found | {"path": path, "the files": digest}
 
     def _records(self, skip: int) -> Iterator[Record]:
         rows = iter(self.data.skip(skip))

@@ -108,7 +108,7 @@ class Job:
                 self.save()
                 self.output = output.open_output(self.path, self.source, self.state.output)
                 stack.enter_context(contextlib.closing(self.output))
-                self.errors = output.open_errors(self.path, self.state.errors)
+                self.errors = output.Errors(self.path, self.state.errors)
                 stack.enter_context(contextlib.closing(self.errors))
             yield
 

@@ -21,7 +21,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -45,22 +45,15 @@ def open_output(path: Path, source: Source, mark: int = 0) -> JsonLines | Csv | 
         UserError: the file is shorter than the mark says, or cannot hold the columns.
         DataError: a library is missing.
     """
-    if path == STDOUT:
-        return Stdout(source)
-    kind, packed = sources.file_format(path)
+    kind, packed = sources.file_format(path) or ("jsonl", None)  # stdout
     if kind == "jsonl":
         return JsonLines(path, packed, source, mark)
     return Csv(path, packed, source, mark) if kind == "csv" else Parquet(path, source, mark)
 
 
-def open_errors(path: Path, mark: int = 0) -> Errors:
-    """What takes the rows that are left out of the output ``path``."""
-    return Stderr() if path == STDOUT else Errors(beside(path, "errors.jsonl"), mark)
-
-
 def check(path: Path, source: Source) -> None:
     """Raise what :func:`open_output` would raise for its columns, before a model is loaded."""
-    kind, packed = sources.file_format(path) or (None, None)  # of stdout
+    kind, packed = sources.file_format(path) or ("jsonl", None)
     if kind == "parquet":
         schema_of(path, source)
     elif packed == "zst":
@@ -68,11 +61,15 @@ def check(path: Path, source: Source) -> None:
 
 
 class _Appended:
-    """A file that grows by whole pieces; packed, a member or frame each."""
+    """A file that grows by whole pieces; packed, a member or frame each. Or else a stream."""
 
-    def __init__(self, path: Path, packed: str | None, mark: int) -> None:
-        self._packed = packed
-        self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
+    def __init__(
+        self, path: Path, packed: str | None, mark: int, stream: BinaryIO | None = None
+    ) -> None:
+        self._packed, self._is_file = packed, stream is None
+        self._file = stream or open(path, "ab")  # noqa: SIM115 (closed by close)
+        if not self._is_file:
+            return
         if self._file.tell() < mark:
             self._file.close()
             raise UserError(
@@ -84,14 +81,16 @@ class _Appended:
     def append(self, data: bytes) -> None:
         self._file.write(_pack(data, self._packed))
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._is_file:
+            os.fsync(self._file.fileno())
 
     def mark(self) -> int:
-        return self._file.tell()
+        return self._file.tell() if self._is_file else 0
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what a full disk did not take is after the mark
-            self._file.close()
+        if self._is_file:
+            with contextlib.suppress(OSError):  # what a full disk did not take is after the mark
+                self._file.close()
 
 
 def _pack(data: bytes, packed: str | None) -> bytes:
@@ -103,11 +102,11 @@ def _pack(data: bytes, packed: str | None) -> bytes:
 
 
 class Errors(_Appended):
-    """The rows that were left out: a line of JSON each, and no file if there are none."""
+    """The rows that an output leaves out: a line of JSON each, and no file if there are none."""
 
     def __init__(self, path: Path, mark: int) -> None:
-        super().__init__(path, None, mark)
-        self._path = path
+        self._path = beside(path, "errors.jsonl")
+        super().__init__(self._path, None, mark, sys.stderr.buffer if path == STDOUT else None)
 
     def write(self, rows: Sequence[tuple[int | str, RowError]]) -> None:
         lines = [
@@ -119,7 +118,7 @@ class Errors(_Appended):
             self.append(text.encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
-        empty = self.mark() == 0
+        empty = self._is_file and self.mark() == 0
         super().close()
         if empty:
             self._path.unlink()
@@ -129,10 +128,7 @@ class JsonLines(_Appended):
     """A line a row: that of the input, where that is JSON lines too, with the scores put in."""
 
     def __init__(self, path: Path, packed: str | None, source: Source, mark: int) -> None:
-        super().__init__(path, packed, mark)
-        self._name(source)
-
-    def _name(self, source: Source) -> None:
+        super().__init__(path, packed, mark, sys.stdout.buffer if path == STDOUT else None)
         names = [json.dumps(name, ensure_ascii=False) for name in source.layout.added]
         self._keys = [f", {name}: ".encode() for name in names]
 
@@ -157,33 +153,6 @@ class JsonLines(_Appended):
     def finish(self) -> None:
         if self._packed is not None and self.mark() == 0:
             self.append(b"")
-
-
-class _Stream:
-    """In place of a file that grows, a stream: nothing can go on with it."""
-
-    _packed = None
-
-    def append(self, data: bytes) -> None:
-        self._file.write(data)
-        self._file.flush()
-
-    def mark(self) -> int:
-        return 0
-
-    def close(self) -> None:
-        """The stream is not ours to close."""
-
-
-class Stdout(_Stream, JsonLines):
-    def __init__(self, source: Source) -> None:
-        self._file = sys.stdout.buffer
-        self._name(source)
-
-
-class Stderr(_Stream, Errors):
-    def __init__(self) -> None:
-        self._file = sys.stderr.buffer
 
 
 class Csv(_Appended):
