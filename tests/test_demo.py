@@ -145,7 +145,7 @@ def test_says_what_is_wrong_with_the_data(tmp_path, model, capsys):
 def test_says_what_is_wrong_with_the_model(tmp_path, capsys):
     data = conversations(tmp_path)
     none = str(tmp_path / "none")
-    assert f"{none} cannot be loaded" in fails(capsys, "--model", none, "--data", data)
+    assert f"there is no folder {none}" in fails(capsys, "--model", none, "--data", data)
     small = save_model(tmp_path / "small", vocabulary=5)
     said = fails(capsys, "--model", small, "--data", data)
     assert "pairs.jsonl:" in said and "and the model has embeddings for 5" in said
