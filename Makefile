@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # a test file at a time, in three processes of one thread each: two cores are then never idle
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile
+PROCESSES := 3
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile
 
 # files that take longest go first, so that no process waits for the last of them
 LONG := $(addprefix tests/,compile test_score.py test_train.py test_ray.py test_trl_processes.py test_work.py)
@@ -40,9 +41,10 @@ test: setup docs
 # test-oldest and test-gpu-pins run all tests, in environments of their own (gigabytes of torch):
 # make PYTHON=python3.10 test-oldest; make PYTHON=python3.12 test-gpu-pins
 OTHER_oldest := numpy|transformers|trl|huggingface-hub|tokenizers|httpx|httpcore
-OTHER_gpu := transformers|triton|huggingface-hub|tokenizers|httpx|httpcore
+OTHER_gpu := transformers|huggingface-hub|tokenizers|httpx|httpcore
 OTHER_TESTS := $(addprefix tests/test_,parity.py patch.py scorer.py trl.py)
 
+test-pins: PROCESSES := 2
 test-pins: .venv/oldest/.complete .venv/gpu/.complete
 	PYTHONPATH=$(CURDIR)/.venv/oldest HF_HUB_OFFLINE=1 $(PYTEST) $(OTHER_TESTS)
 	PYTHONPATH=$(CURDIR)/.venv/gpu HF_HUB_OFFLINE=1 $(PYTEST) $(filter-out %scorer.py,$(OTHER_TESTS:trl.py=trl.py::test_trains_as_trl_does))

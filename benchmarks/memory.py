@@ -81,7 +81,7 @@ def _watch(folder: Path) -> Iterator[tuple[int, float]]:
     while process.poll() is None:
         time.sleep(1)
         with contextlib.suppress(OSError, ValueError, StopIteration):
-            rows = json.loads((folder / "out.jsonl.state.json").read_text())["rows"]
+            rows = json.loads((folder / ".out.jsonl.state.json").read_text())["rows"]
             lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
             resident = next(line for line in lines if line.startswith("VmRSS"))
             yield rows, int(resident.split()[1]) / 1024

@@ -25,8 +25,8 @@ def option(
         default: left out where the option is required.
         group: the heading it stands under in the help.
         settings: ``metavar``; ``names``, more spellings of its flag; ``both``, a switch that is off
-            has a flag to turn it off, against a file that turns it on; and its range: ``least``,
-            ``above``, ``below``.
+            has a flag to turn it off, against a file that turns it on; ``several``, its flag may
+            come again, for values that commas join; and its range: ``least``, ``above``, ``below``.
     """
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **settings})
 

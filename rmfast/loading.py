@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from rmfast.data.form import Form
 from rmfast.errors import UserError
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def load_adapter(
         output_loading_info=True,
         **options,
     )
+    Form.hand_on(folder, base.config)
     weights = peft.utils.load_peft_weights(folder, device="cpu")
     saved = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
     heads = settings.modules_to_save or ["score", "classifier"]

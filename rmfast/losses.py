@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rmfast import ops
-from rmfast.ops._common import check_devices, check_floating
+from rmfast.ops._common import check_devices, check_floating, checks_values
 from rmfast.reference.head import wide
 
 __all__ = [
@@ -206,7 +206,8 @@ def regression(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, no score, an unknown option; on a
-            CPU, outside ``torch.compile``, a target under the mask that is not finite.
+            CPU, outside ``torch.compile`` and ``torch.func``, a target under the mask that is not
+            finite.
     """
     # plain torch: of so few numbers a kernel of our own would gain nothing
     check_floating(scores=scores)
@@ -233,7 +234,7 @@ def regression(
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} gets no gradient here: detach it")
     check_devices(scores=scores, targets=targets, mask=mask, weight=weight)
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks_values(targets):
         wrong = ~targets.isfinite() if mask is None else mask & ~targets.isfinite()
         if wrong.any():
             place = wrong.nonzero()[0].tolist()

@@ -1,15 +1,18 @@
-"""What runs share that can be stopped and resumed: their state on the disk, and signals."""
+"""What runs share that can be stopped and resumed: their paths, locks, state, and signals."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
 import signal
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from rmfast.errors import UserError
@@ -18,7 +21,109 @@ State = TypeVar("State")
 
 _OF_MODELS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
 # settings whose values are digests or times: an error only says that they changed
-_DIGESTS = ("time of", "a file of", "the text of", "the preferences of")
+_DIGESTS = ("time of", "a file of", "the files of", "the text of", "the preferences of")
+# what safetensors and torch.save say in errors of their own when they cannot write
+_FULL_DISK = ("Error while serializing", "unexpected pos", "PytorchStreamWriter failed")
+# options that name models: an output may lie in the folder of one
+_MODELS = ("--model", "--ref-model", "--tokenizer")
+
+
+# --- paths
+
+
+def check_paths(inputs: dict[str, Any], outputs: dict[str, Any], overwrite: bool) -> None:
+    """See that no two paths of a command meet, and that nothing is lost that exists.
+
+    Args:
+        inputs, outputs: paths by the names of their options, ``"--input"``; None: not given. An
+            input may be a pattern, several paths with commas between them, or a name on the hub.
+        overwrite: outputs may be there: they may be replaced, or are checked elsewhere.
+
+    Raises:
+        UserError: an output is an input or another output, lies in the folder of an input, or is
+            there already.
+    """
+    places = [(name, place) for name, value in inputs.items() for place in _places(value)]
+    for name, value in outputs.items():
+        if value is None:
+            continue
+        path = os.path.realpath(value)
+        for other, place in places:
+            if _meet(path, place):
+                known = other.removeprefix("--")
+                raise UserError(f"{name} {value} is the {known}: give it another name")
+            inside = os.path.isdir(place) and Path(place) in Path(path).parents
+            if inside and other in inputs and other not in _MODELS:
+                raise UserError(f"{name} {value} lies in a folder that {other} reads: name another")
+        is_there = bool(os.listdir(path)) if os.path.isdir(path) else os.path.exists(path)
+        if is_there and not overwrite:
+            raise UserError(f"{name} {value} already exists: --overwrite replaces it")
+        places.append((name, path))
+
+
+def _places(value: Any) -> list[str]:
+    """What an input names: a path, or several and patterns, these with the files that match."""
+    if value is None or str(value) == "-":
+        return []
+    parts = [str(value)] if os.path.exists(value) else str(value).split(",")
+    found = [path for part in parts for path in (part, *glob.glob(part, recursive=True))]
+    return list(map(os.path.realpath, found))
+
+
+def _meet(path: str, other: str) -> bool:
+    if os.path.exists(path) and os.path.exists(other):
+        return os.path.samefile(path, other)
+    return PurePath(path).match(other)
+
+
+def make_folder(folder: Path, inputs: dict[str, Any]) -> None:
+    """Make the folder of ``--output``, which may be there; raises UserError where it cannot be."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file: name a folder")
+    check_paths(inputs, {"--output": folder}, overwrite=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from writing an output, a file or a folder that is there.
+
+    The lock ends with its process, however that ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+    name = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    with saving(path):
+        file = open(name, "ab+", buffering=0)  # noqa: SIM115 (closed below)
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(name))
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            is_ours = False  # not found: another run has ended, and deleted it, just now
+        except (OSError, ImportError) as error:
+            print(
+                f"! {path} cannot be locked ({error}): let no other run write it", file=sys.stderr
+            )
+            is_ours = True
+        if not is_ours:
+            file.seek(0)
+            who = file.read(200).decode(errors="replace")
+            words = "wait for it, or name another output"
+            raise UserError(f"{path} is being written by another run{who}: {words}")
+        with contextlib.suppress(OSError):  # a full disk is told when something is lost
+            file.truncate(0)
+            file.write(f" (process {os.getpid()} on {platform.node()})".encode())
+        try:
+            yield
+        finally:
+            name.unlink(missing_ok=True)
 
 
 # --- the state of a run
@@ -68,7 +173,8 @@ def model_identity(name: str) -> dict[str, Any]:
     folder = Path(name)
     if not folder.is_dir():
         return {"--model": name}
-    paths = sorted(path for path in folder.iterdir() if path.suffix in _OF_MODELS)
+    names = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    paths = [path for path in names if path.suffix in _OF_MODELS]
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return {"--model": str(folder.resolve()), "a file of --model": digest(stats)}
 
@@ -93,15 +199,15 @@ def versions(*names: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def saving(path: Path) -> Iterator[None]:
+def saving(path: Path, advice: str = "; --resume continues from what is saved") -> Iterator[None]:
     """Turn an error of the disk into a UserError that names the file, or else ``path``."""
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or path}: cannot be written: {error.strerror or error}; --resume "
-            "continues from what is saved"
-        ) from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not any(said in str(error) for said in _FULL_DISK):
+            raise
+        name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+        raise UserError(f"{name or path}: cannot be written: {reason or error}{advice}") from error
 
 
 def put_in_place(beside: Path, path: Path) -> None:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 _MAX_ID = 2**31  # token ids and positions share one int64 key, 32 bits each
 
+# encoders read two texts as two segments: ids of the second have this added, token type 1
+SEGMENT = 1 << 30
+
 
 @dataclass(frozen=True, eq=False)
 class PackedTrie:
@@ -73,8 +76,8 @@ def pack(
         The trie, on the device of ``input_ids`` (on the CPU for lists).
 
     Raises:
-        ValueError: no sequence, a sequence without a token, shapes that do not match, or an id
-            outside ``0 <= id < 2**31``; the message names the row.
+        ValueError: no sequence, a sequence without a token, shapes that do not match, ids that are
+            not integers, or one outside ``0 <= id < 2**31``; the message names the row.
     """
     if isinstance(input_ids, Tensor):
         device = input_ids.device
@@ -86,7 +89,7 @@ def pack(
                 "a list of token lists takes neither"
             )
         device = torch.device("cpu")
-        rows = [np.asarray(row, dtype=np.int64).reshape(-1) for row in input_ids]
+        rows = [_integers(f"row {i}", row, "[t]") for i, row in enumerate(input_ids)]
         lengths = np.array([row.size for row in rows], dtype=np.int64)
         tokens = np.concatenate(rows) if rows else np.empty(0, np.int64)
         positions = None
@@ -115,13 +118,24 @@ def pack(
     )
 
 
+def _integers(name: str, ids: Tensor | np.ndarray | Sequence[int], shape: str) -> np.ndarray:
+    """``ids`` as an int64 array, unless a conversion would change them."""
+    try:
+        out = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
+        got = f"{out.dtype} {list(out.shape)}"
+        good = out.ndim == shape.count(",") + 1 and (out.dtype.kind in "iu" or not out.size)
+    except (TypeError, ValueError):  # lists of unequal lengths, a dtype of torch alone
+        good, got = False, getattr(ids, "dtype", "lists of unequal lengths")
+    if not good:
+        raise ValueError(f"{name} must be integers {shape}, got {got}")
+    return out.astype(np.int64, copy=False)
+
+
 def _flatten_padded(
     input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Tokens that count, their positions (None: 0, 1, 2, … in every row), tokens in each row."""
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
-    ids = input_ids.cpu().numpy().astype(np.int64, copy=False)
+    ids = _integers("input_ids", input_ids, "[B, T]")
     keep = None
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
@@ -131,14 +145,10 @@ def _flatten_padded(
             )
         keep = attention_mask.cpu().numpy() != 0
     if position_ids is not None:
-        try:
-            positions = np.broadcast_to(position_ids.cpu().numpy(), ids.shape)
-        except ValueError:
-            raise ValueError(
-                f"position_ids {tuple(position_ids.shape)} does not match "
-                f"input_ids {tuple(input_ids.shape)}"
-            ) from None
-        positions = positions.astype(np.int64, copy=False)
+        positions = _integers("position_ids", position_ids, "[B, T]")
+        if positions.shape not in (ids.shape, (1, ids.shape[1])):
+            raise ValueError(f"position_ids {positions.shape} does not match input_ids {ids.shape}")
+        positions = np.broadcast_to(positions, ids.shape)
         positions = positions.reshape(-1) if keep is None else positions[keep]
     if keep is None or keep.all():
         lengths = np.full(ids.shape[0], ids.shape[1], np.int64)

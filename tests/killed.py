@@ -44,14 +44,14 @@ def slow() -> None:
 def kept(path: Path) -> dict[str, object]:
     """What a run leaves, times left out."""
     texts = [f for name in ("", ".errors.jsonl") if (f := Path(f"{path}{name}")).exists()]
-    report = json.loads(Path(f"{path}.report.json").read_text())
+    report = json.loads(path.with_name(f".{path.name}.report.json").read_text())
     for name in ("seconds", "seconds_scoring", "tokens_per_second", "output"):
         del report[name]
     return {"report": report, **{f.name: f.read_bytes() for f in texts}}
 
 
 def rows_done(path: Path) -> int:
-    state = Path(f"{path}.state.json")
+    state = path.with_name(f".{path.name}.state.json")
     return json.loads(state.read_text())["rows"] if state.exists() else 0
 
 
@@ -93,7 +93,7 @@ def kill(argv: list[str], folder: Path, name: str, calls: int, timers: int) -> N
             ended = status(child)
         rows = rows_done(path)
         same = resumed(command, path) == expected
-        left = sorted(file.name.removeprefix(name) for file in path.parent.iterdir())
+        left = sorted(file.name.replace(name, "") for file in path.parent.iterdir())
         say(do="kill", name=name, at=at, ended=ended, rows=rows, same=same, left=left)
 
 

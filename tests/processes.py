@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -49,6 +50,7 @@ def forked(
         calls: pipe for the number of calls, when it is done.
         first: done in the fork before the command.
     """
+    gc.freeze()  # what the fork inherits is not looked through for garbage
     child = os.fork()
     if child:
         return child
@@ -94,6 +96,7 @@ def in_pairs(module: str, kinds: Collection[str], folder: str) -> None:
     import torch.multiprocessing as mp
 
     worker = importlib.import_module(module).worker
+    gc.freeze()  # as above
     for kind in kinds:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))

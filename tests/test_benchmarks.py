@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,17 @@ PAIRS = [
     (_text(0, 5, 3), _text(0, 6, 20)),
     (_text(2, 0, 1), _text(2, 9, 30)),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_once():
+    """Contestants are forks of a process that has imported all: spawned, each takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    llama = "transformers.models.llama.modeling_llama"
+    context.set_forkserver_preload([shared.__name__, "transformers.models.auto", llama])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", lambda _: context)
+        yield
 
 
 @pytest.fixture(scope="module")

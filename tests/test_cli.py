@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 
@@ -101,13 +102,34 @@ def test_errors_of_the_user_are_one_line(work, capsys):
     assert capsys.readouterr() == ("", "rmfast demo: one thing\n")
 
 
-def test_an_interrupt_ends_without_a_traceback(work, capsys):
+@pytest.mark.parametrize("name", ["demo", "bench"])
+def test_an_interrupt_ends_without_a_traceback(name, work, capsys, monkeypatch):
     def interrupt(args):
         raise KeyboardInterrupt
 
-    work.run = interrupt
-    assert main.main(["demo"]) == 130
-    assert capsys.readouterr().err == "\nrmfast demo: interrupted\n"
+    work.run = work.main = interrupt
+    monkeypatch.setitem(sys.modules, "rmfast.benchmarks.score", work)
+    assert main.main([name]) == 130
+    assert capsys.readouterr().err == f"\nrmfast {name}: interrupted\n"
+
+
+def test_an_interrupt_before_a_command_begins(monkeypatch):
+    class Interrupted:
+        def find_spec(*_):
+            raise KeyboardInterrupt
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "typer")
+        patch.setattr(sys, "meta_path", [Interrupted])
+        spec = importlib.util.spec_from_file_location("again", main.__file__)
+        with pytest.raises(SystemExit) as ended:
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert ended.value.code == 130
+    monkeypatch.setattr(main, "app", interrupted)
+    assert main.main(["score"]) == 130
 
 
 def test_errors_of_the_program_keep_their_traceback(work):

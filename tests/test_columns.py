@@ -20,7 +20,7 @@ LISTS = json.dumps([[USER, GOOD], [USER, BAD]])
 @pytest.mark.parametrize(
     "row, kind, conversations",
     [
-        ({"id": 1, "messages": [USER, GOOD], "prompt": "p"}, "messages", [[USER, GOOD]]),
+        ({"id": 1, "messages": [USER, GOOD], "prompt": "hi"}, "messages", [[USER, GOOD]]),
         (
             {"prompt": "p", "response": "x", "responses": ["r", "s"]},
             "responses",
@@ -35,18 +35,21 @@ LISTS = json.dumps([[USER, GOOD], [USER, BAD]])
         ({"prompt": None, "chosen": "c", "rejected": "r"}, "pair", ["c", "r"]),
         ({"prompt": "", "chosen": "c", "rejected": "r"}, "pair", ["c", "r"]),
         (
-            {"prompt": "p", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            {"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
             "pair",
-            [("p", [USER, GOOD]), ("p", [USER, BAD])],
+            [[USER, GOOD], [USER, BAD]],
         ),
         ({"prompt": "p", "chosen": "c", "rejected": [BAD]}, "pair", [("p", "c"), ("p", [BAD])]),
-        ({"prompt": "p", "response": "r", "question": "q"}, "response", [("p", "r")]),
+        ({"prompt": "p q", "response": "r", "question": "q"}, "response", [("p q", "r")]),
+        ({"query": "q", "response": "r"}, "response", [("q", "r")]),
+        ({"question": "q", "chosen": "c", "rejected": "r"}, "pair", [("q", "c"), ("q", "r")]),
+        ({"conversations": [USER, GOOD]}, "messages", [[USER, GOOD]]),
         ({"prompt": "p", "response": "r", "system": ""}, "response", [("p", "r")]),
         ({"messages": [{**USER, "name": None}, GOOD]}, "messages", [[USER, GOOD]]),
-        ({"text": "t", "prompt": "p"}, "text", ["t"]),
+        ({"text": "t p", "prompt": "p"}, "text", ["t p"]),
         ({"messages": json.dumps([USER, GOOD])}, "messages", [[USER, GOOD]]),
         ({"prompt": "p", "responses": '["r", "s"]'}, "responses", [("p", "r"), ("p", "s")]),
-        ({"prompt": "p", "responses": LISTS}, "responses", [("p", x) for x in json.loads(LISTS)]),
+        ({"prompt": "hi", "responses": LISTS}, "responses", json.loads(LISTS)),
     ],
 )
 def test_conventions(row, kind, conversations):
@@ -57,6 +60,7 @@ def test_conventions(row, kind, conversations):
 
 def test_no_convention():
     assert columns.choose(["prompt", "chosen", "question"]) is None
+    assert columns.choose(["conversations"], {"text": "t"}) is None
     assert columns.choose([]) is None
 
 
@@ -93,14 +97,14 @@ def test_named_columns_that_do_not_go_together():
 
 
 @pytest.mark.parametrize("cells", [True, False])
-def test_cells_of_csv_may_hold_messages(cells):
+def test_text_may_hold_messages(cells):
     row = {"prompt": json.dumps([USER]), "response": "[not messages]"}
     (got,) = columns.choose(row, cells=cells).conversations(row)
-    assert got == ([USER] if cells else row["prompt"], "[not messages]")
+    assert got == ([USER], "[not messages]")
     text = {"text": row["prompt"]}
-    assert columns.choose(text, cells=cells).conversations(text) == [row["prompt"]]
+    assert columns.choose(text, cells=cells).conversations(text) == [[USER]]
     lists = {"prompt": "p", "responses": json.dumps([json.dumps([GOOD]), "[x"])}
-    assert columns.choose(lists, cells=cells).conversations(lists)[1] == ("p", "[x")
+    assert columns.choose(lists, cells=cells).conversations(lists) == [("p", [GOOD]), ("p", "[x")]
     json_text = {"prompt": "p", "response": '[{"a": 1}]'}
     assert columns.choose(json_text, cells=cells).conversations(json_text) == [("p", '[{"a": 1}]')]
 
@@ -109,6 +113,27 @@ def test_a_cell_of_broken_messages_is_not_scored_as_text():
     row = {"prompt": "p", "response": json.dumps([{"role": "assistant"}])}
     with pytest.raises(RowError, match='"response" message 0: "content" must be text, is missing'):
         columns.choose(row, cells=True).conversations(row)
+
+
+def test_a_dotted_name_is_a_column_within_an_object():
+    row = {"data": {"q": "p", "a": "r"}, "data.a": "x"}
+    found = columns.choose(row, {"prompt": "data.q", "response": "data.a"})
+    assert found.conversations(row) == [("p", "x")]
+    del row["data.a"]
+    assert found.conversations(row) == [("p", "r")]
+    with pytest.raises(RowError, match=r'"data\.q" is missing: there are data'):
+        found.conversations({"data": {"a": "r"}})
+    assert columns.choose(row, {"prompt": "date.q"}) is None
+
+
+@pytest.mark.parametrize("kind", ["response", "pair"])
+def test_a_row_without_a_column_that_is_named_is_an_error(kind):
+    answers = {"response": "r"} if kind == "response" else {"chosen": "c", "rejected": "r"}
+    found = columns.choose({"q": "p", **answers}, {"prompt": "q"})
+    with pytest.raises(RowError, match='"q" is missing: there are '):
+        found.conversations(answers)
+    with pytest.raises(RowError, match='"q" is missing: there are prompt'):
+        found.conversations({"prompt": "p", **answers})
 
 
 def test_a_column_that_is_named_is_read():
@@ -141,10 +166,13 @@ BAD_ROWS = [
     ({"chosen": "c", "rejected": [BAD]}, '"chosen", "rejected" must all be text, or all be lists'),
     ({"chosen": "c", "rejected": None}, '"rejected" must be text or a list of messages, not null'),
     ({"chosen": "c", "rejected": "r", "prompt": 3}, '"prompt" must be text or a list of messages'),
-    ({"chosen": "c", "rejected": "r", "question": "q"}, 'has "question", which seems to belong to'),
-    ({"chosen": "c", "rejected": "r", "instruction": "i"}, 'has "instruction", which seems to bel'),
-    ({"prompt": "p", "response": "r", "system": "s"}, 'has "system", which seems to belong to the'),
-    ({"prompt": "p", "responses": ["r"], "tools": [{}]}, 'has "tools", which seems to belong to'),
+    ({"messages": [USER, GOOD], "prompt": "p"}, 'has "prompt", which seems to belong to the promp'),
+    ({"text": "t", "prompt": "p"}, 'has "prompt", which seems to belong to the prompt'),
+    (
+        {"messages": [USER], "chosen": "c", "rejected": "r"},
+        '"messages" has no answer, and "chos',
+    ),
+    ({"prompt": "p", "responses": ["r"], "tools": {"a": 1}}, '"tools" must be a list of objects'),
 ]
 
 

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from rmfast.commands.main import main
 from rmfast.demo import demo
 from rmfast.demo.options import DemoOptions
+from rmfast.resume import locked
 
 WORDS = "<unk> </s> user assistant : good bad what is this that one two three".split()
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' }}{% endfor %}"
@@ -169,6 +170,14 @@ def test_says_what_is_wrong_with_the_rest(tmp_path, model, capsys):
     (tmp_path / "file").touch()
     said = fails(capsys, "--model", model, "--output", str(tmp_path / "file" / "inside"))
     assert "--output" in said
+    said = fails(capsys, "--model", model, "--output", f"{model}/../{Path(model).name}")
+    assert "is the model: give it another name" in said
+    data = conversations(tmp_path)
+    said = fails(capsys, "--model", model, "--data", data, "--output", str(tmp_path))
+    assert "is not empty: name another folder" in said
+    with locked(tmp_path):
+        said = fails(capsys, "--model", model, "--output", str(tmp_path))
+        assert "is being written by another run" in said
     said = fails(capsys, "--model", model, "--device", "nowhere")
     assert "--device must be one of cpu, cuda, got 'nowhere'" in said
 

@@ -134,9 +134,6 @@ def test_python_runs(page, workspace, monkeypatch):
     for package, sign in NEEDED.items():
         if sign in text:
             pytest.importorskip(package)
-    if "integrations.trl" in text:
-        # TRL's default is bf16, which transformers refuses on a CPU unless use_cpu=True is given
-        monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.chdir(workspace)
     with torch.random.fork_rng():
         assert run(text, name(page))

@@ -7,7 +7,10 @@ import torch
 import tiny
 from rmfast.data import Pair
 from rmfast.data.encoding import Encoder
+from rmfast.data.form import Form, digest
+from rmfast.data.values import Side
 from rmfast.errors import DataError, RowError
+from rmfast.trie import SEGMENT
 
 BOS, EOS = 1, 2
 TALK = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "yes"}]
@@ -178,3 +181,128 @@ def test_a_pair_that_cannot_be_encoded_is_named():
     robot = [{"role": "robot", "content": "x"}]
     with pytest.raises(DataError, match=r'^x:1: "rejected": the chat template refuses .*no such'):
         Encoder(tiny.tokenizer()).pair(Pair(TALK, robot, where="x:1"))
+
+
+# --- the form of a training
+
+HH = "\n\nHuman: hé\n\nAssistant: yes"
+BODY = [*letters("hé"), EOS, *letters("yes"), EOS]
+
+
+def form(**kinds):
+    template = digest(tiny.tokenizer().chat_template) if kinds["chat"] else None
+    return Form(**{"ends": False, "bos": False, "template": template, "max_length": 99} | kinds)
+
+
+def test_text_is_read_as_in_training():
+    tokenizer = tiny.tokenizer()
+    given = ["hé", Side("hé"), ("hé", "yes"), ("hé", Side("yes")), HH, ("\n\nHuman: hé", " yes")]
+    talk = Encoder(tokenizer)([TALK])[0].tolist()
+    joined, ended = letters("héyes"), [*letters("héyes"), EOS]
+    apart = [*letters("hé"), EOS]
+    body = letters(HH)
+    asked = letters("\n\nHuman: hé yes")
+    as_user = Encoder(tokenizer)([[{**TALK[0], "content": "\n\nHuman: hé"},
+                                   {**TALK[1], "content": " yes"}]])[0].tolist()  # fmt: skip
+    expected = {
+        None: [letters("hé"), apart, talk, talk, body, as_user],
+        form(chat=False): [letters("hé"), letters("hé"), joined, joined, body, asked],
+        form(chat=False, ends=True): [apart, apart, ended, ended, [*body, EOS], [*asked, EOS]],
+        form(chat=True): [letters("hé"), letters("hé"), talk, talk, talk, talk],
+    }
+    for kind, want in expected.items():
+        encode = Encoder(tokenizer, form=kind)
+        assert [x.tolist() for x in encode(given)] == want, kind
+        assert encode.about()["as_recorded_in_training"] == (kind is not None)
+
+
+def test_the_form_is_told_otherwise_by_name():
+    tokenizer = tiny.tokenizer()
+    ended = form(chat=False, ends=True)
+    turns, plain = (Encoder(tokenizer, form=ended, chat=True)([x])[0] for x in (("hé", "yes"), HH))
+    assert turns.tolist() == plain.tolist() == Encoder(tokenizer)([TALK])[0].tolist()
+    (text,) = Encoder(tokenizer, form=ended, end_of_text=False)(["hé"])
+    assert text.tolist() == letters("hé")
+    (text,) = Encoder(tokenizer, end_of_text=True)(["hé</s>"])
+    assert text.tolist() == [*letters("hé"), EOS]  # not twice
+    assert "trained on text" in Encoder(tokenizer, form=ended)([TALK])[0].reason
+    assert not isinstance(Encoder(tokenizer, form=ended, chat=True)([TALK])[0], RowError)
+
+
+def test_another_tokenizer_than_in_training_is_told():
+    encode = Encoder(tiny.tokenizer(), form=form(chat=True))
+    encode(["text"])
+    assert encode.told() == [
+        "text was scored as it is, and the model was trained on messages: 1 conversation"
+    ]
+    other = Encoder(tiny.tokenizer(adds_bos=True, writes_bos=True), form=form(chat=True))
+    bos, template = other.told()
+    assert "put no BOS before text, and this one puts one" in bos and "template is not" in template
+    assert Encoder(None, form=form(chat=True)).told() == []
+
+
+def test_the_form_is_kept_in_the_config(tmp_path):
+    model, kind = tiny.model("llama"), form(chat=False, ends=True)
+    assert Form.of(model) is None and Form.of(object()) is None
+    kind.record(model.config)
+    model.save_pretrained(tmp_path)
+    assert Form.of(type(model).from_pretrained(tmp_path)) == kind
+    model.config.rmfast_form = {"chat": False, "unknown": 1}
+    with pytest.raises(ValueError, match=r"cannot be read.*unknown"):
+        Form.of(model)
+
+
+# --- whole conversations, long ones, two segments
+
+
+@pytest.mark.parametrize("first", ["system", "developer", "tool"])
+def test_whole_conversations_are_not_put_after_their_prompt(first):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
+    whole = [{"role": first, "content": "be brief"}, *TALK]
+    prompts = ["hé", TALK[:1], whole[:2]]
+    *got, other = Encoder(tokenizer)([*((x, whole) for x in prompts), ("ho", whole)])
+    assert [x.tolist() for x in got] == [Encoder(tokenizer)([whole])[0].tolist()] * 3
+    assert "without the prompt" in other.reason
+
+
+def test_a_text_that_is_far_too_long_is_not_tokenised_whole(monkeypatch):
+    encode, seen = Encoder(tiny.tokenizer(), max_length=20), []
+    inner = encode._ids
+    monkeypatch.setattr(encode, "_ids", lambda texts, *a: (seen.extend(texts), inner(texts, *a))[1])
+    long, short = encode(["x" * 10**6, "x" * 20])
+    assert long.kind == "overlong" and "more than max_length 20" in long.reason
+    assert short.size == 20 and max(map(len, seen)) < 10**5
+    assert encode(["y" * 10**6])[0].kind == "overlong"
+
+
+def bert():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", *"abcdefgh"])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[SEP]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    takes = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=inner, model_input_names=takes, **names)
+
+
+def test_two_segments():
+    encode = Encoder(bert(), segments=True, max_length=7)
+    turns = [{"role": "user", "content": "a b"}], [{"role": "assistant", "content": "c"}]
+    text, messages, single, several, long = encode(
+        [("a b", "c"), turns, "a b c", (turns[0] * 2, "c"), ("a b c d", "a")]
+    )
+    assert text.tolist() == messages.tolist() == [1, 3, 4, 2, 5 + SEGMENT, 2 + SEGMENT]
+    assert single.tolist() == [1, 3, 4, 5, 2]
+    assert "several turns" in several.reason and long.kind == "overlong"
+    assert encode.text("a b") == "a b"
+
+
+def test_a_cut_text_keeps_the_first_token_of_an_encoder():
+    encode = Encoder(bert(), max_length=4, on_overlong="truncate_left")
+    assert encode(["a b c d"])[0].tolist() == [1, 5, 6, 2]

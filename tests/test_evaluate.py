@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import math
+import os
 import random
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from rmfast.commands.main import main
 from rmfast.data.rows import Row, RowReader
 from rmfast.errors import RowError
 from rmfast.evaluate import job as eval_job
+from rmfast.evaluate import output as eval_output
 from rmfast.evaluate import show
+from rmfast.resume import locked
 
 LOAD = functools.cache(loading.load)
 WORDS = "what is it a cat dog one two good bad ünïcode 猫 yes no".split()
@@ -217,7 +220,9 @@ def test_the_same_from_every_kind_of_file(model, tmp_path):
     kinds = {}
     for name in ("in.jsonl", "in.csv", "in.parquet"):
         out = tmp_path / "scores.jsonl"
-        assert run("--model", model, "--input", tmp_path / name, "--scores", out) == 0
+        assert (
+            run("--model", model, "--input", tmp_path / name, "--scores", out, "--overwrite") == 0
+        )
         kinds[name] = read_lines(out)
     for line in kinds["in.csv"]:
         line["line"] -= 1  # the header
@@ -241,7 +246,8 @@ def test_bad_rows_are_told_and_left_out(model, tmp_path, capsys):
     assert summary["rows"]["n"] == 3
     assert [one["line"] for one in summary["left_out"]["rows"]] == [2, 3, 5]
     assert [line["line"] for line in read_lines(scores)] == [1, 2, 3, 4, 5, 6]
-    assert read_lines(scores)[2] == {"line": 3, "error": '"rejected" is missing', "kind": "bad"}
+    missing = '"rejected" is missing: there are chosen'
+    assert read_lines(scores)[2] == {"line": 3, "error": missing, "kind": "bad"}
     assert "left out: 3 bad rows, 0 too long\n  line 2: not JSON" in capsys.readouterr().out
     assert run("--model", model, "--input", data, "--strict") == 2
     assert "line 2: not JSON" in capsys.readouterr().err
@@ -330,7 +336,7 @@ def test_rewardbench_files_of_groups_and_of_conversations(model, tmp_path, monke
     best = [max(line["scores_chosen"]) > max(line["scores_rejected"]) for line in outputs[:2]]
     assert [line["results"] for line in outputs[:2]] == best
     assert outputs[2]["prompt"] == "user: q</s>" and outputs[2]["text_rejected"].endswith("b</s>")
-    assert outputs[3]["prompt"] == "" and outputs[3]["text_chosen"] == "x"
+    assert outputs[3]["prompt"] == "" and outputs[3]["text_chosen"] == "x</s>"
     assert json.loads(Path(f"{stem}.json").read_text())["extra_results"] is None
     assert not Path(f"{stem}_all.jsonl").exists()
 
@@ -447,9 +453,10 @@ def test_rows_are_read_as_what_they_are():
     assert (row.chosen, row.rejected, row.prompt) == ([turns], [turns, turns[:1]], None)
     row = read({"prompt": turns[:1], "chosen": [turns[1:]], "rejected": "r"})
     assert row.chosen == [(turns[:1], turns[1:])]
-    row = read({"a": "x", "b": "y", "c": "z"}, prompt="c", chosen="a", rejected="b", subset="d")
+    columns = {"a": "x", "b": "y", "c": "z", "d": None}
+    row = read(columns, prompt="c", chosen="a", rejected="b", subset="d")
     assert (row.chosen, row.subset) == ([("z", "x")], None)
-    cells = {"prompt": "[not JSON", "chosen": '["a", "b"]', "rejected": "[1]", "subset": ""}
+    cells = {"prompt": "[not JSON", "chosen": '["a", "b"]', "rejected": '["[1]"]', "subset": ""}
     row = read(cells, cells=True)
     assert row.chosen == [("[not JSON", "a"), ("[not JSON", "b")]
     assert row.rejected == [("[not JSON", "[1]")] and row.subset is None
@@ -481,11 +488,241 @@ def test_rows_that_are_none(change, said):
     assert error.value.reason.startswith(said)
 
 
-def test_plain_text(model, hf, tmp_path):
+def test_plain_text(model, hf, tmp_path, capsys):
     data = lines(tmp_path / "in.jsonl", [{"prompt": "what ", "chosen": "is", "rejected": "it"}])
     scores = tmp_path / "scores.jsonl"
-    assert run("--model", model, "--input", data, "--plain", "--scores", scores) == 0
+    assert run("--model", model, "--input", data, "--no-chat", "--scores", scores) == 0
     with torch.no_grad():
-        expected = [hf.model(hf.ids(text)).logits.item() for text in ("what is", "what it")]
+        texts = ("what is</s>", "what it</s>")  # as TRL ends them
+        expected = [hf.model(hf.ids(text)).logits.item() for text in texts]
     (line,) = read_lines(scores)
     assert [line["chosen"], line["rejected"]] == pytest.approx(expected, rel=1e-4)
+    assert "as TRL trains" in capsys.readouterr().out
+
+
+# --- runs that stop
+
+
+class Stopped:
+    """A run of ``rmfast eval`` with windows of three rows, and what it writes."""
+
+    def __init__(self, model: str, folder: Path, rows: list) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.data = lines(folder / "in.jsonl", rows)
+        self.scores, self.json = folder / "scores.jsonl", folder / "out.json"
+        self.argv = [
+            "--model", model, "--input", self.data, "--scores", self.scores, "--json", self.json,
+            "--batch-window", 6, "--output-dir", folder / "results", "--save-all",
+        ]  # fmt: skip
+
+    def __call__(self, *more: object) -> int:
+        return run(*self.argv, *more)
+
+    def found(self) -> dict:
+        """What was written, without what is another in every run."""
+        out = {path.name: path.read_bytes() for path in (self.folder / "results").rglob("*.json*")}
+        summary = json.loads(self.json.read_text(encoding="utf-8"))
+        del summary["input"], summary["run"]["seconds"]
+        return out | {"scores": self.scores.read_bytes(), "summary": summary}
+
+
+def mixed_rows() -> list:
+    rows: list = [*pairs(9), *({**row, "id": -1, "subset": "chat"} for row in triples(3))]
+    rows[1]["chosen"] = "x" * 300  # too long
+    rows[4] = '{"chosen": '
+    return rows
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> dict:
+    job = Stopped(model, tmp_path_factory.mktemp("whole") / "run", mixed_rows())
+    assert job() == 1
+    return job.found()
+
+
+def stop_after(monkeypatch, saves: int) -> None:
+    """Interrupt the run when it has put so many windows on the disk."""
+    save, count = eval_output.RowFiles.save, []
+
+    def stopping(files, *new: int) -> None:
+        if len(count) > saves:  # one before the first window
+            raise KeyboardInterrupt
+        count.append(1)
+        save(files, *new)
+
+    monkeypatch.setattr(eval_output.RowFiles, "save", stopping)
+
+
+@pytest.mark.parametrize("saves", [0, 1, 3])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    model, tmp_path, monkeypatch, capsys, whole, saves
+):
+    job = Stopped(model, tmp_path / "run", mixed_rows())
+    with monkeypatch.context() as patch:
+        stop_after(patch, saves)
+        assert job() == 130
+    before = read_lines(job.scores)
+    assert f"interrupted, {len(before)} rows are in {job.scores}" in capsys.readouterr().err
+    assert bool(before) == bool(saves)
+    with job.scores.open("ab") as file:
+        file.write(b'{"line": 7, "cho')  # a window that was being written
+    if saves:
+        assert job() == 2
+        assert "--resume continues" in capsys.readouterr().err
+    assert job("--resume") == 1
+    assert job.found() == whole
+    assert job("--resume") == 1  # complete: the figures again, without a forward pass
+    assert job() == 2
+    assert f"{job.scores} already exists: --overwrite replaces it" in capsys.readouterr().err
+    assert job.found() == whole
+
+
+def test_a_full_disk_loses_nothing(model, tmp_path, capsys, whole):
+    resource = pytest.importorskip("resource")
+    job = Stopped(model, tmp_path / "run", mixed_rows())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))  # bytes of any file
+    try:
+        assert job() == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written: File too large; --resume continues" in capsys.readouterr().err
+    assert job("--resume") == 1
+    assert job.found() == whole
+
+
+def test_a_full_disk_without_scores_promises_nothing(model, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    data = lines(tmp_path / "in.jsonl", pairs(2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for extra in (["--json", tmp_path / "x"], ["--rewardbench-files", "--output-dir", tmp_path]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+        try:
+            assert run("--model", model, "--input", data, *extra) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        err = capsys.readouterr().err
+        assert "cannot be written: File too large" in err and "--resume" not in err
+
+
+def test_strict_stops_and_resume_without_it_goes_on(model, tmp_path, capsys, whole):
+    job = Stopped(model, tmp_path / "run", mixed_rows())
+    assert job("--strict", "--on-overlong", "error") == 2
+    assert "line 2: conversation 1 of 2" in capsys.readouterr().err
+    assert job("--resume") == 1
+    assert job.found() == whole
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["--max-length", 99], "--max-length was not given, now it is 99"),
+        (["--subset-column", "id"], '--subset-column was "subset", now it is "id"'),
+        (["--batch-window", 7], "--batch-window was 6, now it is 7"),
+        (["--limit", 4], "--limit was not given, now it is 4"),
+        (["--overwrite"], "--resume and --overwrite exclude each other"),
+        ("input", "of --input changed"),
+        ('{"line": 4', "has other rows than"),
+        ('["line": 3', "has other rows than"),
+        ("one answer", "has other rows than"),
+        ("state", "--resume cannot continue it without"),
+        ("shorter", "is shorter than when it was last written"),
+    ],
+)
+def test_another_run_is_not_resumed(model, tmp_path, monkeypatch, capsys, change, said):
+    job = Stopped(model, tmp_path / "run", mixed_rows())
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert job() == 130
+    written = job.scores.read_bytes()
+    if change == "input":
+        lines(Path(job.data), [*pairs(12)])
+        said = "of --input"
+    elif change == "one answer":  # of a file that seems to be the same
+        stat, text = Path(job.data).stat(), Path(job.data).read_bytes()
+        Path(job.data).write_bytes(text.replace(b'"chosen"', b'"Chosen"'))
+        os.utime(job.data, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change[1:8] == '"line":':
+        text = written.decode().replace('{"line": 3', change, 1)
+        job.scores.write_text(text, encoding="utf-8")
+    elif change == "state":
+        next(path for path in job.folder.iterdir() if "state" in path.name).unlink()
+    elif change == "shorter":
+        job.scores.write_bytes(written[:-9])
+    assert job("--resume", *(change if isinstance(change, list) else ())) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_resume_needs_scores(model, tmp_path, capsys):
+    data = lines(tmp_path / "in.jsonl", pairs(1))
+    assert run("--model", model, "--input", data, "--resume") == 2
+    assert "--resume continues what is in --scores" in capsys.readouterr().err
+
+
+def test_other_policies_are_another_run(policies, tmp_path, capsys):
+    data, scores = lines(tmp_path / "in.jsonl", pairs(2)), tmp_path / "scores.jsonl"
+    argv = ["--model", policies[0], "--ref-model", policies[1], "--input", data, "--scores", scores]
+    assert run(*argv) == 0
+    assert run(*argv, "--resume") == 0
+    assert run(*argv, "--resume", "--beta", 0.2) == 2
+    assert "--beta was not given, now it is 0.2" in capsys.readouterr().err
+    argv[:4] = ["--model", policies[1], "--ref-model", policies[0]]
+    assert run(*argv, "--resume") == 2
+    assert "--model was" in capsys.readouterr().err
+
+
+# --- paths
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--scores", "in.jsonl"], "--scores in.jsonl is the input"),
+        (["--json", "./in.jsonl"], "--json in.jsonl is the input"),
+        (["--figure", "link.png"], "--figure link.png is the input"),
+        (["--scores", "x", "--json", "sub/../x"], "--json sub/../x is the scores"),
+        (["--json", "t.jinja", "--chat-template", "t.jinja"], "is the chat-template"),
+        (["--output-dir", ".", "--save-all", "--model", "x", "--scores", "x_all.jsonl"], "x_all"),
+    ],
+)
+def test_no_two_paths_meet(model, tmp_path, monkeypatch, capsys, argv, said):
+    monkeypatch.chdir(tmp_path)
+    lines(tmp_path / "in.jsonl", pairs(2))
+    Path("sub").mkdir()
+    Path("t.jinja").write_text("{{ messages }}")
+    Path("link.png").symlink_to("in.jsonl")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for more in ([], ["--overwrite"]):
+        assert run("--model", model, "--input", "in.jsonl", *argv, *more) == 2
+        assert said in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("name", ["--json", "--figure", "--scores", "MODEL.json"])
+def test_nothing_is_replaced_unless_told(model, tmp_path, monkeypatch, capsys, name):
+    needs_matplotlib()
+    monkeypatch.chdir(tmp_path)
+    argv = ["--model", model, "--input", lines(tmp_path / "in.jsonl", pairs(2))]
+    there = tmp_path / "there.png"
+    if name == "MODEL.json":
+        argv += ["--rewardbench-files", "--output-dir", "out"]
+        there = tmp_path / "out" / f"{model[1:]}.json"
+        there.parent.mkdir(parents=True)
+    else:
+        argv += [name, there]
+    there.write_text("somebody else's")
+    for more in ([], *([["--scores", "new.jsonl", "--resume"]] if name != "--scores" else ())):
+        assert run(*argv, *more) == 2
+        assert "already exists: --overwrite replaces it" in capsys.readouterr().err
+        assert there.read_text() == "somebody else's"
+    assert run(*argv, "--overwrite") == 0
+    assert there.read_bytes() != b"somebody else's"
+
+
+def test_two_runs_do_not_write_one_file(model, tmp_path, capsys):
+    data, scores = lines(tmp_path / "in.jsonl", pairs(2)), tmp_path / "scores.jsonl"
+    with locked(scores):
+        assert run("--model", model, "--input", data, "--scores", scores) == 2
+    assert "is being written by another run" in capsys.readouterr().err
+    assert run("--model", model, "--input", data, "--scores", scores) == 0

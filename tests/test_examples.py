@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
 import random
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,7 +38,7 @@ def words(draw: random.Random) -> str:
     return " ".join(draw.choices(WORDS, k=draw.randint(2, 6)))
 
 
-def test_rmfast_beside_trl(model, tmp_path):
+def test_rmfast_beside_trl(model, tmp_path, monkeypatch, capsys):
     draw = random.Random(0)
     rows = []
     for _ in range(40):
@@ -46,17 +46,25 @@ def test_rmfast_beside_trl(model, tmp_path):
         rows.append({"chosen": prompt + words(draw) + " yes", "rejected": prompt + words(draw)})
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = subprocess.run(
-        [
-            sys.executable, str(EXAMPLES / "reward_model.py"), "--model", model,
-            "--data", str(data), "--trainer", "both", "--steps", "12", "--held-out", "10",
-            "--output", str(tmp_path / "out"), "--learning-rate", "1e-4",
-        ],
-        capture_output=True, text=True, timeout=600,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(EXAMPLES.parent)},
-    )  # fmt: skip
-    assert out.returncode == 0, out.stderr[-3000:]
-    apart = float(re.search(r"at most apart: (\S+)", out.stdout)[1])
+    argv = [
+        "reward_model.py", "--model", model, "--data", str(data), "--trainer", "both",
+        "--steps", "12", "--held-out", "10", "--output", str(tmp_path / "out"),
+        "--learning-rate", "1e-4",
+    ]  # fmt: skip
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / argv[0])
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+
+    def here(command: list[str], check: bool) -> None:  # a process for each trainer takes seconds
+        with monkeypatch.context() as inside:
+            inside.setattr(sys, "argv", command[1:])
+            example.main()
+
+    monkeypatch.setattr(example, "subprocess", SimpleNamespace(run=here))
+    monkeypatch.setattr(sys, "argv", argv)
+    example.main()
+    said = capsys.readouterr().out
+    apart = float(re.search(r"at most apart: (\S+)", said)[1])
     losses = {
         name: json.loads((tmp_path / "out" / name / "result.json").read_text())["losses"]
         for name in ("trl", "rmfast")
@@ -64,7 +72,7 @@ def test_rmfast_beside_trl(model, tmp_path):
     assert len(losses["trl"]) == len(losses["rmfast"]) == 12
     # fp32, and losses around one: the rounding of a few hundred operations
     assert apart < 1e-4 and losses["rmfast"] == pytest.approx(losses["trl"], abs=1e-4)
-    assert out.stdout.count("held-out accuracy") == 4
+    assert said.count("held-out accuracy") == 4
     assert (tmp_path / "out" / "rmfast" / "model.safetensors").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import gzip
+import io
 import json
 import os
 import sys
@@ -14,12 +15,14 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rmfast.data import files
+from rmfast.data import files, preferences
 from rmfast.errors import DataError, RowError
 
 
 def write(folder: Path, name: str, data: bytes) -> Path:
     path = folder / name
+    if name.endswith(".zst"):
+        data = pyarrow.compress(data, codec="zstd", asbytes=True)
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     return path
 
@@ -43,11 +46,12 @@ def check_skip(path: Path | str, **options) -> None:
 @pytest.mark.parametrize(
     "name, kind",
     [
-        ("a.jsonl", ("jsonl", False)),
-        ("a.b.NDJSON.gz", ("jsonl", True)),
-        ("a.json", ("jsonl", False)),
-        ("a.csv.gz", ("csv", True)),
-        ("a.parquet", ("parquet", False)),
+        ("a.jsonl", ("jsonl", None)),
+        ("a.b.NDJSON.gz", ("jsonl", "gz")),
+        ("a.json", ("jsonl", None)),
+        ("a.csv.gz", ("csv", "gz")),
+        ("a.parquet", ("parquet", None)),
+        ("a.jsonl.zst", ("jsonl", "zst")),
         ("a.parquet.gz", None),
         ("jsonl", None),
         ("a.gz", None),
@@ -118,13 +122,6 @@ def test_a_cut_gzip_file_is_told_after_what_can_be_read(tmp_path):
     assert said.startswith("damaged gzip file, nothing after this is read")
     path.write_bytes(b"no gzip")
     assert told(path)[0][1].startswith("damaged gzip file")
-
-
-def test_a_list_of_json_is_refused(tmp_path):
-    for text in (b'[\n  {"a": 1}\n]', b'[{"a": 1},\n{"a": 2}]'):
-        path = write(tmp_path, "a.json", text)
-        with pytest.raises(DataError, match=r"is one list of JSON: .*jq"):
-            files.Reader(path)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
@@ -289,15 +286,207 @@ def test_a_changed_file_is_another(tmp_path):
     assert files.Reader(path).identity() != before
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
-def test_a_list_of_json_is_read_whole_if_it_may_be(tmp_path, name):
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl.zst"])
+def test_a_list_of_json_is_read_whole(tmp_path, name):
     path = write(tmp_path, name, '\ufeff[\n  {"a": "é"}, 3,\n  {"a": 2}\n]'.encode())
-    first, (number, reason), last = told(path, lists=True)
+    first, (number, reason), last = told(path)
     assert (first, last) == ((1, {"a": "é"}), (3, {"a": 2}))
     assert (number, reason) == (2, "an item must be a JSON object, this is a number")
-    check_skip(path, lists=True)
-    assert told(path, lists=True, limit=1) == [first]
+    check_skip(path)
+    assert told(path, limit=1) == [first]
+
+
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        (b'[{"a": 1}, {"a": 2}]', [1, 2]),
+        (b'[{"a": 1},\n{"a": 2}]\n\n', [1, 2]),
+        (b'[\n{"a": 1}\n, {"a": 2}]', [1, 2]),
+        (b"[]", []),
+    ],
+)
+def test_a_list_may_be_on_one_line_or_several(tmp_path, text, values):
+    assert [value["a"] for _, value in told(write(tmp_path, "a.jsonl", text))] == values
+
+
+def test_what_is_no_list_of_json(tmp_path):
     with pytest.raises(DataError, match="a list of JSON that cannot be read"):
-        files.Reader(write(tmp_path, name, b"[1, 2"), lists=True)
-    lines = write(tmp_path, name, b'{"a": 1}\n[2]')
-    assert told(lines, lists=True)[0] == (1, {"a": 1})
+        files.Reader(write(tmp_path, "a.json", b"[1, 2"))
+    reason = "a line must be a JSON object, this is a list"
+    assert told(write(tmp_path, "a.jsonl", b'[1]\n{"a": 2}')) == [(1, reason), (2, {"a": 2})]
+    lines = write(tmp_path, "a.jsonl", b'{\n{"a": 2}')
+    assert [number for number, _ in told(lines)] == [1, 2]
+
+
+# --- several files, stdin, shards
+
+
+@pytest.mark.parametrize("name", ["{}.jsonl", "{}.csv", "{}.parquet", "{}.jsonl.zst", "{}.json"])
+def test_several_files(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"é{i}"} for i in range(7)]
+    for part, of in (("b", rows[4:6]), ("a", rows[:4]), ("c", rows[6:])):
+        if name == "{}.parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(of), name.format(part))
+            continue
+        lines = [row["text"] if name == "{}.csv" else json.dumps(row) for row in of]
+        text = ["text", *lines] if name == "{}.csv" else lines
+        if name == "{}.json":
+            text = ["[", ",\n".join(lines), "]"]
+        write(tmp_path, name.format(part), "\n".join(text).encode())
+    for source in (name.format("?"), ",".join(map(name.format, "abc")), name.format("[ab]") + ","
+                   + name.format("c")):  # fmt: skip
+        assert [value for _, value in told(source)] == rows
+    assert told(name.format("*"))[4][0].startswith(name.format("b") + ":")
+    check_skip(name.format("*"))
+    assert [value for _, value in told(name.format("*"), limit=5)] == rows[:5]
+    reader = files.Reader(name.format("*"))
+    assert list(reader.read())[-1].position in (reader.total, None)
+    before = reader.identity()
+    os.utime(name.format("b"), (1, 1))
+    assert files.Reader(name.format("*")).identity() != before
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ("*", "files of csv and jsonl: name one kind"),
+        ("a.csv,b.csv", "b.csv has other columns than a.csv"),
+        ("a.jsonl,c.jsonl", "c.jsonl: no such file"),
+        ("a.jsonl,./a.jsonl", "a file is named twice"),
+        ("*.txt", "no such file"),
+        ("data/", "no such file or folder"),
+        ("./data", "no such file or folder"),
+        ("some/where/deep", "no such file or folder"),
+    ],
+)
+def test_several_files_that_do_not_go_together(tmp_path, monkeypatch, source, said):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("a.jsonl", b"{}"), ("a.csv", b"a\n1"), ("b.csv", b"b\n1")):
+        write(tmp_path, name, text)
+    with pytest.raises(DataError, match=said):
+        files.Reader(source)
+
+
+def test_stdin(monkeypatch):
+    def reader(text: bytes) -> files.Reader:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        return files.Reader("-")
+
+    found = reader(b'{"a": 1}\nbad\n')
+    assert (found.format, found.total) == ("jsonl", 13)
+    assert [record.number for record in found.read(1)] == [2]
+    assert next(found.read()).value == {"a": 1}
+    assert found.identity() == reader(b'{"a": 1}\nbad\n').identity()
+    assert found.identity() != reader(b'{"a": 2}\nbad\n').identity()
+    assert list(reader(b"").read()) == []
+
+
+@pytest.mark.parametrize("limit", [None, 1, 7, 10, 99])
+def test_shards_are_all_rows(tmp_path, limit):
+    path = write(tmp_path, "a.jsonl", b"".join(b'{"a": %d}\n' % i for i in range(10)))
+    for count in (1, 3, 4, 20):
+        shards = [told(path, limit=limit, shard=(i, count)) for i in range(count)]
+        assert all(
+            number % count == (i + 1) % count for i in range(count) for number, _ in shards[i]
+        )
+        assert sorted(one for shard in shards for one in shard) == [
+            (i + 1, {"a": i}) for i in range(10 if limit is None else min(limit, 10))
+        ]
+    check_skip(path, limit=limit, shard=(1, 3))
+
+
+def test_preferences_come_in_every_container(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    write(tmp_path, "list.json", json.dumps(rows).encode())
+    write(tmp_path, "pretty.json.gz", json.dumps(rows, indent=1).encode())
+    write(tmp_path, "lines.jsonl.zst", b"".join(lines))
+    write(tmp_path, "part1.jsonl", lines[0])
+    write(tmp_path, "part2.jsonl", b"".join(lines[1:]))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"".join(lines))))
+    for source in ("list.json", "pretty.json.gz", "lines.jsonl.zst", "part?.jsonl", "-"):
+        found = preferences(source)
+        assert [(x.question(), x.whole()) for x in found] == [
+            (x.question(), x.whole()) for x in preferences(rows)
+        ]
+    write(tmp_path, "part2.jsonl", lines[1] + b'{"chosen": "a"}\n')
+    with pytest.raises(DataError, match=r"part2.jsonl:2: "):
+        preferences("part?.jsonl")
+
+
+# --- packed by Zstandard
+
+
+def test_a_damaged_zst_file_is_told_after_what_can_be_read(tmp_path):
+    lines = b"".join(b'{"a": "%s"}\n' % os.urandom(99).hex().encode() for i in range(2000))
+    data = write(tmp_path, "a.jsonl.zst", lines).read_bytes()
+    path = tmp_path / "a.jsonl.zst"
+    assert len(told(path)) == 2000
+    path.write_bytes(data * 2)  # frames, as pzstd and our own output have them
+    assert len(told(path)) == 4000
+    path.write_bytes(data[:-5000])
+    *good, (number, said) = told(path)
+    assert len(good) == number - 1 > 500
+    assert said.startswith("damaged zstd file, nothing after this is read")
+    path.write_bytes(b"no zst")
+    assert told(path)[0][1].startswith("damaged zstd file")
+
+
+# --- folders
+
+
+def test_a_folder_of_which_not_all_is_read_is_refused(tmp_path):
+    pytest.importorskip("datasets", reason="datasets is not installed: rmfast[data]")
+    write(tmp_path, "a.jsonl", b'{"text": "a"}\n')
+    write(tmp_path, "README.md", b"# a card\n")
+    write(tmp_path, "config.json", b"{}")
+    write(tmp_path, ".hidden.jsonl", b'{"other": 1}\n')
+    assert told(tmp_path) == [(1, {"text": "a"})]
+    for name, data in (
+        ("more.csv", b"text\nb\n"),
+        ("deep/more.csv.gz", b"text\nb\n"),
+        ("train.jsonl", b'{"text": "b"}\n'),  # the only one that a split has
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        path = write(tmp_path, name, data)
+        with pytest.raises(DataError, match="datasets reads other files of it, and not"):
+            files.Reader(tmp_path)
+        path.unlink()
+    write(tmp_path, "more.csv", b"text\nb\n")
+    card = b"---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n"
+    write(tmp_path, "README.md", card)
+    assert told(tmp_path) == [(1, {"text": "a"})]
+
+
+def test_a_folder_may_be_named_like_a_format(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="datasets is not installed: rmfast[data]")
+    monkeypatch.chdir(tmp_path)
+    for name in ("json", "csv", "parquet"):
+        Path(name).mkdir()
+        write(tmp_path / name, "a.jsonl", b'{"text": "%s"}\n' % name.encode())
+    assert [told(name) for name in ("json", "csv", "parquet")] == [
+        [(1, {"text": name})] for name in ("json", "csv", "parquet")
+    ]
+
+
+def test_a_changed_folder_is_another(tmp_path):
+    pytest.importorskip("datasets", reason="datasets is not installed: rmfast[data]")
+    write(tmp_path, "a.jsonl", b'{"text": "a"}\n')
+
+    def identity() -> dict:
+        return files.Reader(tmp_path).identity()
+
+    before = identity()
+    assert identity() == before
+    write(tmp_path, ".hidden", b"")
+    assert identity() == before
+    found = [before]
+    write(tmp_path, "b.jsonl", b'{"text": "b"}\n')
+    found.append(identity())
+    (tmp_path / "b.jsonl").rename(tmp_path / "0.jsonl")
+    found.append(identity())
+    os.utime(tmp_path / "0.jsonl", (1, 1))
+    found.append(identity())
+    assert len({one["the files"] for one in found}) == 4

@@ -117,30 +117,36 @@ gpu_common.device_name = lambda: "none"
 
 def begin(parser, begin=gpu_common.begin):
     args = begin(parser)
-    task = gpu_common.Task(args.out / "task", 100, tests.has_a_child)
+    task = gpu_common.Task(args.out / str(os.getpid()), 100, tests.has_a_child)
     while not task.result()["rows"]:
         time.sleep(0.05)
     print(*task.result()["rows"], flush=True)
-    {}
+    exec(how)
     os._exit(0)
 
 gpu_common.begin = begin
-gpu_check.main()
+for how in tests.HOW:
+    if not os.fork():
+        gpu_check.main()
+    os.wait()
 """
+HOW = ("task.ended(now=True)", "os.kill(os.getpid(), 15)", "sys.exit()")
 
 
-@pytest.mark.parametrize("how", ["task.ended(now=True)", "os.kill(os.getpid(), 15)", "sys.exit()"])
-def test_a_task_takes_its_children_along(tmp_path, how):
-    command = [sys.executable, "-c", ENDED.format(how), "--out", str(tmp_path)]
+def test_a_task_takes_its_children_along(tmp_path):
+    command = [sys.executable, "-c", ENDED, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT / "tests", timeout=100, stdout=subprocess.PIPE)
-    pid = int(done.stdout)
-    for _ in range(100):  # until whoever adopted it has seen its end
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or ") Z" in state.read_text():
-            return
-        time.sleep(0.05)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("a child of a task outlived it")
+    pids = done.stdout.split()
+    assert len(pids) == len(HOW)
+    for pid, how in zip(pids, HOW, strict=True):
+        state = Path(f"/proc/{int(pid)}/stat")
+        for _ in range(100):  # until whoever adopted it has seen its end
+            if not state.exists() or ") Z" in state.read_text():
+                break
+            time.sleep(0.05)
+        else:
+            os.kill(int(pid), signal.SIGKILL)
+            pytest.fail(f"a child of a task outlived {how}")
 
 
 def test_a_task_fails_alone(tmp_path):

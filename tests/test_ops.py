@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import rmfast
-from rmfast import ops, reference
+from rmfast import losses, ops, reference
 from rmfast.ops import _cpu as cpu
 
 
@@ -271,6 +272,70 @@ def test_attention_refuses_a_second_derivative():
     (first,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match="trie_attention has no second derivative"):
         first.sum().backward()
+
+
+TRIE = random_trie(0, batch=3, length=4)
+GROUPS = torch.tensor([3, 1, 2, 1, 1]), torch.tensor([0, 3, 5])  # ranks, offsets
+BOTH = {"bias": torch.ones(1).double(), "pairs": torch.tensor([[0, 2], [1, 2]])}
+OF_ONE = {  # by name a function of [2, N, 4], which is read in all that has a derivative
+    "attention": lambda x: ops.trie_attention(
+        x, x[:, :1].exp(), x[:, 1:].sin(), plan_of(TRIE), sinks=x[0, :, 0, 0], window=3, softcap=2.0
+    ),
+    "head": lambda x: ops.reward_head(
+        x[0, 0], torch.tensor([1, 0, 1]), x[0, 1, :2], x[0, 0, 0, :2]
+    ),
+    "pooled head": lambda x: ops.pooled_reward_head(
+        x[0], torch.tensor([[3] * len(TRIE), [3] + [0] * (len(TRIE) - 1)]), x[0, 0, :2],
+        pad_token_id=0,
+    ),
+    "pairs": lambda x: ops.pairwise_loss(x[0, 0, :4, 0], center=0.1, gamma=2.0).loss,
+    "head and pairs": lambda x: ops.reward_head_pairwise_loss(
+        x[0, 0], torch.tensor([1, 0, 1]), x[0, 1, :1], **BOTH
+    ).loss,
+    "ratings": lambda x: losses.regression(x[0, 0, :4, 0], x[0, 1, :4, 0].detach()),
+    "all pairs": lambda x: ops.listwise_loss(x[0, 0, :5, 0], *GROUPS),
+    "plackett-luce": lambda x: ops.listwise_loss(
+        x[0, 0, :5, 0], *GROUPS, kind="plackett_luce", max_size=3
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["cpu", "as on a GPU"])
+@pytest.mark.parametrize("name", OF_ONE)
+def test_transforms_of_torch_and_forward_mode(name, kernels, monkeypatch):
+    torch.manual_seed(0)
+    x, direction = (torch.randn(1, 2, len(TRIE), 4, dtype=torch.float64) for _ in range(2))
+
+    def value(x):
+        return OF_ONE[name](x).sin().sum()
+
+    def slope(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(value(x), x)[0]
+
+    want, rows = slope(x), torch.stack([x, 2 * x])
+    each = torch.stack([slope(row) for row in rows])
+    if kernels:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    near = torch.testing.assert_close
+    near(torch.func.grad(value)(x), want)
+    near(torch.func.vmap(torch.func.grad(value))(rows), each)
+    near(torch.func.jvp(value, (x,), (direction,))[1], (want * direction).sum())
+    with forward_ad.dual_level():
+        dual = value(forward_ad.make_dual(x, direction))
+        near(forward_ad.unpack_dual(dual).tangent, (want * direction).sum())
+    curvature = torch.func.hessian(value)(x)
+    near(curvature, torch.func.jacrev(torch.func.grad(value))(x))
+    assert curvature.abs().max() > 0
+
+
+def test_places_that_stand_for_many_are_not_looked_at():
+    hidden, weight = torch.randn(2, 3, 4), torch.randn(1, 4)
+    index = torch.tensor([[0, 2], [1, 1]])
+    got = torch.func.vmap(ops.reward_head, in_dims=(0, 0, None))(hidden, index, weight)
+    assert torch.equal(
+        got, torch.stack([ops.reward_head(hidden[i], index[i], weight) for i in (0, 1)])
+    )
 
 
 def test_a_plan_is_made_once_and_of_one_batch(monkeypatch):

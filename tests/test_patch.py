@@ -77,6 +77,22 @@ def test_all_pad_row_runs_unpacked_and_says_so():
     assert "1 call ran unpacked" in str(report)
 
 
+@pytest.mark.parametrize("cls", [AutoModelForSequenceClassification, AutoModelForCausalLM])
+def test_transforms_of_torch_run_unpacked_and_the_report_says_so(cls):
+    model = tiny.model(cls=cls, dtype=torch.float64)
+    inputs = {**tiny.padded(tiny.rows()[:2]), "use_cache": False}
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights):
+        return torch.func.functional_call(model, weights, (), inputs).logits.square().sum()
+
+    want = torch.func.grad(loss)(weights)
+    rmfast.patch(model)
+    got = torch.func.grad(loss)(weights)
+    assert tiny.grad_error(got, want) <= 1e-12
+    assert list(rmfast.report(model).fallbacks) == ["torch.func, which sees no numbers to pack by"]
+
+
 def test_all_pad_row_without_a_mask():
     model = tiny.model(dtype=torch.float64)
     inputs = {"input_ids": tiny.padded([*tiny.rows(), [tiny.PAD]])["input_ids"]}
@@ -991,7 +1007,6 @@ CASES = [
 def test_a_model_is_freed_with_its_last_name(level, make, options, life):
     inputs = tiny.padded(tiny.rows())
     make()(**inputs)  # what libraries import and keep on their first call is not ours
-    gc.collect()
     gc.disable()
     try:
         model = rmfast.patch(make(), **options)

@@ -205,7 +205,7 @@ def test_bf16_scores_are_as_near_as_the_whole_pass():
 
 def test_torch_compile_goes_around_the_pieces():
     """Into the layers alone: cutting is not compiled anew for each piece."""
-    model = tiny.model("llama", torch.float64)
+    model = tiny.model("llama", torch.float64, num_hidden_layers=2)
     batches = [tiny.padded(groups(seed)) for seed in range(3)]
     torch.compiler.reset()
     torch._dynamo.utils.clear_compilation_metrics()

@@ -29,6 +29,7 @@ from rmfast.score import parquet as score_parquet
 from rmfast.score import scorer
 from rmfast.score import source as score_source
 
+resource = pytest.importorskip("resource", reason="limits of a process are POSIX's")
 USER, GOOD, BAD = (
     {"role": role, "content": text}
     for role, text in (("user", "hi"), ("assistant", "good"), ("assistant", "bad"))
@@ -145,7 +146,7 @@ def oracle(loaded):
             "pair",
         ),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [[USER, GOOD], [USER, BAD]], "pair"),
-        ({"chosen": "hi good", "rejected": "hi bad"}, ["hi good", "hi bad"], "pair"),
+        ({"chosen": "hi good", "rejected": "hi bad"}, ["hi good</s>", "hi bad</s>"], "pair"),
         ({"text": "hi good"}, ["hi good"], "reward"),
     ],
 )
@@ -178,11 +179,11 @@ def test_options_reach_the_scorer(run, oracle, capsys):
     assert np.allclose(rewards("--normalize"), (raw - 0.5) / 2, atol=1e-5)
     assert np.allclose(rewards("--sigmoid"), 1 / (1 + np.exp(-raw)), atol=1e-5)
     joined = oracle(*(r["prompt"] + r["response"] for r in rows))
-    assert np.allclose(rewards("--plain"), joined, atol=1e-5)
+    assert np.allclose(rewards("--no-chat"), joined, atol=1e-5)
     system = {"role": "system", "content": "Be kind."}
     got = rewards("--system-prompt", "Be kind.", "--max-tokens", "16")
     assert np.allclose(got, oracle(*([system, *turn] for turn in turns)), atol=1e-5)
-    assert json.loads(Path("o.jsonl.report.json").read_text())["max_tokens"] == 16
+    assert json.loads(Path(".o.jsonl.report.json").read_text())["max_tokens"] == 16
     Path("t.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
     marked = oracle(*(f"<{r['prompt']}><{r['response']}>" for r in rows))
     assert np.allclose(rewards("--chat-template", "t.jinja"), marked, atol=1e-5)
@@ -253,7 +254,7 @@ def test_every_format_into_every_other(run, oracle, source, target):
         assert scored == row
     if target == "o.parquet":
         assert parquet.read_schema(path).field("reward").type == pyarrow.float32()
-        assert not score_parquet.parts_folder(path).exists()
+        assert not Path(f"{path}.parts").exists()
 
 
 @pytest.mark.parametrize("target", NAMES)
@@ -441,6 +442,108 @@ def test_a_folder_of_data(run):
     assert [row["text"] for row in got] == ["é0", "é1", "é2"]
 
 
+def test_a_folder_that_changed_is_another_input(run, monkeypatch, capsys):
+    pytest.importorskip("datasets", reason="datasets is not installed: rmfast[data]")
+    Path("data").mkdir()
+    write("data/b.jsonl", conversations(20))
+    interrupted(run, monkeypatch, source="data")
+    before = Path("o.jsonl").read_bytes()
+    write("data/a.jsonl", conversations(5, seed=1))
+    run("--batch-window", "4", "--resume", source="data", code=2)
+    assert "the files of --input changed; --overwrite" in capsys.readouterr().err
+    assert Path("o.jsonl").read_bytes() == before
+    Path("data/a.jsonl").unlink()
+    run("--batch-window", "4", "--resume", source="data")
+    assert [row["response"] for row in read("o.jsonl")] == [
+        row["response"] for row in conversations(20)
+    ]
+
+
+def test_data_loaders_read_the_outputs_and_nothing_else(run):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: rmfast[data]")
+    for end in ("jsonl", "parquet"):
+        Path(end).mkdir()
+        for number in range(2):
+            write("in.jsonl", conversations(4, seed=number))
+            run(name=f"{end}/{number}.{end}")
+        data = datasets.load_dataset(f"./{end}", split="train", cache_dir="cache")
+        assert (len(data), data.column_names) == (8, ["prompt", "response", "reward"])
+
+
+@pytest.mark.parametrize("source", ["[ab].jsonl", "a.jsonl,b.jsonl", "a.jsonl,[b-d].jsonl"])
+def test_several_files_of_which_one_has_a_bad_row(run, monkeypatch, source):
+    rows = conversations(20)
+    write("a.jsonl", rows[:7])
+    write("b.jsonl", rows[7:])
+    Path("b.jsonl").write_text("bad\n" + Path("b.jsonl").read_text())
+    interrupted(run, monkeypatch, source=source)
+    run("--batch-window", "4", "--resume", source=source, code=1)
+    assert [row["response"] for row in read("o.jsonl")] == [row["response"] for row in rows]
+    (error,) = lines("o.jsonl.errors.jsonl")
+    assert error["line"] == "b.jsonl:1"
+
+
+def test_input_may_be_named_again(run):
+    write("in.jsonl", conversations(3))
+    write("b.jsonl", conversations(4))
+    assert len(read(run("--input", "b.jsonl"))) == 7
+
+
+def test_shards_make_up_the_whole(run, monkeypatch, capsys):
+    write("in.jsonl", conversations(22))
+    whole = read(run("--no-chat"))
+    parts = []
+    for i in range(3):
+        shard = ("--no-chat", "--shard", f"{i}/3", "--limit", "20")
+        if i == 1:
+            interrupted(run, monkeypatch, *shard, name="1.jsonl", windows=1)
+            other = (*shard[:2], "2/3", *shard[3:])
+            run("--batch-window", "4", "--resume", *other, name="1.jsonl", code=2)
+            assert '--shard was "1/3", now it is "2/3"' in capsys.readouterr().err
+            shard = ("--batch-window", "4", *shard, "--resume")
+        parts.append(read(run(*shard, name=f"{i}.jsonl")))
+    for n, row in enumerate(whole[:20]):
+        assert parts[n % 3][n // 3]["response"] == row["response"]
+        assert parts[n % 3][n // 3]["reward"] == pytest.approx(row["reward"], rel=1e-5)
+    assert sum(map(len, parts)) == 20
+
+
+def test_from_stdin_to_stdout(run, monkeypatch, capfdbinary):
+    rows = conversations(6)
+    data = "".join(json.dumps(row) + "\n" for row in rows[:3]) + "bad\n"
+    data = (data + "".join(json.dumps(row) + "\n" for row in rows[3:])).encode()
+
+    def stdin() -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    stdin()
+    path = run("--batch-window", "4", source="-", name="o.jsonl", code=1)
+    capfdbinary.readouterr()
+    stdin()
+    run("--batch-window", "4", source="-", name="-", code=1)
+    out, err = capfdbinary.readouterr()
+    assert out == path.read_bytes()
+    assert b'{"line": 4, "reason": "not JSON' in err and b"6 of 7 rows scored: stdout" in err
+    left = {".o.jsonl.report.json", ".o.jsonl.state.json", "o.jsonl", "o.jsonl.errors.jsonl"}
+    assert {file.name for file in path.parent.iterdir()} == left
+    stdin()
+    run("--batch-window", "4", "--resume", source="-", code=1)  # the same text again: complete
+    run("--resume", source="-", name="-", code=2)
+    assert b"nothing can --resume" in capfdbinary.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["in.json", "in.jsonl.gz"])
+def test_a_list_of_json(run, name):
+    rows = conversations(4)
+    for text in (json.dumps(rows), json.dumps(rows, indent=1)):
+        data = text.encode()
+        Path(name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        got = read(run("--overwrite", source=name))
+        assert [(row["prompt"], row["response"]) for row in got] == [
+            (row["prompt"], row["response"]) for row in rows
+        ]
+
+
 # --- rows that cannot be scored
 
 
@@ -462,7 +565,7 @@ BAD_ROWS: list[tuple[str | bytes, str]] = [
     ('{"messages": null}', '"messages" must be a list of messages, not null'),
     ('{"messages": "hello"}', '"messages" must be a list of messages, not text'),
     ('{"messages": 3}', '"messages" must be a list of messages, not a number'),
-    ('{"messages": {"role": "user"}}', '"messages" must be a list of messages, not an object'),
+    ('{"messages": {"role": "user"}}', '"messages" message 0: "content" must be text, is missing'),
     ('{"messages": []}', '"messages" is empty'),
     ('{"messages": ["hello"]}', "message 0 must be an object with role and content, not text"),
     ('{"messages": [[{"role": "user", "content": "x"}]]}', "message 0 must be an object"),
@@ -471,7 +574,7 @@ BAD_ROWS: list[tuple[str | bytes, str]] = [
     ('{"messages": [{"role": "user", "content": 5}]}', '"content" must be text, is a number'),
     ('{"messages": [{"role": "user", "content": null}]}', '"content" must be text, is null'),
     ('{"messages": [{"role": ["user"], "content": "x"}]}', '"role" must be text, is a list'),
-    ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "must be text, is a list"),
+    ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "must be text, is null"),
     ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "half a surrogate pair"),
     ('{"messages": [{"role": "critic", "content": "x"}]}', "refuses the messages: no such role"),
     ('{"messages": ' + "[" * 500 + "]" * 500 + "}", "message 0 must be an object"),
@@ -498,17 +601,20 @@ def test_bad_rows_are_told_by_line_and_left_out(run, monkeypatch, capsys, target
     for error, (_, reason) in zip(errors, BAD_ROWS, strict=True):
         assert reason in error["reason"]
         assert error["kind"] == ("overlong" if "tokens" in reason else "bad")
-    report = json.loads(Path(f"{target}.report.json").read_text())
+    report = json.loads(Path(f".{target}.report.json").read_text())
     counts = (len(good) + len(raw), len(good), 1, len(raw) - 1)
     assert tuple(report[x] for x in ("rows", "scored", "overlong", "errors")) == counts
     assert f"left out           {len(raw)} (1 too long)" in capsys.readouterr().out
 
 
-def test_only_bad_rows(run):
-    Path("in.jsonl").write_text("no\nno\n")
+def test_only_bad_rows(run, capsys):
+    Path("in.jsonl").write_text("no\n{\n[]\nno\n")
     for target in NAMES:
         assert read(run(name=target, code=1)) == []
-        assert [error["line"] for error in lines(f"{target}.errors.jsonl")] == [1, 2]
+        assert [error["line"] for error in lines(f"{target}.errors.jsonl")] == [1, 2, 3, 4]
+        said = capsys.readouterr().out
+        assert "line 1: not JSON: " in said and "line 3: a line must be a JSON object" in said
+        assert "line 4" not in said
 
 
 @pytest.mark.parametrize(
@@ -606,7 +712,7 @@ def test_killed_anywhere_and_resumed_is_the_same_byte_for_byte(stopped):
     assert [x for x in tries if not x["same"]] == []
     for name in ("o.jsonl", "o.csv.gz", "o.parquet"):
         assert len({x["rows"] for x in kills if x["name"] == name}) >= 3  # not all at the start
-    left = ["", ".errors.jsonl", ".report.json", ".state.json"]
+    left = ["", "..report.json", "..state.json", ".errors.jsonl"]
     assert [x for x in tries if x["left"] != left] == []
 
 
@@ -628,20 +734,20 @@ def test_interrupted_it_says_how_to_go_on(stopped):
 
 
 def interrupted(
-    run, monkeypatch, *argv: str, name: str = "o.jsonl", error=KeyboardInterrupt
+    run, monkeypatch, *argv: str, windows: int = 2, error=KeyboardInterrupt, **names: str
 ) -> None:
-    """A run that ends after two windows."""
-    windows = scorer.Scorer.windows
+    """A run that ends after some windows."""
+    whole = scorer.Scorer.windows
 
-    def two(self, rows):
-        for number, window in enumerate(windows(self, rows)):
-            if number == 2:
+    def some(self, rows):
+        for number, window in enumerate(whole(self, rows)):
+            if number == windows:
                 raise error
             yield window
 
     with monkeypatch.context() as patch:
-        patch.setattr(scorer.Scorer, "windows", two)
-        run("--batch-window", "4", *argv, name=name, code=130 if error is KeyboardInterrupt else 2)
+        patch.setattr(scorer.Scorer, "windows", some)
+        run("--batch-window", "4", *argv, code=130 if error is KeyboardInterrupt else 2, **names)
 
 
 def test_resume_is_for_the_same_run_only(run, monkeypatch, capsys, model):
@@ -659,7 +765,7 @@ def test_resume_is_for_the_same_run_only(run, monkeypatch, capsys, model):
     refused("--resume", said="--batch-window was 4, now it is 1024")
     same = ("--resume", "--batch-window", "4")
     refused(*same, "--max-length", "9", said="--max-length was not given, now it is 9")
-    refused(*same, "--plain", said="--plain was off, now it is on")
+    refused(*same, "--no-chat", said="--chat was ")
     refused(*same, "--response-column", "x", said="--response-column was not given")
     refused(*same, "--system-prompt", "é", said='--system-prompt was not given, now it is "é"')
     Path("t.jinja").write_text("x")
@@ -692,10 +798,10 @@ def test_resume_where_there_is_nothing_to_go_on_with(run, capsys):
     Path("o.jsonl").unlink()
     run("--resume", code=2)
     assert "o.jsonl is gone" in capsys.readouterr().err
-    Path("o.jsonl.state.json").write_text("{")
+    Path(".o.jsonl.state.json").write_text("{")
     run("--resume", code=2)
     assert "o.jsonl.state.json cannot be read" in capsys.readouterr().err
-    Path("o.jsonl.state.json").unlink()
+    Path(".o.jsonl.state.json").unlink()
     run("--resume")
     assert Path("o.jsonl").read_bytes() == whole
 
@@ -718,12 +824,65 @@ def test_resume_notices_that_something_was_cut_off(run, monkeypatch, capsys, nam
     assert "start again with --overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["o.jsonl", "o.csv.gz", "o.parquet"])
+def test_two_runs_never_write_one_output(run, monkeypatch, capsys, name):
+    write("in.jsonl", conversations(20))
+    whole = run("--batch-window", "4", name=f"whole{name[1:]}").read_bytes()
+    windows = scorer.Scorer.windows
+
+    def busy(self, rows):
+        for number, window in enumerate(windows(self, rows)):
+            yield window
+            for argv in ((), ("--resume",), ("--overwrite",)) if number == 1 else ():
+                run("--batch-window", "4", *argv, name=name, code=2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scorer.Scorer, "windows", busy)
+        path = run("--batch-window", "4", name=name)
+    said = capsys.readouterr().err
+    assert said.count(f"{name} is being written by another run (process {os.getpid()} on ") == 3
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["o.jsonl.errors.jsonl", "o.jsonl.parts"])
+def test_what_is_somebody_elses_stays(run, capsys, name):
+    write("in.jsonl", conversations(5))
+    file = Path(name) / "000000.parquet" if name.endswith("parts") else Path(name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("precious")
+    for argv in ((), ("--overwrite",), ("--resume",)):
+        run(*argv, code=2)
+        assert f"{name} is there, and no run" in capsys.readouterr().err
+        assert file.read_text() == "precious" and not Path("o.jsonl").exists()
+
+
+def test_a_report_that_is_there_is_not_replaced(run, monkeypatch, capsys):
+    write("in.jsonl", conversations(20))
+    Path("r.json").write_text("precious")
+    run("--report", "r.json", code=2)
+    assert "--report r.json already exists: --overwrite" in capsys.readouterr().err
+    interrupted(run, monkeypatch, "--report", "mine.json")
+    run("--batch-window", "4", "--resume", "--report", "r.json", code=2)
+    assert Path("r.json").read_text() == "precious"
+    Path("mine.json").write_text("a report that was written just before a kill")
+    run("--batch-window", "4", "--resume", "--report", "mine.json")
+    assert json.loads(Path("mine.json").read_text())["rows"] == 20
+
+
+def test_without_its_output_a_state_blocks_nothing(run):
+    write("in.jsonl", conversations(20))
+    for name in ("o.csv", "o.parquet"):
+        whole = run("--batch-window", "4", name=name).read_bytes()
+        Path(name).unlink()
+        assert run("--batch-window", "4", name=name).read_bytes() == whole
+
+
 def test_what_failed_before_the_first_window_is_in_nobodys_way(run, capsys, loaded, monkeypatch):
     write("in.jsonl", conversations(5))
     monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
     run(code=2)
     assert "--chat-template FILE" in capsys.readouterr().err
-    run("--plain")
+    run("--no-chat")
     assert len(lines("o.jsonl")) == 5
 
 
@@ -742,11 +901,11 @@ def test_overwriting_forgets_errors_and_parts(run, monkeypatch):
 def test_max_tokens_found_once_holds_for_the_whole_run(run, monkeypatch):
     write("in.jsonl", conversations(20))
     interrupted(run, monkeypatch)
-    state = json.loads(Path("o.jsonl.state.json").read_text())
+    state = json.loads(Path(".o.jsonl.state.json").read_text())
     state["max_tokens"] = 77  # as if there had been less memory then
-    Path("o.jsonl.state.json").write_text(json.dumps(state))
+    Path(".o.jsonl.state.json").write_text(json.dumps(state))
     run("--batch-window", "4", "--resume")
-    assert json.loads(Path("o.jsonl.report.json").read_text())["max_tokens"] == 77
+    assert json.loads(Path(".o.jsonl.report.json").read_text())["max_tokens"] == 77
 
 
 def test_a_full_disk_loses_nothing(run, monkeypatch, capsys):
@@ -765,6 +924,36 @@ def test_a_full_disk_loses_nothing(run, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "No space left on device" in said and "--resume continues" in said
     assert run("--batch-window", "4", "--resume").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "name, share",
+    [
+        ("o.csv", 0.3),
+        ("o.csv", 0.7),
+        ("o.jsonl", 0.7),
+        ("o.csv.gz", 0.3),
+        ("o.jsonl.zst", 0.5),
+        ("o.parquet", 0.3),
+        ("o.parquet", 0.7),
+    ],
+)
+def test_a_disk_that_is_full_in_the_middle_of_a_write(run, capsys, name, share):
+    rows = [{"x": os.urandom(150).hex(), **row} for row in conversations(40)]  # more than the state
+    write("in.jsonl", rows)
+    whole = run("--batch-window", "8", name=f"whole{name[1:]}").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(len(whole) * share), limits[1]))
+    try:
+        run("--batch-window", "8", name=name, code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert f"{name}" in said and "cannot be written: " in said and "--resume continues" in said
+    state = json.loads(Path(f".{name}.state.json").read_text())
+    assert state["rows"] < 40 or name == "o.parquet"  # whose parts are joined at the end
+    assert not state["done"]
+    assert run("--batch-window", "8", "--resume", name=name).read_bytes() == whole
 
 
 def test_out_of_memory_is_told_and_can_go_on(run, monkeypatch, capsys):
@@ -801,7 +990,7 @@ def test_report(run, capsys):
     Path("in.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nbad\n")
     run("--report", "r.json", code=1)
     report = json.loads(Path("r.json").read_text())
-    assert not Path("o.jsonl.report.json").exists()
+    assert not Path(".o.jsonl.report.json").exists()
     assert (report["rows"], report["scored"], report["errors"]) == (21, 20, 1)
     assert report["conversations"] == 20
     assert report["distinct_prefixes"] == report["tokens_run"] < report["tokens"]
@@ -822,7 +1011,7 @@ def test_nothing_is_said_to_be_shared_where_batches_are_padded(run, monkeypatch)
         loading, "load", lambda *_, **__: loading.Loaded(bloom, tiny.tokenizer(), [])
     )
     run("--max-tokens", "300")
-    report = json.loads(Path("o.jsonl.report.json").read_text())
+    report = json.loads(Path(".o.jsonl.report.json").read_text())
     assert report["level"] == "head"
     assert report["sharing_saved"] == 0 and report["tokens_run"] > report["tokens"]
 
@@ -833,7 +1022,7 @@ def test_progress(run, monkeypatch, capsys, terminal):
     Path("in.jsonl").write_text("\n".join(map(json.dumps, conversations(20))) + "\nbad\n")
     run("--batch-window", "4", code=1)
     last = capsys.readouterr().err.strip().replace("\n", "\r").split("\r")[-1]
-    report = json.loads(Path("o.jsonl.report.json").read_text())
+    report = json.loads(Path(".o.jsonl.report.json").read_text())
     assert "100%" in last and f"21 rows, {report['tokens']:,} tokens, " in last
     assert f"{report['sharing_saved']:.0%} saved by sharing, 1 left out" in last
 
@@ -849,6 +1038,12 @@ def test_progress(run, monkeypatch, capsys, terminal):
             "--report no/r.json: there is no folder",
         ),
         (["--output", "in.jsonl"], "is the input"),
+        (["--output", "o.jsonl", "--report", "in.jsonl"], "--report in.jsonl is the input"),
+        (["--output", "o.jsonl", "--report", "o.jsonl"], "--report o.jsonl is the output"),
+        (["--output", "o.jsonl", "--report", ".o.jsonl.state.json"], "is the report"),
+        (["--output", "d.jsonl/o.jsonl", "--input", "d.jsonl"], "in a folder that --input reads"),
+        (["--output", "o.jsonl", "--shard", "4/4"], "--shard must be i/n, from 0/n to n-1/n"),
+        (["--output", "o.jsonl", "--shard", "1"], "--shard must be i/n"),
         (["--output", "d.jsonl"], "is a folder"),
         (["--output", "o.jsonl", "--chat-template", "no.jinja"], "--chat-template no.jinja"),
         (["--output", "o.jsonl", "--input", "no.jsonl"], "no.jsonl: no such file"),

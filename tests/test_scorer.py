@@ -20,6 +20,7 @@ import rmfast
 import tiny
 from rmfast import Scorer
 from rmfast.data import Pair
+from rmfast.data.form import Form
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
 from rmfast.score import memory
@@ -98,7 +99,13 @@ def test_carried_keys_and_values(family):
         assert scorer.stats.tokens_run == scorer.stats.nodes == len(rmfast.pack(rows))
 
 
-def test_compiled_layers_carry_too():
+def test_compiled_layers_carry_too(monkeypatch):
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(  # inductor takes seconds, and test_compose.py has it
+        torch.nn.Module,
+        "compile",
+        lambda *args, **kwargs: compile(*args, **kwargs, backend="eager"),
+    )
     model = tiny.model("llama", num_hidden_layers=2)
     expected = one_by_one(model, groups())
     got = Scorer(model, max_tokens=12, compile=True).score(groups())
@@ -170,12 +177,35 @@ def test_a_model_with_a_head_of_its_own():
             return type("Out", (), {"logits": self.value(hidden)[range(len(last)), last]})
 
     model, rows = Valued(), groups()
+    rows += [[*row, tiny.PAD] for row in rows[:3]]  # its rule is not to pass over the pad token
     with torch.no_grad():
         expected = [model(x := torch.tensor([r]), torch.ones_like(x)).logits.item() for r in rows]
     scorer = Scorer(model, max_tokens=150)
     assert rmfast.report(model).level == "backbone"
     assert np.abs(scorer.score(rows) - expected).max() <= 1e-4 * np.std(expected)
     assert scorer.stats.nodes < scorer.stats.tokens_run
+
+
+def test_a_model_that_records_its_training():
+    """Texts of a model that rmfast trained become the tokens of the training."""
+    model = tiny.model("llama", vocab_size=tiny.WORDS, max_position_embeddings=512)
+    tokenizer = tiny.tokenizer()
+    Form(False, True, False, None, 40, "hf").record(model.config)
+    scorer = Scorer(model, tokenizer)
+    texts, pairs = ["a b", ("a ", "b")], [{"prompt": "a ", "chosen": "b", "rejected": "c"}]
+    want = one_by_one(model, [[*tokenizer(x)["input_ids"], 2] for x in ("a b", "a c")])
+    assert np.allclose(scorer.score(texts), want[0], atol=1e-5)
+    assert np.allclose(scorer.score_pairs(pairs), want, atol=1e-5)
+    assert np.allclose(scorer.score_pairs([("a b", "a c")]), want, atol=1e-5)
+    with pytest.raises(DataError, match="row 0: 41 tokens, more than max_length 40"):
+        scorer.score(["x" * 40])
+    assert scorer.about()["form"] == {
+        "text": "as it is", "end_of_text": True, "bos": False, "max_length": 40,
+        "as_recorded_in_training": True, "warnings": [],
+    }  # fmt: skip
+    other = Scorer(model, tokenizer, chat=True, end_of_text=False, max_length=99)
+    plain = tokenizer.apply_chat_template([{**TALK[0], "content": "a"}, TALK[1]])["input_ids"]
+    assert np.allclose(other.score([("a", "yes")]), one_by_one(model, [plain]), atol=1e-5)
 
 
 def test_a_window_of_rope_that_depends_on_the_length():
@@ -377,7 +407,8 @@ def test_every_kind_of_input_in_order():
              Pair("yes", "no", "hé"), {"chosen": TALK, "rejected": TALK}]  # fmt: skip
     both = scorer.score_pairs(pairs)
     assert both.shape == (4, 2) and both.dtype == np.float32
-    assert np.allclose(both[0], [got[1], got[0]]) and np.array_equal(both[1], both[2])
+    ended = scorer.score(["plain</s>"])[0]  # as TRL ends a side
+    assert np.allclose(both[0], [got[1], ended]) and np.array_equal(both[1], both[2])
     assert both[3, 0] == both[3, 1]
 
 
@@ -387,13 +418,64 @@ def test_pairs_of_token_ids_and_pairs_that_cannot_be_scored():
     assert np.allclose(ids[0], ids[1])
     for bad, reason in (
         ({"chosen": "a"}, '"rejected" is missing'),
-        ({"chosen": "a", "rejected": "b", "question": "q"}, 'has "question", which seems to'),
+        ({"chosen": "a", "rejected": "b", "context": "q"}, 'has "context", which seems to'),
         ({"chosen": "a", "rejected": TALK}, '"chosen", "rejected" must all be text'),
         (Pair([5, 6], [7], "hé"), '"chosen" message 0 must be an object'),
         (Pair("a", "b", 3), '"prompt" must be text or a list of messages'),
     ):
         with pytest.raises(DataError, match=f"^row 1: {reason}"):
             scorer.score_pairs([("a", "b"), bad])
+
+
+class Table:  # what pandas and polars have in common
+    columns = ("text", "id")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def __len__(self):
+        return 2
+
+
+SINGLE = ["hello", b"hello", TALK, TALK[:1], ("a", "b"), (TALK[:1], "b"), (TALK[:1], TALK[1:])]
+SINGLE += [[1, 2, 3], np.array([1, 2]), torch.tensor([1, 2]), TALK[0], Table()]
+
+
+@pytest.mark.parametrize("given", SINGLE, ids=lambda x: type(x).__name__)
+def test_one_conversation_is_no_list_of_them(given):
+    """Most could be gone through: letters, keys, the two texts of a tuple."""
+    scorer = Scorer(tiny.model(vocab_size=tiny.WORDS), tiny.tokenizer())
+    message = "conversations must be a list of conversations, not a"
+    for score in (
+        scorer.score,
+        lambda given: list(scorer.stream(given)),
+        lambda given: list(scorer.windows([("tag", given)])),
+    ):
+        with pytest.raises(TypeError, match=message):
+            score(given)
+    assert not scorer.stats.conversations
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["hi", ("a", "b"), {"chosen": "a", "rejected": "b"}, Pair(None, "a", "b", "")],
+    ids=lambda x: type(x).__name__,
+)
+def test_one_pair_is_no_list_of_them(given):
+    scorer = Scorer(tiny.model(vocab_size=tiny.WORDS), tiny.tokenizer())
+    with pytest.raises(TypeError, match="pairs must be a list of pairs"):
+        scorer.score_pairs(given)
+    with pytest.raises(DataError, match=r"row 1: a pair is \(chosen, rejected\) .* not this str"):
+        scorer.score_pairs([("a", "b"), "cd"])
+
+
+def test_tuples_of_many_are_lists():
+    scorer = Scorer(tiny.model(vocab_size=tiny.WORDS), tiny.tokenizer())
+    many = ("a", "b", "cd")
+    assert np.array_equal(scorer.score(many), scorer.score([*many]))
+    pairs = (("a", "b"), ("c", "d"))
+    assert np.array_equal(scorer.score_pairs(pairs), scorer.score_pairs([*pairs]))
+    assert scorer.score(([5, 6], [7])).shape == (2,)
 
 
 def test_nothing_and_one():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -75,6 +76,18 @@ def test_table_of_a_subset_with_the_name_of_a_line():
     assert names == [*["best answer is chosen"] * 2, "pairs", "mean of subsets", "pairs"]
 
 
+def test_a_published_figure_comes_first(pairs):
+    found = {"benchmark": "B", "score": 0.4567, "parts": {"x": 0.5, "long name": 0.25}, "of": 2,
+        "formula": "mean of the parts", "paper": "arXiv 1"}  # fmt: skip
+    text = show.table({"headline": found, **pairs})
+    lines = ["B 45.7%", "  as published (arXiv 1): mean of the parts", "  x           50.0%"]
+    assert text.startswith("\n".join([*lines, "  long name   25.0%", "", "rmfast's own figures "]))
+    text = show.table({"headline": found | {"of": 3}, **pairs})
+    assert text.splitlines()[2] == "  2 of its 3 parts are in these rows"
+    assert show.figure({"headline": found, **pairs}, "m")._suptitle.get_text() == "m\nB 45.7%"
+    assert show.table({"headline": None, **pairs}) == show.table(pairs)
+
+
 def test_table_of_nothing():
     text = show.table(measures.summarise(Judged()))
     assert "nan" not in text and re.search(r"^chosen wins +0 +0 +0 +0 +-", text, re.MULTILINE)
@@ -93,6 +106,62 @@ def test_figure(pairs, tmp_path):
     assert (
         "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
     )
+
+
+@pytest.mark.parametrize(
+    "title, shown",
+    [
+        ("$x_{ and $\\b", "$x_{ and $\\b"),
+        ("one $ alone", "one $ alone"),
+        ("猫 \ud83d\udcff", "\\u732b \\ud83d\\udcff"),  # no font here has it: written out
+        ("модель \u210a", "модель \u210a"),  # two fonts
+        ("a\tb\nc\x07", "a\\tb\nc\\x07"),
+        ("/a-long/path" * 40, None),
+        ("模型" * 90, None),
+    ],
+)
+def test_any_title_is_drawn(pairs, monkeypatch, title, shown):
+    from matplotlib import font_manager
+
+    kept = [x for x in font_manager.fontManager.ttflist if x.name.startswith(("DejaVu", "STIX"))]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", kept)
+    out = show.figure(pairs, title)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a glyph that is missing
+        out.canvas.draw()
+    text = out._suptitle
+    if shown is not None:
+        assert text.get_text().replace(r"\$", "$") == shown
+    drawn = text.get_window_extent()
+    assert drawn.x0 >= 0 and drawn.x1 <= out.bbox.x1
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1, 12345, 3e7])
+def test_labels_do_not_collide(scale):
+    draw, rows = np.random.default_rng(0), Judged()
+    for _ in range(100):
+        rows.add(draw.normal([0.5, 0]) * scale, [5, 5])
+    lines = [{"kind": "train", "step": i, "loss": 1 / i} for i in range(1, 60)]
+    tally = {"accuracy": 0.75, "interval": [0.5, 0.9]}
+    lines.append({"kind": "eval", "step": 9, "rows": tally, "calibration": {"log_loss": 0.6}})
+    title = "a model " * 30
+    for out in (show.figure(measures.summarise(rows), title), show.curve(lines, title)):
+        out.canvas.draw()
+        found = [out._suptitle]
+        for axes in out.axes:
+            found += [axes.title, axes.xaxis.label, axes.yaxis.label, axes.get_legend(), axes.patch]
+            low, high = axes.get_xlim()
+            ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+            found += [label for tick, label in ticks if low <= tick <= high]
+            found.append(axes.xaxis.get_offset_text())
+        boxes = [x.get_window_extent().shrunk(0.99, 0.99) for x in found if _is_seen(x)]
+        for i, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def _is_seen(artist) -> bool:
+    """Whether it is no text, or text that is not empty."""
+    return not hasattr(artist, "get_text") or bool(artist.get_text())
 
 
 def test_figure_of_nothing():
@@ -119,4 +188,17 @@ def test_curve():
     ]
     assert accuracy.lines[0].get_xydata().tolist() == [[2, 0.75]]
     assert accuracy.collections[0].get_paths()[0].get_extents().intervaly.tolist() == [0.5, 0.9]
+    shown = [text.get_text() for text in accuracy.get_legend().get_texts()]
+    assert shown == ["held out", "95 % interval", "chance"]
+    assert all(tick == int(tick) for axes in (loss, accuracy) for tick in axes.get_xticks())
     assert len(show.curve(lines[:1], "nothing held out").axes) == 1
+
+
+def test_curve_of_many_steps_has_a_running_mean():
+    losses = np.random.default_rng(0).random(100).tolist()
+    lines = [{"kind": "train", "step": 3 * i, "loss": x} for i, x in enumerate(losses, start=1)]
+    _, smooth = show.curve(lines, "").axes[0].lines
+    assert smooth.get_label() == "training, mean of 5"
+    xs, ys = smooth.get_data()
+    assert list(xs) == list(range(15, 303, 3))
+    assert list(ys) == pytest.approx([sum(losses[i : i + 5]) / 5 for i in range(96)])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +28,10 @@ from transformers.utils import logging
 
 import rmfast
 import tiny
-from rmfast import data
+from rmfast import data, resume
 from rmfast.commands import main
 from rmfast.data.encoding import Encoder
-from rmfast.train import begin, fit, watch
+from rmfast.train import begin, fit, job, watch
 from rmfast.train import rows as train_rows
 from rmfast.train.trainer import RewardConfig, RewardTrainer
 
@@ -61,6 +63,20 @@ def loud_again():
     yield
     logging.set_verbosity(level)
     logging.enable_progress_bar()
+
+
+def saved_encoder(folder: Path) -> str:
+    """A tiny BERT, and a tokenizer that makes two segments of a prompt and a response."""
+    from tokenizers import processors
+
+    tokenizer = tiny.tokenizer(template=False)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", "<s> $A </s> $B:1 </s>:1", [("<s>", 1), ("</s>", 2)]
+    )
+    tiny.model("bert", vocab_size=tiny.WORDS, max_position_embeddings=200).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def text(draw: random.Random, most: int = 5) -> str:
@@ -124,6 +140,17 @@ def command(name: str, rows: list[dict], *argv: str) -> list[str]:
     return ["--model", name, "--data", lines(Path("in.jsonl"), rows), "--output", "out", *argv]
 
 
+def card_scores(card: str) -> list[float]:
+    """What the card's own code prints, with rmfast and without."""
+    scores = []
+    for code in re.findall(r"```python\n(.*?)```", card, re.S):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(code, {})
+        scores.append(float(said.getvalue()))
+    return scores
+
+
 # --- what comes out
 
 
@@ -166,13 +193,7 @@ def test_a_run_and_its_card(run, model, language_model, tmp_path, capsys, monkey
     assert (metadata.library_name, metadata.base_model) == ("transformers", None)
     assert metadata.eval_results[0].metric_value == held_out[-1]["rows"]["accuracy"]
     assert metadata.eval_results[0].dataset_name == "in.jsonl, held-out prompts"
-    codes = re.findall(r"```python\n(.*?)```", card, re.S)
-    scores = []
-    for code in codes:
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            exec(code, {})  # the card's own
-        scores.append(float(said.getvalue()))
+    scores = card_scores(card)
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     # and these are tokens like those that were trained on
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -183,22 +204,91 @@ def test_a_run_and_its_card(run, model, language_model, tmp_path, capsys, monkey
             ("rejected", "assistant", "Six."))}  # fmt: skip
     else:
         pair = {"prompt": question + " ", "chosen": answer, "rejected": "Six."}
-    encoder = Encoder(tokenizer)
-    row = train_rows.tokens(data.preferences([pair]), encoder, tokenizer.eos_token)[0][0]
+    encoder = Encoder(tokenizer, end_of_text=True)
+    row = train_rows.tokens(data.preferences([pair]), encoder)[0][0]
     with torch.inference_mode():
         want = loaded(torch.tensor([row["chosen_ids"].tolist()])).logits.item()
     assert scores[1] == pytest.approx(want, rel=1e-6)
 
 
-def test_the_last_figures_are_those_of_rmfast_eval(run, model, tmp_path):
-    held_out = lines(tmp_path / "held.jsonl", pairs(14, messages=True, seed=1))
-    rows = command(model, pairs(messages=True), "--eval-data", held_out)
-    out = run(*rows)
-    assert main.main(["eval", "--model", str(out), "--input", held_out, "--json", "e.json"]) == 0
+def whole(rows: list[dict]) -> list[dict]:
+    """The prompt's messages before each answer's."""
+    return [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
+
+
+def group_messages(count: int) -> list[dict]:
+    def turn(role: str, text: str) -> list[dict]:
+        return [{"role": role, "content": text}]
+
+    return [
+        {
+            "prompt": turn("user", row["prompt"]),
+            "responses": [turn("assistant", text) for text in row["responses"]],
+            "ranks": row["ranks"],
+        }
+        for row in groups(count)
+    ]
+
+
+def best_against_others(rows: list[dict]) -> list[dict]:
+    """Ranked groups as ``rmfast eval`` takes them."""
+    out = []
+    for row in rows:
+        sides = {"chosen": [], "rejected": []}
+        for answer, rank in zip(row["responses"], row["ranks"], strict=True):
+            sides["chosen" if rank == min(row["ranks"]) else "rejected"].append(answer)
+        out.append({"prompt": row["prompt"], **sides})
+    return out
+
+
+def dialogues(rows: list[dict]) -> list[dict]:
+    """As in HH-RLHF."""
+    return [
+        {k: f"\n\nHuman: {row['prompt']}\n\nAssistant: {row[k]}" for k in ("chosen", "rejected")}
+        for row in rows
+    ]
+
+
+SHAPES = {  # what is trained on, and what is held out
+    "text": (pairs(), pairs(14, seed=1)),
+    "whole texts": (whole(pairs()), whole(pairs(14, seed=1))),
+    "groups of text": (groups(16), groups(9)),
+    "dialogues": (dialogues(pairs()), dialogues(pairs(14, seed=1))),
+    "segments": (pairs(), pairs(14, seed=1)),
+    "messages": (pairs(messages=True), pairs(14, messages=True, seed=1)),
+    "whole conversations": (whole(pairs(messages=True)), whole(pairs(14, messages=True, seed=1))),
+    "groups": (group_messages(16), group_messages(9)),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "more"),
+    [
+        *((shape, []) for shape in SHAPES),
+        ("text", ["--lora-rank", "2"]),
+        ("messages", ["--lora-rank", "2", "--dtype", "bfloat16"]),
+        ("messages", ["--dtype", "mixed", "--keep-best", "--eval-every", "1"]),
+    ],
+)
+def test_the_last_figures_are_those_of_rmfast_eval(run, tmp_path, shape, more):
+    """Of a model with a BOS before each text, whose pairs are dropped where they are too long."""
+    rows, held_out = SHAPES[shape]
+    name = saved_encoder(tmp_path / "m") if shape == "segments" else saved(tmp_path / "m", True)
+    limits = {"text": "35", "whole texts": "35", "groups of text": "30", "segments": "36"}
+    more = ["--max-length", limits.get(shape, "52"), "--max-steps", "2", *more]
+    more += ["--chat"] if shape == "dialogues" else []
+    out = run(*command(name, rows, "--eval-data", lines(tmp_path / "h.jsonl", held_out), *more))
+    again = best_against_others(held_out) if "groups" in shape else held_out
+    evaluated = ["eval", "--model", str(out), "--input", lines(tmp_path / "e.jsonl", again)]
+    main.main([*evaluated, "--json", "e.json"])
     want, got = json.loads(Path("e.json").read_text()), metrics(out, "eval")[-1]
-    assert got["rows"] == want["rows"] and got["length"]["n"] == want["length"]["n"]
+    if shape == "segments":
+        ours, theirs = card_scores((out / "README.md").read_text())
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert 3 <= got["rows"]["n"] < len(held_out) and got["rows"] == want["rows"]
+    assert got["length"]["n"] == want["length"]["n"] and got["groups"] == want["groups"]
     for part, name in (("margin", "mean"), ("calibration", "log_loss"), ("calibration", "ece")):
-        assert got[part][name] == pytest.approx(want[part][name], rel=1e-4), name
+        assert got[part][name] == pytest.approx(want[part][name], rel=1e-6), name
 
 
 def test_ranked_groups(run, model):
@@ -249,8 +339,8 @@ def test_tokens_are_trls(model, tmp_path):
         theirs = RewardTrainer(
             net, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
         ).train_dataset
-        encoder = Encoder(tokenizer, max_length=60)
-        ours, dropped = train_rows.tokens(data.preferences(rows), encoder, tokenizer.eos_token)
+        encoder = Encoder(tokenizer, max_length=60, end_of_text=True)
+        ours, dropped = train_rows.tokens(data.preferences(rows), encoder)
         names = [name for name in ours[0] if name != "ranks"]
         assert len(ours) == len(theirs) and dropped.total() == len(rows) - len(ours)
         for mine, other in zip(ours, theirs, strict=True):
@@ -330,6 +420,180 @@ def test_defaults_of_lora_and_bf16_weights(run, model):
     assert not list(Path("out").glob("adapter*"))
 
 
+# --- the best checkpoint, and reports
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "2"]], ids=["all weights", "LoRA"])
+def test_the_best_checkpoint_is_written(run, model, monkeypatch, more):
+    """The first of equals, in a run that was stopped and went on elsewhere, too."""
+    accuracy = {0: 1.0, 1: 0.9, 2: 0.9, 3: 0.1}
+    evaluate = fit.Trainer.evaluate
+    stops = []
+
+    def scripted(self, *args, **kwargs):
+        figures = evaluate(self, *args, **kwargs)
+        if self.state.global_step in stops:
+            self.watch._stop()
+        return {**figures, "eval_accuracy": accuracy[self.state.global_step]}
+
+    monkeypatch.setattr(fit.Trainer, "evaluate", scripted)
+    argv = command(model, pairs(), "--keep-best", "--max-steps", "3", *more)
+    out = run(*argv)
+    kept = {x.name for x in (out / "checkpoints").glob("checkpoint-*")}
+    assert kept == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    *_, last = metrics(out, "eval")
+    assert last["step"] == 1 and last["written"]
+    assert "3 steps (kept: step 1, the best held-out" in (out / "README.md").read_text()
+    want = load_file(out / "model.safetensors")
+    if not more:
+        best = load_file(out / "checkpoints/checkpoint-1/model.safetensors")
+        assert all(torch.equal(want[name], best[name]) for name in want)
+    stops.append(1)  # after the next step
+    run(*argv, "--output", "b", code=130)
+    Path("b").rename("c")
+    stops.clear()
+    run(*argv, "--output", "c", "--resume")
+    got = load_file("c/model.safetensors")
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert metrics("c", "eval")[-1] == last
+
+
+def test_metrics_are_reported(run, model, capsys, monkeypatch):
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    seen = []
+
+    class Fake(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            seen.append((state.global_step, set(logs)))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "fake", Fake)
+    run(*command(model, pairs(), "--report-to", "fake"), code=2)
+    assert "--report-to fake: it is not installed, or unknown" in capsys.readouterr().err
+    monkeypatch.setattr(job, "get_available_reporting_integrations", lambda: ["fake"])
+    argv = command(model, pairs(), "--eval-every", "2")
+    run(*argv)
+    assert not seen
+    run(*argv, "--report-to", "fake", "--overwrite")
+    assert [step for step, names in seen if "loss" in names] == [1, 2, 3, 4]
+    assert [step for step, names in seen if "eval_accuracy" in names] == [0, 2, 4]
+
+
+# --- it learns, or says that it has not
+
+FEW = ["--dtype", "float32", "--device", "cpu", "--eval-split", "0"]
+
+
+def test_one_step_is_enough_to_learn(run, model):
+    """60 pairs and all defaults: one optimiser step."""
+    assert main.main(["train", *FEW, *command(model, pairs(60))]) == 0
+    (line,) = metrics("out", "train")
+    assert line["step"] == 1 and line["learning_rate"] == 1e-5
+    want, got = (load_file(f"{x}/model.safetensors") for x in (model, "out"))
+    assert not any(torch.equal(want[name], got[name]) for name in want if want[name].ndim > 1)
+    assert json.loads(Path("out/checkpoints/run.json").read_text())["warnings"] == []
+    assert "Warning" not in Path("out/README.md").read_text()
+
+
+def test_a_constant_rate_is_warmed_up_too(run, model):
+    argv = command(model, pairs(), "--eval-split", "0", "--warm-up", "0.1", "--batch-pairs", "1")
+    out = run(*argv, "--schedule", "constant", "--max-steps", "10")
+    rates = [line["learning_rate"] for line in metrics(out, "train")]
+    assert rates[0] < rates[1] == rates[-1] == 1e-3
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "2"], ["--dtype", "bfloat16"]], ids=str)
+def test_a_run_that_learnt_nothing_says_so(run, model, capsys, more):
+    out = run(*command(model, pairs(), *FEW, "--learning-rate", "1e-30", "--max-steps", "2", *more))
+    message = "no weight changed in 2 steps, this is the model that the run began with: raise"
+    assert f"! {message}" in capsys.readouterr().out
+    assert f"**Warning: {message}" in (out / "README.md").read_text()
+    (warning,) = json.loads((out / "checkpoints/run.json").read_text())["warnings"]
+    assert warning.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "want"),
+    [(0.03, 1, 0), (0.03, 9, 0), (0.03, 10, 1), (0.03, 1000, 30), (0.9, 50, 5), (0.0, 99, 0),
+     (7, 9, 7)],
+)  # fmt: skip
+def test_warm_up_never_swallows_a_run(tmp_path, share, steps, want):
+    args = RewardConfig(str(tmp_path), warmup_steps=share, report_to="none")
+    assert args.get_warmup_steps(steps) == want
+
+
+# --- can it be saved? is found before the first step
+
+
+def cannot(*_, **__):
+    raise ValueError("a reason\nin many lines")
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device", "some/file")
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "does", "message"),
+    [
+        ("model", "save_pretrained", cannot, "this model could not be saved at the end: a reason"),
+        ("tokenizer", "save_pretrained", cannot, "could not be saved at the end: a reason"),
+        ("model", "save_pretrained", full, "some/file: cannot be written: No space left"),
+        ("layer", "merge", cannot, "could not be saved at the end: a reason"),
+    ],
+)
+def test_what_cannot_be_saved_is_not_trained(
+    run, model, capsys, monkeypatch, what, name, does, message
+):
+    make, made = fit.make_trainer, []
+
+    def make_trainer(*args, **kwargs):
+        made.append(make(*args, **kwargs))
+        layer = (
+            made[0].model.base_model.model.model.layers[1].mlp.up_proj if what == "layer" else None
+        )
+        found = {"model": made[0].model, "tokenizer": made[0].processing_class, "layer": layer}
+        setattr(found[what], name, does)
+        return made[0]
+
+    monkeypatch.setattr(fit, "make_trainer", make_trainer)
+    more = ["--lora-rank", "2"] if what == "layer" else []
+    run(*command(model, pairs(), *more), code=2)
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said and "in many lines" not in said
+    assert made[0].state.global_step == 0 and not list(Path("out/checkpoints").iterdir())
+
+
+def test_an_adapter_of_a_quantised_model_is_kept(run, model, monkeypatch):
+    """As the adapter that it is; the card's code loads it."""
+    train = fit.train
+
+    def quantised(trainer, checkpoint):
+        train(trainer, checkpoint)
+        trainer.model.get_base_model().is_quantized = True
+
+    monkeypatch.setattr(fit, "train", quantised)
+    short = ["--max-steps", "1", "--eval-split", "0"]
+    out = run(*command(model, pairs(messages=True), "--lora-rank", "2", *short))
+    assert (out / "adapter_model.safetensors").exists()
+    assert not (out / "model.safetensors").exists()
+    card = (out / "README.md").read_text()
+    assert "this is the adapter alone" in card
+    ours = rmfast.loading.load(str(out)).model
+    code, names = re.findall(r"```python\n(.*?)```", card, re.S)[1], {}
+    exec(code.split("ids =")[0], names)
+    theirs, ids = names["model"].eval(), torch.tensor([[5, 6, 7]])
+    assert theirs.config.pad_token_id == tiny.PAD
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+    before = load_file(f"{model}/model.safetensors")
+    assert not torch.equal(ours.score.weight, before["score.weight"])
+    monkeypatch.setattr(fit, "train", train)
+    run(*command(model, pairs(), *short), "--overwrite")
+    assert not list(out.glob("adapter*")) and (out / "model.safetensors").exists()
+
+
 # --- going on
 
 
@@ -405,6 +669,19 @@ def test_killed_after_the_last_step(run, model, monkeypatch, more):
     )
 
 
+def test_stopped_while_it_is_measured_and_written(run, model, monkeypatch, capsys):
+    argv = command(model, pairs(), "--max-steps", "1")
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            watch.Watch, "measure_written", lambda *_: signal.raise_signal(signal.SIGTERM)
+        )
+        run(*argv, code=130)
+    said = capsys.readouterr().err
+    assert "interrupted, saved up to step 1; the same command with --resume goes on" in said
+    out = run(*argv, "--resume")
+    assert [line["step"] for line in metrics(out, "eval")] == [0, 1]
+
+
 def test_resume_and_overwrite(run, model, capsys):
     argv = command(model, pairs())
     run(*argv, "--resume")  # nothing is there: it starts
@@ -433,6 +710,56 @@ def test_resume_and_overwrite(run, model, capsys):
     assert len(metrics("out", "train")) == 1 and Path("out/mine.txt").exists()
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoints/checkpoint-500/x", "checkpoints/x", "README.md", "model.safetensors", "x/y"],
+)
+def test_a_folder_that_no_run_wrote_stays_as_it_is(run, capsys, name):
+    file = Path("out", name)
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    for argv in ([], ["--overwrite"], ["--resume"]):
+        run("--model", "x", "--data", "x.jsonl", "--output", "out", *argv, code=2)
+        said = capsys.readouterr().err
+        assert ("no run to go on with" if argv == ["--resume"] else "no run of rmfast") in said
+        assert [path for path in Path("out").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "precious"
+
+
+def test_a_new_run_clears_away_what_the_last_one_wrote(tmp_path):
+    ours = ["checkpoints/checkpoint-2/x", "metrics.jsonl", "model-1-of-2.safetensors", "README.md"]
+    theirs = ["checkpoints/mine/x", "checkpoints/mine.bin", "mine.txt", "model.txt"]
+    for name in (*ours, *theirs):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    job.State({"a": 1}, done=True).save(tmp_path)
+    job._clear(tmp_path, job.State({"a": 2}))
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*theirs, "checkpoints/run.json"}
+    assert resume.stored(tmp_path / "checkpoints/run.json", job.State) == job.State({"a": 2})
+
+
+def test_places_where_a_run_must_not_write(run, model, capsys):
+    argv = command(model, pairs(6))
+    Path("data").mkdir()
+    lines(Path("data/a.jsonl"), pairs(6))
+    for more, said in (
+        (["--output", model], "is the model: give it another name"),
+        (["--data", "data", "--output", "data/out"], "lies in a folder that --data reads"),
+        (["--eval-data", "data", "--output", "data"], "is the eval-data"),
+    ):
+        run(*argv, *more, code=2)
+        assert said in " ".join(capsys.readouterr().err.split())
+    Path("out").mkdir()
+    with resume.locked(Path("out")):
+        for more in ([], ["--resume"], ["--overwrite"]):
+            run(*argv, *more, code=2)
+            assert f"out is being written by another run (process {os.getpid()}" in (
+                " ".join(capsys.readouterr().err.split())
+            )
+    assert list(Path("out").iterdir()) == []
+
+
 # --- what is refused
 
 
@@ -454,6 +781,12 @@ def test_resume_and_overwrite(run, model, capsys):
         ),
         (pairs(6), ["--lora-alpha", "8"], "--lora-alpha goes with --lora-rank"),
         (pairs(6), ["--eval-split", "0", "--eval-every", "2"], "--eval-every goes with held-out"),
+        (pairs(6), ["--eval-split", "0", "--keep-best"], "--keep-best goes with held-out"),
+        (
+            pairs(6),
+            ["--keep-best", "--eval-every", "2", "--save-every", "3"],
+            "saves where it measures: give --eval-every alone",
+        ),
         (pairs(6), ["--eval-split", "0.1", "--eval-data", "x"], "--eval-split: give one of them"),
         (pairs(6), ["--eval-data", "none.jsonl"], "none.jsonl: no such file"),
         (pairs(6), ["--chat-template", "none.jinja"], "--chat-template none.jinja: "),
@@ -529,6 +862,21 @@ def test_without_matplotlib_it_trains(run, model, capsys, monkeypatch):
     assert "no training.png without matplotlib: pip install 'rmfast[eval]'" in (
         capsys.readouterr().out
     )
+    assert not (out / "training.png").exists() and "![" not in (out / "README.md").read_text()
+
+
+def test_any_name_will_do(run, model, monkeypatch):
+    monkeypatch.setattr(watch, "_can_draw", CAN_DRAW)
+    name = "a$b_{$c 猫 %s ^"
+    run(*command(model, pairs(), "--output", name, "--max-steps", "1"))
+    assert f"# {name}" in Path(name, "README.md").read_text()
+
+
+def test_a_picture_that_fails_does_not_stop_the_training(run, model, monkeypatch, capsys):
+    monkeypatch.setattr(watch, "_can_draw", CAN_DRAW)
+    monkeypatch.setattr(watch.show, "curve", cannot)
+    out = run(*command(model, pairs(), "--max-steps", "1"))
+    assert capsys.readouterr().err.count("no training.png: a reason\n") == 1
     assert not (out / "training.png").exists() and "![" not in (out / "README.md").read_text()
 
 

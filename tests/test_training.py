@@ -84,6 +84,11 @@ def test_groups_keep_their_order(groups):
         ([pair([1], [2]), {"chosen_ids": [1]}], "example 1 of the batch has no rejected_ids"),
         ([pair([1], [2], margin=0.5), pair([1], [2], margin=float("nan"))], "example 1.* nan"),
         ([pair([1], [2], margin=0.5), pair([1], [2])], "example 1.*None"),
+        ([pair([1], [2]), pair([1], [2], margin=0.5)], "example 0.*None"),
+        ([pair([1], [2]), pair([3], [2], margin=None), pair([1], [2], margin=0)], "example 0.*No"),
+        ([], "at least one example"),
+        ([group([[1], [2]], [1, 2]), pair([1], [2])], "example 1 .* has no responses_ids"),
+        ([pair([1], [2]), group([[1], [2]], [1, 2])], "example 1 of the batch has no chosen_ids"),
         ([group([[1], [2]], [1])], "example 0 .* 2 responses, its ranks"),
         ([group([[1], [2]], [1, float("nan")])], "example 0 .* finite"),
         ([group([[1]] * 65, list(range(65)))], "65 responses, more than 64"),
@@ -293,6 +298,29 @@ def test_prompt_learning_is_refused():
     batch = batch_of([pair([1, 2], [1, 3])])
     with pytest.raises(ValueError, match="cannot be run with inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 2, 32), rmfast_step=packed_step.Step(batch, None))
+
+
+def test_a_step_that_no_patched_model_ran_gives_nothing():
+    """Models of Hugging Face take any argument."""
+    batch = batch_of([pair([1, 2], [1, 3])])
+    ids = batch["input_ids"][None]
+    never, unpatched, wrapped = tiny.model(), tiny.model(), tiny.model()
+    rmfast.unpatch(rmfast.patch(unpatched))
+    tiny.double(rmfast.patch(wrapped))
+    rmfast.unpatch(wrapped)  # the stand-in stays inside the wrapper, and hands everything on
+    for model in (never, unpatched, wrapped):
+        step = packed_step.Step(batch, train_objective.Objective())
+        model(input_ids=ids, rmfast_step=step)
+        for name in ("loss", "scores", "metrics"):
+            with pytest.raises(RuntimeError, match=f"no {name}: no patched reward model"):
+                getattr(step, name)
+    assert not hasattr(step, "gradient")
+    from transformers import AutoModelForTokenClassification
+
+    other = rmfast.patch(tiny.model(cls=AutoModelForTokenClassification))
+    assert rmfast.report(other).level == "backbone"
+    with pytest.raises(ValueError, match="rmfast_step needs a model that scores by its last"):
+        other(input_ids=ids, rmfast_step=step)
 
 
 # --- no look at the device

@@ -165,6 +165,18 @@ def test_dtypes_and_kinds_of_rows():
         ((torch.ones(3, dtype=torch.long),), r"\[B, T\]"),
         ((torch.ones(0, 3, dtype=torch.long),), "empty"),
         (([[1]], torch.ones(1, 1)), "padded batch"),
+        (([1, 2, 3],), r"row 0 must be integers \[t\], got int64 \[\]"),
+        ((torch.tensor([1, 2, 3]).unbind(),), "row 0 must be integers"),
+        (([[1], [[2], [3]]],), r"row 1 must be integers \[t\], got int64 \[2, 1\]"),
+        (([[[2], [3, 4]]],), "row 0 must be integers .* got lists of unequal lengths"),
+        (("12",), "row 0 must be integers"),
+        (([[1], ["2", "3"]],), "row 1 must be integers"),
+        (([[1], [2.5, 3]],), "row 1 must be integers .* got float64"),
+        (([[1], [True, False]],), "row 1 must be integers .* got bool"),
+        (([[1], torch.ones(2, dtype=torch.bfloat16)],), "row 1 must be integers .* got torch.bf"),
+        (([[1], [None, 2]],), "row 1 must be integers .* got object"),
+        ((torch.ones(2, 3),), r"input_ids must be integers \[B, T\], got float32"),
+        ((torch.ones(2, 3, dtype=torch.bool),), "input_ids must be integers"),
     ],
 )
 def test_misuse_names_the_row(args, message):
@@ -175,5 +187,7 @@ def test_misuse_names_the_row(args, message):
 def test_position_ids_of_another_shape():
     with pytest.raises(ValueError, match="position_ids"):
         rmfast.pack(torch.ones(2, 3, dtype=torch.long), position_ids=torch.zeros(2, 2).long())
+    with pytest.raises(ValueError, match="position_ids must be integers"):
+        rmfast.pack(torch.ones(2, 3, dtype=torch.long), position_ids=torch.zeros(2, 3))
     with pytest.raises(ValueError, match="row 1 has position id -1"):
         rmfast.pack(torch.ones(2, 1, dtype=torch.long), position_ids=torch.tensor([[0], [-1]]))

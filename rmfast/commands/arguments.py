@@ -34,11 +34,8 @@ def command(
 
     def run(**given: Any) -> int | None:
         given.pop("config", None)
-        try:
-            return work(options(**given))
-        except KeyboardInterrupt:  # typer would say nothing
-            print(f"\nrmfast {name}: interrupted", file=sys.stderr)
-            return 130
+        given |= {name: ",".join(x) for name, x in given.items() if isinstance(x, list)}
+        return interruptible(name, lambda: work(options(**given)))
 
     fields = sorted(
         dataclasses.fields(options), key=lambda field: field.default is not dataclasses.MISSING
@@ -49,6 +46,15 @@ def command(
         parameters.append(keyword("config", None, kind))
     run.__signature__ = inspect.Signature(parameters)
     app.command(name, help=help, epilog=epilog, context_settings=SETTINGS)(run)
+
+
+def interruptible(name: str, work: Callable[[], int | None]) -> int | None:
+    """The exit code of a command's work; 130, and a line, where the user interrupts it."""
+    try:
+        return work()
+    except KeyboardInterrupt:  # typer would say nothing
+        print(f"\nrmfast {name}: interrupted", file=sys.stderr)
+        return 130
 
 
 def parameter(options: type[Options], field: dataclasses.Field) -> inspect.Parameter:
@@ -65,6 +71,7 @@ def parameter(options: type[Options], field: dataclasses.Field) -> inspect.Param
         how["metavar"] = ""
     else:
         how["metavar"] = field.metadata.get("metavar", field.name.upper())
+        kind = list[str] if field.metadata.get("several") else kind
     declared = typer.Option(
         *names,
         help=field.metadata["help"],

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 import typer
+
+from rmfast.commands.arguments import interruptible
 
 BENCHMARKS = ("score", "train", "bulk", "trainer", "parity", "kernels")
 
@@ -27,8 +30,12 @@ def bench(context: typer.Context) -> int:
         return 0
     if name and name not in BENCHMARKS:
         context.fail(f"no benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
+    return interruptible("bench", lambda: run([name] if name else BENCHMARKS[:2], rest))
+
+
+def run(names: Sequence[str], options: list[str]) -> int:
     code = 0
-    for one in [name] if name else BENCHMARKS[:2]:
-        benchmark = importlib.import_module(f"rmfast.benchmarks.{one}")
-        code = code or benchmark.main(rest) or 0
+    for name in names:
+        benchmark = importlib.import_module(f"rmfast.benchmarks.{name}")
+        code = code or benchmark.main(options) or 0
     return code

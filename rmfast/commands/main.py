@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import typer
+try:
+    import typer
 
-from rmfast.commands import bench, demo, doctor, eval, score, train
-from rmfast.errors import DataError, UserError
+    from rmfast.commands import bench, demo, doctor, eval, score, train
+    from rmfast.errors import DataError, UserError
+except KeyboardInterrupt:  # no command has begun
+    sys.exit(130)
 
 app = typer.Typer(
     help="Hugging Face reward models train and score without running a token twice.",
@@ -27,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = " ".join(["rmfast", *argv[:1]]) if argv and not argv[0].startswith("-") else "rmfast"
     try:
         return app(argv, prog_name="rmfast", standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        return 130
     except (UserError, DataError) as error:
         return fail(name, str(error))
     except Exception as error:

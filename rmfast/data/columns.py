@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rmfast.data.coats import ASKED, TURNS
 from rmfast.data.rows import RowReader
 from rmfast.errors import UserError
 
@@ -20,7 +21,11 @@ CONVENTIONS = {
     "text": ("text",),
 }
 FIELDS = tuple(dict.fromkeys(field for fields in CONVENTIONS.values() for field in fields))
-_ALSO_CALLED = {"response": "completion", "responses": "completions"}
+_ALSO_CALLED = {
+    "response": ("completion",),
+    "responses": ("completions",),
+    "prompt": ASKED[1:],
+}
 Scores = np.float32 | np.ndarray  # a column's value in one row: a number, or several
 
 
@@ -30,7 +35,7 @@ class Columns:
 
     Attributes:
         kind: a key of CONVENTIONS.
-        names: column of each field that is used.
+        names: column of each field that is used; of the prompt only where the user named it.
         stem: name of the scores' columns, or what it is made of.
         cells: see :class:`rmfast.data.rows.RowReader`.
     """
@@ -89,14 +94,20 @@ def choose(
     for kind in fitting:
         names = {field: _find(field, present, named) for field in fields[kind]}
         if all(names[field] is not None for field in (*CONVENTIONS[kind], *named)):
-            if kind == "pair":  # a later row may have one
-                names["prompt"] = names["prompt"] or "prompt"
+            if "prompt" not in named:  # a row may have it in another column than the first ones
+                names.pop("prompt", None)
             return Columns(kind, names, stem, cells)
-    return None
+    turns = next((name for name in TURNS if name in present), None)
+    if named or turns is None:
+        return None
+    return Columns("messages", {"messages": turns}, stem, cells)
 
 
 def _find(field: str, present: Collection[str], named: Mapping[str, str]) -> str | None:
-    names = (named[field],) if field in named else (field, _ALSO_CALLED.get(field))
+    if field in named:  # it may be within an object
+        name = named[field]
+        return name if name in present or name.split(".")[0] in present else None
+    names = (field, *_ALSO_CALLED.get(field, ()))
     return next((name for name in names if name in present), None)
 
 

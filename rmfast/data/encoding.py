@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from rmfast.data.form import Form, digest
 from rmfast.data.records import Pair
-from rmfast.data.values import Messages, as_messages, check_conversation
+from rmfast.data.rendering import Renderer
+from rmfast.data.values import (
+    TURN,
+    Chat,
+    Messages,
+    Side,
+    as_messages,
+    begun,
+    cleaned,
+    dialogue,
+    holds,
+    is_whole,
+)
 from rmfast.errors import DataError, RowError, UserError
+from rmfast.trie import SEGMENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 Conversation = str | Messages | tuple[str | Messages, str | Messages] | Sequence[int] | Tensor
+_MOST_CHARACTERS = 64  # a token: what is longer is not tokenised whole to learn by how much
+_PIECES = 256  # that a token may come to where a text is cut within it
+_ENDED = (
+    "text of preference pairs was given the end of text, as TRL trains, for the model does not say "
+    "how it was trained (--no-end-of-text, end_of_text=False leaves text as it is)"
+)
 ON_OVERLONG = ("error", "skip", "truncate_left")
 
 
@@ -49,9 +70,19 @@ class Encoder:
             if it has one, and the last tokens.
         system_prompt: put before messages that have none.
         chat_template: Jinja template in place of the tokenizer's.
-        chat: how a (prompt, response) pair of texts is read. None or True: as a user's and an
-            assistant's turn. False: as plain text, one after the other.
+        chat: how text is read. True: as turns of a chat, also dialogues that begin with
+            ``\\n\\nHuman:``. False: as plain text, a prompt with its response as one. None: as in
+            ``form``; where that is None, a prompt and its response as turns, other text as it is.
+        end_of_text: end plain text with the end of text, where it does not yet; None: as in
+            ``form``; where that is None, only the sides of preference pairs, as TRL ends them.
+        special_tokens: let messages hold special tokens that the chat template writes.
+        segments: text of a prompt and its response are two segments, as encoders take them; ids of
+            the second are returned plus :data:`rmfast.trie.SEGMENT`.
+        form: how the model was trained.
         vocabulary: rows of the model's input embeddings, to refuse ids beyond them.
+
+    Attributes:
+        warnings: what is to know about conversations so far, and the number of them.
 
     Raises:
         ValueError: an unknown ``on_overlong``, or ``max_length`` below 1.
@@ -66,21 +97,75 @@ class Encoder:
         system_prompt: str | None = None,
         chat_template: str | None = None,
         chat: bool | None = None,
+        end_of_text: bool | None = None,
+        special_tokens: bool = False,
+        segments: bool = False,
+        form: Form | None = None,
         vocabulary: int | None = None,
     ) -> None:
         if on_overlong not in ON_OVERLONG:
             raise ValueError(f"on_overlong must be one of {ON_OVERLONG}, got {on_overlong!r}")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be 1 or more, or None, got {max_length}")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.form = tokenizer, form
         self.max_length, self.on_overlong = max_length, on_overlong
-        self.system_prompt, self.chat, self.vocabulary = system_prompt, chat, vocabulary
+        self.system_prompt, self.vocabulary = system_prompt, vocabulary
+        self.chat, self.end_of_text = chat, end_of_text
+        if form is not None:
+            self.chat = form.chat if chat is None else chat
+            self.end_of_text = form.ends if end_of_text is None else end_of_text
+        self.render = Renderer(tokenizer, chat_template, special_tokens)
+        self.segments = segments and not self.render.source()
+        self.first: set[int | None] = set()
         self.bos, self.adds_bos = None, False
         if tokenizer is not None:
-            self.template = chat_template or tokenizer.chat_template
             self.bos = tokenizer.bos_token_id
+            self.first = {self.bos, tokenizer.cls_token_id} - {None}
             # to text; a template writes its own special tokens
             self.adds_bos = self.bos is not None and self.bos in self._ids(["a"], False)[0][:1]
+
+    @property
+    def warnings(self) -> Counter[str]:
+        return self.render.warnings
+
+    def form_of_training(self) -> Form:
+        """What a model that is trained on these tokens records."""
+        template = self.render.source() if self.chat else None
+        ends = bool(self.end_of_text and not self.chat and self.tokenizer.eos_token)
+        return Form(
+            self.chat, ends, self.adds_bos, digest(template), self.max_length, self.segments
+        )
+
+    def told(self) -> list[str]:
+        """Warnings, for people."""
+        told = [f"{what}: {n:,} conversation{'s' * (n > 1)}" for what, n in self.warnings.items()]
+        if self.form is not None and self.tokenizer is not None:
+            told += self.form.differences(self.adds_bos, self.render.source())
+        return told
+
+    def lost(self, conversations: Sequence[Any], ids: Sequence[np.ndarray]) -> RowError | None:
+        """Why two conversations cannot be compared: their ids are without what tells them apart."""
+        if len(ids) != 2 or not np.array_equal(*ids) or conversations[0] == conversations[1]:
+            return None
+        if not any("</think>" in str(conversation) for conversation in conversations):
+            return None
+        return RowError(
+            "both conversations have the same tokens: they differ in reasoning that the chat "
+            "template leaves out"
+        )
+
+    def about(self) -> dict[str, Any]:
+        """How conversations become tokens, for reports."""
+        ends = "pairs" if self.end_of_text is None else self.end_of_text
+        reads = {None: "prompt and response as turns", True: "as turns", False: "as it is"}
+        return {
+            "text": reads[self.chat],
+            "end_of_text": ends,
+            "bos": self.adds_bos,
+            "max_length": self.max_length,
+            "as_recorded_in_training": self.form is not None,
+            "warnings": self.told(),
+        }
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[np.ndarray | RowError]:
         """int32 token ids of each conversation, or why it has none.
@@ -91,7 +176,10 @@ class Encoder:
         encoded: list[Any] = []
         for conversation in conversations:
             try:
-                encoded.append(self._prepare(conversation))
+                prepared = self._prepare(conversation)
+                if isinstance(prepared, tuple) and self._is_far_too_long(prepared[0]):
+                    raise self._overlong("far too many")
+                encoded.append(prepared)
             except RowError as error:
                 encoded.append(error)
         for templated in (False, True):
@@ -113,19 +201,22 @@ class Encoder:
         if isinstance(prepared, tuple):
             return prepared[0]
         self._need_tokenizer()
-        return self.tokenizer.decode(prepared)
+        return self.tokenizer.decode(prepared % SEGMENT if self.segments else prepared)
 
-    def prompt(self, prompt: str | Messages) -> np.ndarray:
+    def prompt(self, prompt: str | Messages, given: Mapping[str, Any] | None = None) -> np.ndarray:
         """int32 token ids of a pair's prompt, up to where the response begins; nothing is cut.
+
+        Args:
+            given: see :class:`rmfast.data.values.Chat`.
 
         Raises:
             RowError, DataError: as above.
         """
-        check_conversation("the prompt", prompt)
+        prompt = cleaned("the prompt", prompt)
         if isinstance(prompt, str) and self.chat is False:
-            text, templated = self._plain(prompt)
+            text, templated = prompt, False
         else:
-            text, templated = self._render(as_messages("user", prompt), add_generation_prompt=True)
+            text, templated = self._render(self._turns(prompt), given or {}, True)
         return self._ids([text], templated)[0]
 
     def pair(self, pair: Pair) -> tuple[list[int], list[int]]:
@@ -145,61 +236,86 @@ class Encoder:
 
     def _prepare(self, conversation: Any) -> tuple[str, bool] | np.ndarray:
         """Text and whether a template wrote it; or token ids."""
-        if isinstance(conversation, str):
-            return self._plain(conversation)
+        given: Mapping[str, Any] = {}
+        if isinstance(conversation, Chat):
+            conversation, given = conversation.conversation, conversation.given
         if isinstance(conversation, tuple) and len(conversation) == 2:
             prompt, response = conversation
             if not isinstance(prompt, (int, np.integer)):
-                return self._answered(prompt, response)
+                return self._answered(prompt, response, given)
         if isinstance(conversation, list) and conversation and isinstance(conversation[0], dict):
-            return self._render(conversation)
-        return _token_ids(conversation)
+            return self._render(conversation, given)
+        if not isinstance(conversation, str):
+            return _token_ids(conversation)
+        if self.chat and TURN.match(conversation):
+            return self._render(dialogue("the text", conversation), given)
+        if self.form is not None and self.chat:
+            self.warnings["text was scored as it is, and the model was trained on messages"] += 1
+        return self._plain(conversation, given, isinstance(conversation, Side))
 
-    def _plain(self, text: str) -> tuple[str, bool]:
-        check_conversation("the text", text)
-        if self.system_prompt is not None:
-            raise RowError("a system prompt goes with messages, and this is plain text")
+    def _plain(
+        self, text: str, given: Mapping[str, Any], is_side: bool = False
+    ) -> tuple[str, bool]:
+        cleaned("the text", text)
+        if self.system_prompt is not None or given:
+            name = "a system prompt" if self.system_prompt is not None else next(iter(given))
+            raise RowError(f"{name} goes with messages, and this is plain text")
+        if is_side if self.end_of_text is None else self.end_of_text:
+            end = getattr(self.tokenizer, "eos_token", None) or ""
+            if self.end_of_text is None and not text.endswith(end):
+                self.warnings[_ENDED] += 1
+            text = text if text.endswith(end) else text + end
         return text, False
 
-    def _answered(self, prompt: Any, response: Any) -> tuple[str, bool]:
-        check_conversation("the prompt", prompt)
-        check_conversation("the response", response)
+    def _turns(self, prompt: str | Messages) -> Messages:
+        if self.chat and isinstance(prompt, str) and TURN.match(prompt):
+            return begun("the prompt", prompt)
+        return as_messages("user", prompt)
+
+    def _answered(
+        self, prompt: Any, response: Any, given: Mapping[str, Any]
+    ) -> tuple[str, bool] | np.ndarray:
+        prompt, response = cleaned("the prompt", prompt), cleaned("the response", response)
         if self.chat is False:
             if not (isinstance(prompt, str) and isinstance(response, str)):
                 raise RowError("messages need the chat template: do not read them as plain text")
-            return self._plain(prompt + response)
-        prompt = as_messages("user", prompt)
-        if isinstance(response, list) and (
-            response[: len(prompt)] == prompt or response[0]["role"] in ("system", "user")
-        ):
-            return self._render(response)  # it is the whole conversation
-        return self._render(prompt + as_messages("assistant", response))
+            if self.segments:
+                return self._two(prompt, response)
+            return self._plain(prompt + response, given, isinstance(response, Side))
+        if self.segments:
+            return self._two(_only_text(prompt), _only_text(response))
+        before, after = self._turns(prompt), as_messages("assistant", response)
+        if isinstance(response, str) and before != as_messages("user", prompt):  # of a dialogue
+            after = as_messages("assistant", response.strip())
+        if isinstance(response, list) and (is_whole(response) or holds(response, before)):
+            if not holds(response, prompt):
+                raise RowError("the response is a whole conversation without the prompt")
+            return self._render(response, given)
+        return self._render(before + after, given)
 
-    def _render(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[str, bool]:
-        check_conversation("the list of messages", messages)
-        if self.system_prompt is not None and messages[0]["role"] != "system":
+    def _render(
+        self, messages: Messages, given: Mapping[str, Any], add_generation_prompt: bool = False
+    ) -> tuple[str, bool]:
+        messages = cleaned("the list of messages", messages)
+        if self.chat is False and self.form is not None:
+            raise RowError(
+                "messages, and the model was trained on text as it is: --chat (chat=True) scores "
+                "them all the same"
+            )
+        if self.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         self._need_tokenizer()
-        if not self.template:
-            raise DataError(
-                "the tokenizer has no chat template to make a text of messages: pass "
-                "chat_template (--chat-template FILE), plain text, or chat=False (--plain) for "
-                "prompts and responses that are text"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                chat_template=self.template,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as error:  # whatever a template's own code raises
-            raise RowError(f"the chat template refuses the messages: {error}") from None
-        return text, True
+        return self.render(messages, given, add_generation_prompt), True
 
     def _need_tokenizer(self) -> None:
         if self.tokenizer is None:
             raise DataError("text and messages need a tokenizer: pass one, or token ids")
+
+    def _two(self, prompt: str, response: str) -> np.ndarray:
+        """int32 token ids of two segments, those of the second plus SEGMENT."""
+        both = self.tokenizer(prompt, response, verbose=False)
+        types = both.get("token_type_ids", 0)  # a tokenizer may have none
+        return np.array(both["input_ids"], np.int32) + SEGMENT * np.array(types, np.int32)
 
     def _ids(self, texts: list[str], templated: bool) -> list[np.ndarray]:
         """int32 token ids of texts, with one BOS each if the tokenizer puts one before text."""
@@ -221,23 +337,48 @@ class Encoder:
             rows[i] = np.array(tokens, np.int32)
         return rows
 
+    def _is_far_too_long(self, text: str) -> bool:
+        """Whether a beginning of the text shows that, so that the rest need not be tokenised."""
+        if self.max_length is None or self.on_overlong == "truncate_left":
+            return False
+        beginning = text[: _MOST_CHARACTERS * (self.max_length + _PIECES)]
+        if len(beginning) == len(text):
+            return False
+        return self._ids([beginning], True)[0].size > self.max_length + _PIECES
+
     def _fit(self, ids: np.ndarray) -> np.ndarray | RowError:
         if not ids.size:
             return RowError("it has no tokens")
-        if self.vocabulary is not None and (ids.min() < 0 or ids.max() >= self.vocabulary):
-            wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]
+        tokens = ids % SEGMENT if self.segments else ids
+        if self.vocabulary is not None and tokens.max() >= self.vocabulary:
+            wrong = tokens[tokens >= self.vocabulary][0]
             return RowError(f"token id {wrong}, and the model has embeddings for {self.vocabulary}")
         limit = self.max_length
         if limit is None or ids.size <= limit:
             return ids
-        if self.on_overlong == "truncate_left":
-            begins = int(self.bos is not None and ids[0] == self.bos and limit > 1)
+        if self.on_overlong == "truncate_left" and ids.max() < SEGMENT:
+            begins = int(ids[0] in self.first and limit > 1)
             return np.concatenate([ids[:begins], ids[begins - limit :]])
+        return self._overlong(f"{ids.size}")
+
+    def _overlong(self, tokens: str) -> RowError:
         return RowError(
-            f"{ids.size} tokens, more than max_length {limit}: raise that, or choose on_overlong "
-            "'skip' or 'truncate_left'",
+            f"{tokens} tokens, more than max_length {self.max_length}: raise that, or choose "
+            "on_overlong 'skip' or 'truncate_left'",
             "overlong",
         )
+
+
+def _only_text(value: str | Messages) -> str:
+    """The text of one message, or text."""
+    if isinstance(value, str):
+        return value
+    if len(value) == 1:
+        return value[0]["content"]
+    raise RowError(
+        "an encoder takes a prompt and a response as two texts, and these are several turns: pass "
+        "chat_template (--chat-template FILE)"
+    )
 
 
 def _token_ids(value: Any) -> np.ndarray:

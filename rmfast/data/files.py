@@ -7,27 +7,25 @@ be larger than memory.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import csv
-import gzip
+import hashlib
 import itertools
 import json
 import os
-import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from rmfast.data.values import kind_of, parse_json
+from rmfast.data import sources
+from rmfast.data.sources import file_format, need
+from rmfast.data.values import from_arrow, has_arrow_json, kind_of, parse_json, read_json
 from rmfast.errors import DataError, RowError
 
 if TYPE_CHECKING:
     import pyarrow
 
-KINDS = ".jsonl, .jsonl.gz, .csv, .csv.gz or .parquet"
-_ENDINGS = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "csv": "csv"}
+_ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json")  # of a folder, and no data
 _LONGEST_CELL = 64 << 20  # characters of CSV: a quote that is never closed ends there
 _BATCH = 1024  # rows of Parquet in memory
 
@@ -36,49 +34,31 @@ class Record(NamedTuple):
     """One row.
 
     Attributes:
-        number: 1-based: the line it begins at (JSON lines, CSV), else the row.
+        number: 1-based: the line it begins at (JSON lines, CSV), else the row; of several files
+            ``"FILE:NUMBER"``.
         value: its columns, or why it cannot be read.
         position: how far the reader is, of ``Reader.total``; None where that is unknown.
         raw: its source: a line of JSON (stripped), the cells of a CSV row, a
             ``(RecordBatch, index)``; None for a data set and where ``value`` is an error.
     """
 
-    number: int
+    number: int | str
     value: dict[str, Any] | RowError
     position: int | None
     raw: Any = None
 
 
-def file_format(path: str | Path) -> tuple[str, bool] | None:
-    """``"jsonl"``, ``"csv"`` or ``"parquet"``, and whether the file is gzipped; None: unknown."""
-    name = str(path).lower()
-    if name.endswith(".parquet"):
-        return "parquet", False
-    kind = _ENDINGS.get(os.path.splitext(name.removesuffix(".gz"))[1][1:])
-    return None if kind is None else (kind, name.endswith(".gz"))
-
-
-def need(library: str, purpose: str) -> None:
-    """Check that an optional library is installed.
-
-    Raises:
-        DataError: it is not; the message says how to install it.
-    """
-    import importlib.util
-
-    if importlib.util.find_spec(library) is None:
-        raise DataError(f"{purpose} needs {library}: pip install 'rmfast[data]'")
-
-
 class Reader:
-    """Reads the records of a file, a folder or a data set on the hub, any number of times.
+    """Reads the records of files, a folder or a data set on the hub, any number of times.
 
     Args:
-        source: a file (JSON lines or CSV, ``.gz`` too, or Parquet); or what ``datasets`` loads: a
-            folder, or a name on the hub.
+        source: a file (JSON lines, one list of JSON, or CSV, with ``.gz`` or ``.zst`` too; or
+            Parquet); several of one kind, as a pattern (``"data/*.jsonl"``) or with commas between
+            them; ``"-"``, JSON lines from stdin; or what ``datasets`` loads: a folder, or a name on
+            the hub. A list of JSON is read whole.
         name, split: configuration and split of a data set.
-        limit: stop after so many records.
-        lists: a file may also be one list of JSON objects; it is read whole.
+        limit: stop after so many rows.
+        shard: ``(i, n)``: of these rows, i and each n-th after it, counted from 0.
 
     Attributes:
         format: ``"jsonl"``, ``"csv"``, ``"parquet"`` or ``"dataset"``.
@@ -98,15 +78,12 @@ class Reader:
     unit = "row"
 
     def __new__(cls, source: str | Path, **_: Any) -> Reader:
-        source, found = str(source), file_format(source)
-        if os.path.isfile(source):
-            if found is None:
-                raise DataError(f"{source}: its name must end with {KINDS}, to say what it is")
-            classes = {"jsonl": _JsonLines, "csv": _Csv, "parquet": _Parquet}
-            return super().__new__(classes[found[0]])
-        if found is not None or not (os.path.isdir(source) or re.fullmatch(r"[\w./-]+", source)):
-            raise DataError(f"{source}: no such file")
-        return super().__new__(_DataSet)
+        found = ["-.jsonl"] if str(source) == "-" else sources.find(str(source))
+        classes = {"jsonl": _JsonLines, "csv": _Csv, "parquet": _Parquet}
+        one = classes[file_format(found[0])[0]] if found else _DataSet
+        reader = super().__new__(_Several if len(found) > 1 else one)
+        reader.paths = found
+        return reader
 
     def __init__(
         self,
@@ -115,29 +92,35 @@ class Reader:
         name: str | None = None,
         split: str = "train",
         limit: int | None = None,
-        lists: bool = False,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         self.source, self.name, self.split = str(source), name, split
-        self.limit, self.lists = limit, lists
+        self.limit, self.shard = limit, shard
+        self._stdin = None
+        if self.source == "-":
+            self.source, self._stdin = "stdin", sources.spooled()
+            self.paths = [self._stdin.name]
         self._begin()
         double = next((x for x in self.columns or () if self.columns.count(x) > 1), None)
         if double is not None:
             raise DataError(f'{source}: two columns are named "{double}"')
-        if self.unit == "B":
-            self.total = os.path.getsize(self.source)
-        elif limit is not None and self.total is not None:
+        if limit is not None and self.total is not None and self.unit == "row":
             self.total = min(self.total, limit)
 
     def identity(self) -> dict[str, Any]:
         """What identifies this input and its present content, for ``--resume``."""
-        stat = os.stat(self.source)
-        path = os.path.abspath(self.source)
+        if self._stdin is not None:
+            return {"path": "-", "the text": self._stdin.digest}
+        stat = os.stat(self.paths[0])
+        path = os.path.abspath(self.paths[0])
         return {"path": path, "size": stat.st_size, "time": stat.st_mtime_ns}
 
     def read(self, skip: int = 0) -> Iterator[Record]:
         """The records after the first ``skip``, which are not parsed."""
-        stop = None if self.limit is None else max(0, self.limit - skip)
-        return itertools.islice(self._records(skip), stop)
+        index, count = self.shard
+        start = index + skip * count
+        stop = None if self.limit is None else max(0, self.limit - start)
+        return itertools.islice(self._records(start), 0, stop, count)
 
 
 # A class for each format: _begin finds what is known before the first row, _records reads the rows
@@ -152,10 +135,11 @@ class _Text(Reader):
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[BinaryIO, Iterator[bytes]]]:
         """The file as it is on disk, and its lines."""
+        (path,) = self.paths
         try:
-            with open(self.source, "rb") as file:
-                gzipped = self.source.lower().endswith(".gz")
-                yield file, _lines(gzip.GzipFile(fileobj=file) if gzipped else file)
+            with open(path, "rb") as file:
+                self.total = os.fstat(file.fileno()).st_size
+                yield file, sources.lines(file, path)
         except OSError as error:
             raise DataError(f"{self.source}: cannot be read: {error.strerror or error}") from None
 
@@ -171,15 +155,6 @@ class _Text(Reader):
                 yield record
 
 
-def _lines(file: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines without a byte order mark. Raises RowError where a gzip file is damaged."""
-    try:
-        for number, line in enumerate(file):
-            yield line if number else line.removeprefix(codecs.BOM_UTF8)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RowError(f"damaged gzip file, nothing after this is read: {error}") from None
-
-
 class _JsonLines(_Text):
     format = "jsonl"
     _list: list[Any] | None = None
@@ -187,21 +162,16 @@ class _JsonLines(_Text):
 
     def _begin(self) -> None:
         with self._opened() as (_, lines):
-            _, first = next(self._rows(lines), (0, b""))
-        if isinstance(first, RowError):  # _records reports it with its line
+            rows = [row for _, row in itertools.islice(self._rows(lines), 2)]
+        if not rows or isinstance(rows[0], RowError) or not rows[0].startswith(b"["):
             return
-        if self.lists and first.startswith(b"["):
+        if len(rows) == 1 or not rows[0].endswith(b"]"):  # else a line that is a bad row
             self._list = self._parse_list()
-        elif first == b"[" or (first.startswith(b"[{") and not first.endswith(b"]")):
-            raise DataError(
-                f"{self.source} is one list of JSON: write each record on a line of its own, "
-                f"such as with: jq -c '.[]' {self.source}"
-            )
 
     def _parse_list(self) -> list[Any]:
         try:
             with self._opened() as (_, lines):
-                return json.loads(b"".join(lines).decode())
+                return read_json(b"".join(lines).decode())
         except (ValueError, RecursionError) as error:
             problem = f"a list of JSON that cannot be read: {error}"
             raise DataError(f"{self.source}: {problem}") from None
@@ -278,7 +248,7 @@ class _Parquet(Reader):
     def _opened(self) -> Any:
         from pyarrow import parquet
 
-        return parquet.ParquetFile(self.source)
+        return parquet.ParquetFile(self.paths[0])
 
     def _records(self, skip: int) -> Iterator[Record]:
         import pyarrow
@@ -304,7 +274,7 @@ class _Parquet(Reader):
 
 def _values(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | RowError]:
     try:
-        return batch.to_pylist()
+        return to_records(batch)
     except (ValueError, OverflowError):  # a time beyond Python's, text that is not UTF-8
         return [_value(batch, i) for i in range(batch.num_rows)]
 
@@ -313,10 +283,48 @@ def _value(batch: pyarrow.RecordBatch, i: int) -> dict[str, Any] | RowError:
     value = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            value[name] = column[i].as_py()
+            value[name] = from_arrow(batch.schema.field(name), column[i].as_py())
         except (ValueError, OverflowError) as error:
             return RowError(f'"{name}" cannot be read: {error}')
     return value
+
+
+class _Several(Reader):
+    """Files of one kind, one after the other."""
+
+    def _begin(self) -> None:
+        self.readers = [Reader(path) for path in self.paths]
+        first = self.readers[0]
+        self.format, self.unit = first.format, first.unit
+        self.columns, self.schema = first.columns, first.schema
+        self.total = sum(reader.total for reader in self.readers)
+        for reader in self.readers:
+            if (reader.columns, reader.schema) != (self.columns, self.schema):
+                raise DataError(f"{reader.source} has other columns than {first.source}")
+
+    def identity(self) -> dict[str, Any]:
+        found = [reader.identity() for reader in self.readers]
+        return {name: [one[name] for one in found] for name in found[0]}
+
+    def _records(self, skip: int) -> Iterator[Record]:
+        return itertools.islice(self._all(), skip, None)
+
+    def _all(self) -> Iterator[Record]:
+        before = 0
+        for reader in self.readers:
+            for number, value, position, raw in reader.read():
+                position = None if position is None else before + position
+                yield Record(f"{reader.source}:{number}", value, position, raw)
+            before += reader.total
+
+
+def to_records(table: pyarrow.RecordBatch | pyarrow.Table) -> list[dict[str, Any]]:
+    """The rows of a table, also where columns have Arrow's JSON type, which it reads as text."""
+    rows = table.to_pylist()
+    fields = [field for field in table.schema if has_arrow_json(field)]
+    for row in rows if fields else ():
+        row |= {field.name: from_arrow(field, row[field.name]) for field in fields}
+    return rows
 
 
 class _DataSet(Reader):
@@ -335,26 +343,58 @@ class _DataSet(Reader):
                 data = data[self.split] if isinstance(data, datasets.DatasetDict) else data
                 self.data, self.total = data.to_iterable_dataset(), data.num_rows
             else:
-                options = {"split": self.split, "streaming": True}
-                self.data = datasets.load_dataset(self.source, self.name, **options)
+                path = os.path.abspath(self.source) if os.path.isdir(self.source) else self.source
+                builder = datasets.load_dataset_builder(path, self.name)  # "csv" may be a folder
+                self.data = builder.as_streaming_dataset(self.split)
                 info = (self.data.info.splits or {}).get(self.split)
                 self.total = info.num_examples if info is not None else None
+                self._check_files(builder.config.data_files or {})
         self.columns = self.data.column_names
         features = self.data.features
         self.schema = None if features is None else features.arrow_schema
+
+    def _files(self) -> list[Path]:
+        """What lies in the folder and is not hidden."""
+        folder = Path(self.source)
+        return [
+            file
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+            and not any(x.startswith((".", "__")) for x in file.relative_to(folder).parts)
+        ]
+
+    def _check_files(self, splits: dict[str, list[str]]) -> None:
+        """Raise DataError where the folder has files that no split has."""
+        card = Path(self.source) / "README.md"
+        if card.is_file() and "data_files:" in card.read_text(encoding="utf-8"):
+            return  # it says which they are
+        read = {os.path.realpath(file) for files in splits.values() for file in files}
+        data = [file for file in self._files() if file_format(file) and file.name not in _ABOUT]
+        unread = [str(file) for file in data if os.path.realpath(file) not in read]
+        if unread:
+            raise DataError(
+                f"{self.source}: datasets reads other files of it, and not {unread[0]}: name files "
+                f"of one kind, such as {self.source}/*{Path(unread[0]).suffix}"
+            )
 
     @contextlib.contextmanager
     def _naming(self, problem: str) -> Iterator[None]:
         """Turns whatever the hub, the network or the files raise into a DataError."""
         try:
             yield
+        except DataError:
+            raise
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{self.source}: {problem}: {reason[:400]}") from None
 
     def identity(self) -> dict[str, Any]:
-        path = os.path.abspath(self.source) if os.path.isdir(self.source) else self.source
-        return {"path": path, "name": self.name, "split": self.split}
+        found = {"path": self.source, "name": self.name, "split": self.split}
+        if not os.path.isdir(self.source):
+            return found
+        files = [(str(x), x.stat().st_size, x.stat().st_mtime_ns) for x in self._files()]
+        digest = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+        return found | {"path": os.path.abspath(self.source), "the files": digest}
 
     def _records(self, skip: int) -> Iterator[Record]:
         rows = iter(self.data.skip(skip))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rmfast.data.coats import is_conversation
 from rmfast.data.files import Reader
 from rmfast.data.records import (
     Group,
@@ -20,7 +21,7 @@ from rmfast.data.records import (
     useless_pair,
 )
 from rmfast.data.rows import Row, RowReader, check_record
-from rmfast.data.values import TURN, Messages, as_messages, kind_of
+from rmfast.data.values import TURN, as_messages, begun, dialogue, kind_of
 from rmfast.errors import DataError, RowError
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ _UNDERSTOOD = (
     'chosen and rejected; completions, or responses with "ratings", "scores" or "ranks", after '
     '"prompt" or "instruction"; or answers with ranks'
 )
-_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def preferences(
@@ -53,7 +53,10 @@ def preferences(
 ) -> Preferences:
     """Read preference data of every usual kind.
 
-    Each row is one of these, by the fields it has; other fields are passed over:
+    Each row is one of these, by the fields it has. Other fields are passed over, but for those that
+    belong to the prompt, which are read (``question``, ``system``, ``tools``, …) or must be in it
+    (``context``, ``images``, …). Messages may come in any coat that
+    :func:`rmfast.data.coats.uncoat` takes off.
 
     - ``chosen`` and ``rejected``, with or without ``prompt`` and ``margin``: TRL's formats, text
       and messages; Anthropic/hh-rlhf's dialogues; the ultrafeedback_binarized of HuggingFaceH4 and
@@ -77,11 +80,12 @@ def preferences(
             where a row has these). A ``margin`` in the data is always kept.
         rating: the field of a completion that rates it; None: the first that is there of
             ``overall_score``, ``rating``, ``score``, ``fine-grained_score``.
-        chat: whether text becomes messages. None: only rated text and an ``instruction`` with its
-            answers, which are turns; all other text stays as it is, byte for byte, prompt and
-            answer joined as TRL does. True: dialogues (``"\\n\\nHuman: …\\n\\nAssistant: …"``)
-            become turns, as fits a model that was trained to chat; so do text prompts and answers.
-            False: no text does, as fits a model without a chat template.
+        chat: whether text becomes messages. None: only rated text, and text after ``instruction``,
+            ``question``, ``query`` or ``system``, which are turns; all other text stays as it is,
+            byte for byte, prompt and answer joined as TRL does. True: dialogues
+            (``"\\n\\nHuman: …\\n\\nAssistant: …"``) become turns, as fits a model that was trained
+            to chat; so do text prompts and answers. False: no text does, as fits a model without a
+            chat template.
         strict: raise an error where a row or a response would be dropped.
         name: configuration of a data set that ``source`` names.
         split: split of that data set.
@@ -165,8 +169,10 @@ class _Reader:
         Raises:
             RowError: the row is not understood, or has something wrong in it.
         """
-        missing = (None, "") if self.row_reader.cells else (None,)
-        record = {k: v for k, v in check_record(record).items() if v not in missing}
+        cells = self.row_reader.cells
+        record = {
+            k: v for k, v in check_record(record).items() if not (v is None or (cells and v == ""))
+        }
         reasons: list[str] = []
         try:
             if "chosen" in record or "rejected" in record:
@@ -179,12 +185,9 @@ class _Reader:
         names = ", ".join(map(str, record)) or "none"
         raise RowError(f"has the fields {names}; understood are {_UNDERSTOOD}")
 
-    def _reader_of(self, record: dict[str, Any]) -> RowReader:
-        prompt = "instruction" if not record.get("prompt") else "prompt"
-        return replace(self.row_reader, columns={"prompt": prompt})
-
     def _pair(self, record: dict[str, Any], where: str) -> Pair:
-        prompt, (chosen, rejected) = self._turns(self._reader_of(record).read(record, "pair"))
+        row = self.row_reader.read(record, "pair")
+        prompt, (chosen, rejected) = self._turns(row)
         if reason := useless_pair(chosen, rejected, prompt):
             raise _Dropped(reason)
         margin = None
@@ -198,7 +201,7 @@ class _Reader:
             if better < worse:
                 raise _Dropped("score_rejected above score_chosen")
             margin = better - worse
-        return Pair(chosen, rejected, prompt, margin, where)
+        return Pair(chosen, rejected, prompt, margin, where, row.given or None)
 
     def _several(
         self, name: str, record: dict[str, Any], where: str, reasons: list[str]
@@ -206,7 +209,8 @@ class _Reader:
         answers, numbers, rated = self._numbered(name, record)
         if self.margins and not rated:
             raise RowError("has ranks, of which no margins can be made: leave margins off")
-        row = self._reader_of(record).row(record, self.row_reader.answers(name, answers))
+        row = self.row_reader.row(record, self.row_reader.answers(name, answers))
+        given = row.given or None
         prompt, answers = self._turns(row, rated)
         kept = [i for i, answer in enumerate(answers) if not is_blank(answer, prompt)]
         reasons += ["empty response among several"] * (len(answers) - len(kept))
@@ -217,7 +221,7 @@ class _Reader:
         if shape == "groups":
             order = sorted(set(numbers), reverse=True)
             ranks = [float(order.index(x) + 1) if rated else -x for x in numbers]
-            return [Group(answers, ranks, prompt, where)]
+            return [Group(answers, ranks, prompt, where, given)]
         sides = [(numbers.index(max(numbers)), numbers.index(min(numbers)))]
         if shape == "all_pairs":
             both = itertools.permutations(range(len(answers)), 2)
@@ -228,13 +232,13 @@ class _Reader:
                 reasons.append("identical chosen and rejected")
                 continue
             margin = numbers[i] - numbers[j] if self.margins else None
-            pairs.append(Pair(answers[i], answers[j], prompt, margin, where))
+            pairs.append(Pair(answers[i], answers[j], prompt, margin, where, given))
         return pairs
 
     def _numbered(self, name: str, record: dict[str, Any]) -> tuple[list[Any], list[float], bool]:
         """Several answers, how good they are (more is better), and whether that is a rating."""
         answers = self.row_reader.items(name, record[name], "responses")
-        if any(isinstance(x, Mapping) and "role" not in x for x in answers):
+        if any(isinstance(x, Mapping) and not is_conversation(x) for x in answers):
             text, key = self._keys(name, answers)
             values = {f'"{name}" item {i}: "{key}"': x.get(key) for i, x in enumerate(answers)}
             answers = [x.get(text) for x in answers]
@@ -270,62 +274,31 @@ class _Reader:
 
     def _turns(self, row: Row, rated: bool = False) -> tuple[Any, list[Any]]:
         """The prompt, or None, and the answers; all of text or all of messages."""
+        found = self._turns_of(row, rated)
+        if row.given and any(isinstance(x, str) for x in found[1]):
+            raise RowError(
+                f"has {', '.join(row.given)}, which go with messages: chat=True makes these of text"
+            )
+        return found
+
+    def _turns_of(self, row: Row, rated: bool) -> tuple[Any, list[Any]]:
         prompt, answers = row.prompt, [answer for _, answer in row.answers]
         text = all(isinstance(x, str) for x in answers)
         if prompt is None:
             turns = self.chat and text
-            return None, [_dialogue(*x) for x in row.answers] if turns else answers
+            return None, [dialogue(*x) for x in row.answers] if turns else answers
         if not (text and isinstance(prompt, str)):
-            return _messages(prompt, row.answers)
-        dialogue = TURN.match(prompt)
-        turns = row.prompt_column == "instruction" or (rated and not dialogue)
+            raw = row.record.get(row.prompt_column)
+            if self.chat is False and text and isinstance(raw, str) and not is_conversation(raw):
+                raise RowError(
+                    "has a system prompt, which goes with turns, and chat=False makes none"
+                )
+            return as_messages("user", prompt), [as_messages("assistant", x) for x in answers]
+        is_dialogue = TURN.match(prompt)
+        turns = row.prompt_column != "prompt" or (rated and not is_dialogue)
         if self.chat is False or not (self.chat or turns):
             return prompt, answers
-        if not dialogue:
+        if not is_dialogue:
             return as_messages("user", prompt), [as_messages("assistant", x) for x in answers]
-        before = _dialogue(f'"{row.prompt_column}"', prompt)
-        if before[-1]["role"] == "assistant":  # where the answer begins
-            if before.pop()["content"]:
-                raise RowError(
-                    f'"{row.prompt_column}" ends within an answer: chat=True cannot part them'
-                )
+        before = begun(f'"{row.prompt_column}"', prompt)
         return before, [as_messages("assistant", x.strip()) for x in answers]
-
-
-def _messages(
-    prompt: str | Messages, named: list[tuple[str, Any]]
-) -> tuple[Messages | None, list[Messages]]:
-    """Prompt and answers as messages; no prompt where the answers begin with it."""
-    text = isinstance(prompt, str)
-    prompt = as_messages("user", prompt)
-    answers = [as_messages("assistant", x) for _, x in named]
-    if text and any(x and x[0]["role"] in ("system", "user") for x in answers):
-        for (name, _), answer in zip(named, answers, strict=True):
-            if prompt[0] not in answer[:2]:  # a system message may come first
-                raise RowError(f'{name} is a whole conversation that does not have "prompt"')
-        return None, answers
-    if all(x[: len(prompt)] == prompt and len(x) > len(prompt) for x in answers):
-        return None, answers
-    return prompt, answers
-
-
-def _dialogue(name: str, text: str) -> Messages:
-    """The messages of a dialogue as in HH-RLHF; what one side says twice in a row is one message.
-
-    Raises:
-        RowError: the text is no dialogue.
-    """
-    before, *parts = TURN.split(text)
-    if before or not parts:
-        raise RowError(
-            f"{name} is text that is no dialogue, and there is no prompt: chat=True cannot tell "
-            "whose turns are in it"
-        )
-    turns: Messages = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role, content = _ROLES[speaker], content.strip()
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += f"\n\n{content}"
-        else:
-            turns += as_messages(role, content)
-    return turns

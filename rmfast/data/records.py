@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from rmfast.data.values import TURN, Messages
-from rmfast.errors import RowError
+from rmfast.data.values import TURN, Chat, Messages
+from rmfast.errors import DataError, RowError
 
 if TYPE_CHECKING:
     import datasets
@@ -20,12 +20,26 @@ class _Record:
 
     answers: Sequence[str] | Sequence[Messages]
     prompt: str | Messages | None
+    given: Mapping[str, Any] | None
 
     def whole(self) -> Any:
-        """The answers with the prompt before them; a pair's as a tuple, a group's as a list."""
-        if self.prompt is None:
-            return self.answers
-        return type(self.answers)(self.prompt + answer for answer in self.answers)
+        """The answers with the prompt before them; a pair's as a tuple, a group's as a list.
+
+        Each is a :class:`rmfast.data.values.Chat` where the row gives its template something.
+        """
+        whole = self.answers
+        if self.prompt is not None:
+            whole = type(whole)(self.prompt + answer for answer in whole)
+        return type(whole)(Chat(one, self.given) for one in whole) if self.given else whole
+
+    def columns(self) -> dict[str, Any]:
+        """What the row gives its chat template, as columns in TRL's format; tools as JSON."""
+        given = dict(self.given or {})
+        tools = given.pop("tools", None)
+        return {
+            **({"tools": json.dumps(tools)} if tools else {}),
+            **({"chat_template_kwargs": given} if given else {}),
+        }
 
     def question(self) -> str:
         """What all answers begin with, as a key: records of one prompt have the same."""
@@ -53,6 +67,7 @@ class Pair(_Record):
         margin: by how much the chosen answer is to score higher (Llama 2, arXiv 2307.09288, eq. 2);
             None: not known.
         where: where the pair is from, for messages: ``file:line``.
+        given: ``tools`` and other values for the chat template; None: there are none.
     """
 
     chosen: str | Messages
@@ -60,6 +75,7 @@ class Pair(_Record):
     prompt: str | Messages | None = None
     margin: float | None = None
     where: str = field(default="", compare=False)
+    given: Mapping[str, Any] | None = None
 
     @property
     def answers(self) -> tuple[str, str] | tuple[Messages, Messages]:
@@ -73,13 +89,14 @@ class Group(_Record):
     Attributes:
         responses: text or messages, without the prompt where ``prompt`` is given.
         ranks: a number for each response; lower is better, equal is a tie.
-        prompt, where: as for :class:`Pair`.
+        prompt, where, given: as for :class:`Pair`.
     """
 
     responses: list[str] | list[Messages]
     ranks: list[float]
     prompt: str | Messages | None = None
     where: str = field(default="", compare=False)
+    given: Mapping[str, Any] | None = None
 
     @property
     def answers(self) -> list[str] | list[Messages]:
@@ -97,7 +114,8 @@ def is_blank(answer: Any, prompt: Any = None) -> bool:
         return not answer.strip()
     if answer and isinstance(answer[-1], dict):
         content = answer[-1].get("content")
-        return isinstance(content, str) and not content.strip()
+        blank = isinstance(content, str) and not content.strip()
+        return blank and not answer[-1].get("tool_calls")
     return not answer
 
 
@@ -174,21 +192,29 @@ class Preferences:
 
         Columns are ``chosen``, ``rejected`` and, where there are any, ``margin`` (fp64); of groups
         ``responses`` and ``ranks`` (fp64). ``prompt`` is there if each record has one; if only some
-        have, it is put before their answers.
+        have, it is put before their answers. ``tools`` (as JSON) and ``chat_template_kwargs`` are
+        there where a row has them.
 
         Raises:
-            DataError: ``datasets`` is not installed.
+            DataError: ``datasets`` is not installed, or rows have not the same keys in
+                ``chat_template_kwargs``.
         """
         from rmfast.data.files import need
 
         need("datasets", "a data set")
         import datasets
 
+        given = [record.columns() for record in self.records]
+        if len({frozenset(x.get("chat_template_kwargs", ())) for x in given}) > 1:
+            raise DataError(
+                "rows have different keys in chat_template_kwargs, and a data set gives each row "
+                "the keys of all: rmfast train reads the file itself"
+            )
         apart = all(record.prompt is not None for record in self.records)
         rows = []
-        for record in self.records:
-            answers = record.answers if apart else record.whole()
-            row = {"prompt": record.prompt} if apart else {}
+        for record, more in zip(self.records, given, strict=True):
+            answers = record.answers if apart else replace(record, given=None).whole()
+            row = {**more, "prompt": record.prompt} if apart else more
             if isinstance(record, Group):
                 row |= {"responses": answers, "ranks": [float(rank) for rank in record.ranks]}
             else:

@@ -7,23 +7,35 @@ what is wrong with one is told in the same words.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rmfast.data.coats import (
+    ASKED,
+    TURNS,
+    given_by,
+    is_conversation,
+    is_message,
+    read_conversation,
+    with_parts,
+)
 from rmfast.data.values import (
+    Chat,
     Messages,
-    check_conversation,
+    Side,
     check_number,
     check_text,
+    holds,
+    is_empty,
+    is_whole,
     kind_of,
-    parse_list,
+    parse_text,
+    without_nulls,
 )
 from rmfast.errors import RowError
 
-# columns that may hold a part of the prompt: answers without it would be answers to another one
-_BESIDE = ("input", "system", "system_prompt", "tools", "chat_template_kwargs", "image", "images")
-_INSTEAD = ("prompt", "instruction", "question", "query", "context", "history", *_BESIDE)
+_ANSWERS = ("chosen", "response", "responses", "completion", "completions")
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Row:
         answers: text or messages, each after what it is called in an error: ``"chosen" item 1``.
         preferred: so many answers, the first ones, are chosen; the others are rejected.
         subset: its name, or None.
+        given: what the row gives the chat template besides: see :class:`rmfast.data.values.Chat`.
     """
 
     record: Mapping[str, Any]
@@ -45,12 +58,15 @@ class Row:
     answers: list[tuple[str, Any]]
     preferred: int = 0
     subset: str | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def conversations(self) -> list[Any]:
-        """The answers; each as a tuple with the prompt, where there is one."""
-        answers = [answer for _, answer in self.answers]
-        return answers if self.prompt is None else [(self.prompt, answer) for answer in answers]
+        """The answers; each as a tuple with the prompt, where there is one; or each a Chat."""
+        found = [answer for _, answer in self.answers]
+        if self.prompt is not None:
+            found = [(self.prompt, answer) for answer in found]
+        return [Chat(one, self.given) for one in found] if self.given else found
 
     @property
     def chosen(self) -> list[Any]:
@@ -68,9 +84,9 @@ class RowReader:
     """Reads rows of one source.
 
     Attributes:
-        columns: the column of each field (``prompt``, ``chosen``, …) that has another name.
-        cells: every value is text, as in CSV: prompts and answers may be messages as JSON, and
-            numbers are written out.
+        columns: the column of each field (``prompt``, ``chosen``, …) that has another name, such
+            as ``data.prompt`` within an object; a row without it is an error.
+        cells: every value is text, as in CSV: lists and numbers are written out.
         lists: ``chosen`` and ``rejected`` may each be a list of answers.
         empty: answers may be empty.
     """
@@ -93,59 +109,134 @@ class RowReader:
         """
         record = check_record(record)
         if kind == "pair":
-            chosen, rejected = (self._side(x, record) for x in ("chosen", "rejected"))
-            return self.row(record, [*chosen, *rejected], len(chosen))
+            chosen, rejected = self._sides(record)
+            both = [*chosen, *rejected]
+            sides = [(name, Side(x) if isinstance(x, str) else x) for name, x in both]
+            return self.row(record, sides, len(chosen))
         name = self.columns.get(kind, kind)
-        value = _value(name, record)
+        value = value_of(name, record)
         if kind == "response":
             answer = self.conversation(f'"{name}"', value)
-            return self.row(record, [(f'"{name}"', answer)], needs_prompt=True)
+            return self.row(record, [(f'"{name}"', answer)], prompt=True)
         if kind == "responses":
             answers = self.answers(name, self.items(name, value, "responses"))
-            return self.row(record, answers, needs_prompt=True)
-        if kind == "messages":
-            value = self.items(name, value, "messages")
-        elif not isinstance(value, str):
+            return self.row(record, answers, prompt=True)
+        if kind == "text" and not isinstance(value, str):
             raise RowError(f'"{name}" must be text, not {kind_of(value)}')
-        value = _without_nulls(check_conversation(f'"{name}"', value))
-        return Row(record, None, "", [(f'"{name}"', value)])
+        if kind == "messages" and not hasattr(value, "__len__"):
+            raise RowError(f'"{name}" must be a list of messages, not {kind_of(value)}')
+        answer = self.conversation(f'"{name}"', value)
+        if kind == "messages" and isinstance(answer, str):
+            raise RowError(f'"{name}" must be a list of messages, not text')
+        row = self.row(record, [(f'"{name}"', answer)], prompt=False, used={name})
+        beside = next((x for x in _ANSWERS if not is_empty(record.get(x))), None)
+        if kind == "messages" and row.answers[0][1][-1]["role"] == "user" and beside is not None:
+            raise RowError(
+                f'"{name}" has no answer, and "{beside}" is beside it: --response-column, or '
+                "--chosen-column and --rejected-column, name the columns of answers"
+            )
+        return row
 
     def row(
         self,
         record: Mapping[str, Any],
         answers: list[tuple[str, Any]],
         preferred: int = 0,
-        needs_prompt: bool = False,
+        prompt: bool | None = None,
+        used: Collection[str] = (),
     ) -> Row:
-        """The row of answers that were read already."""
-        name, prompt = self.columns.get("prompt", "prompt"), None
-        if needs_prompt or record.get(name) not in (None, "", []):
-            prompt = self.conversation(f'"{name}"', _value(name, record))
-        elif len({isinstance(answer, str) for _, answer in answers}) > 1:
+        """The row of answers that were read already.
+
+        Args:
+            record: its columns.
+            answers: as in :class:`Row`, and each may be a Chat.
+            preferred: as in :class:`Row`.
+            prompt: whether there must be one (None: may be); False: the answers are whole.
+            used: columns that were read.
+
+        Raises:
+            RowError: the prompt is missing, or a part of it is not where the answers have it.
+        """
+        given = given_by(record)
+        answers = [(x, _unwrapped(x, answer, given)) for x, answer in answers]
+        name, before = self._prompt(record, answers, prompt)
+        before = _unwrapped(f'"{name}"', before, given)
+        if before is not None and self._are_whole(answers, name, before):
+            before = None
+        if before is None and len({isinstance(answer, str) for _, answer in answers}) > 1:
             names = ", ".join(name for name, _ in answers)
             raise RowError(f"{names} must all be text, or all be lists of messages")
-        for unread in _INSTEAD if prompt is None else _BESIDE:
-            empty = self.cells and record.get(unread) in ("[]", "{}")
-            if record.get(unread) and not empty and unread not in self.columns.values():
-                raise RowError(
-                    f'has "{unread}", which seems to belong to the prompt and is not read: put it '
-                    'into "prompt", or take the column away'
-                )
-        return Row(record, prompt, name, answers, preferred, self._subset(record))
+        beside = {k: v for k, v in record.items() if not (self.cells and v in ("[]", "{}"))}
+        used = {*used, name, *self.columns.values(), *(ASKED if self._named("prompt") else ())}
+        if before is None:
+            found = with_parts(beside, used, [answer for _, answer in answers])
+            answers = [(x, answer) for (x, _), answer in zip(answers, found, strict=True)]
+        else:
+            (before,) = with_parts(beside, used, [before], prompt=True)
+        if given and before is None and any(isinstance(answer, str) for _, answer in answers):
+            raise RowError(f"has {', '.join(given)} for a chat template, and its answers are text")
+        return Row(record, before, name, answers, preferred, self._subset(record), given)
 
-    def _side(self, name: str, record: Mapping[str, Any]) -> list[tuple[str, Any]]:
-        """Chosen or rejected: an answer, or several."""
-        name = self.columns.get(name, name)
-        value = _value(name, record)
-        if self.lists and self.cells:
-            value = parse_list(value, lambda x: x and isinstance(x[0], (str, list)))
-        if self.lists and isinstance(value, list) and value and not isinstance(value[0], dict):
-            return self.answers(name, value)
-        return [(f'"{name}"', self.conversation(f'"{name}"', value))]
+    def _prompt(
+        self, record: Mapping[str, Any], answers: list[tuple[str, Any]], must: bool | None
+    ) -> tuple[str, Any]:
+        """The column of the prompt, and what it holds; None where there is no prompt."""
+        if must is False:
+            return "", None
+        name = self.columns.get("prompt", "prompt")
+        if not self._named("prompt"):
+            columns = ASKED if any(is_whole(answer) for _, answer in answers) else (*ASKED, *TURNS)
+            free = [x for x in columns if x == name or x not in self.columns.values()]
+            name = next((x for x in free if not _is_blank(record.get(x))), name)
+        value = value_of(name, record) if must or self._named("prompt") else record.get(name)
+        if _is_blank(value) and not must:
+            return name, None
+        before = self.conversation(f'"{name}"', value)
+        turns = before.conversation if isinstance(before, Chat) else before
+        if name in TURNS and not self._named("prompt"):
+            if isinstance(turns, str) or turns[-1]["role"] == "assistant":
+                raise RowError(f'"{name}" is beside the answers, and ends with no user\'s turn')
+        return name, before
+
+    @staticmethod
+    def _are_whole(answers: list[tuple[str, Any]], name: str, before: str | Messages) -> bool:
+        """Whether the answers begin with the prompt; RowError where only some do."""
+        begin = [is_whole(x) or (isinstance(before, list) and holds(x, before)) for _, x in answers]
+        if not any(begin):
+            return False
+        for (answer, value), whole in zip(answers, begin, strict=True):
+            if not whole:
+                raise RowError(f"{answer} is no whole conversation, and another answer is")
+            if not holds(value, before):
+                raise RowError(f'{answer} is a whole conversation that does not have "{name}"')
+        return True
+
+    def _named(self, field: str) -> bool:
+        """Whether the user named the column of a field."""
+        return self.columns.get(field, field) != field
+
+    def _sides(self, record: Mapping[str, Any]) -> list[list[tuple[str, Any]]]:
+        """Chosen and rejected: each an answer, or several."""
+        names = [self.columns.get(name, name) for name in ("chosen", "rejected")]
+        values = [value_of(name, record) for name in names]
+        parsed = [parse_text(x) if self.lists and _is_list_text(x) else x for x in values]
+        texts = [self.cells and _is_list_of_text(x) for x in parsed]
+        if any(texts) and not all(texts):  # the other may be a list of one, or this be an answer
+            wrong = names[texts.index(False)]
+            raise RowError(f'"{wrong}" must be a list of texts, as the other side is, or neither')
+        sides = []
+        for name, value, items in zip(names, values, parsed, strict=True):
+            items = items if all(texts) or is_conversation(items) else value
+            several = self.lists and isinstance(items, list) and not any(map(is_message, items))
+            if several and items:
+                sides.append(self.answers(name, items))
+            else:
+                sides.append([(f'"{name}"', self.conversation(f'"{name}"', items))])
+        return sides
 
     def _subset(self, record: Mapping[str, Any]) -> str | None:
         name = self.columns.get("subset")
-        subset = record.get(name)
+        subset = value_of(name, record) if self._named("subset") else record.get(name)
         if isinstance(subset, (dict, list)):
             raise RowError(f'"{name}" must be a name, not {kind_of(subset)}')
         if isinstance(subset, str):
@@ -154,11 +245,9 @@ class RowReader:
 
     # --- values
 
-    def conversation(self, name: str, value: Any) -> str | Messages:
-        """Text or messages, called ``name`` in an error."""
-        if self.cells:
-            value = parse_list(value, lambda x: x and isinstance(x[0], dict) and "role" in x[0])
-        return _without_nulls(check_conversation(name, value, self.empty))
+    def conversation(self, name: str, value: Any) -> str | Messages | Chat:
+        """Text or messages, called ``name`` in an error; a Chat where they come with ``tools``."""
+        return read_conversation(name, value, self.empty)
 
     def answers(self, name: str, items: list[Any]) -> list[tuple[str, Any]]:
         """Several answers, each after what it is called in an error."""
@@ -166,8 +255,8 @@ class RowReader:
         return [(x, self.conversation(x, item)) for x, item in zip(names, items, strict=True)]
 
     def items(self, name: str, value: Any, what: str = "numbers") -> list[Any]:
-        """A list, which text may be as JSON."""
-        items = parse_list(value, lambda _: True)
+        """A list, which may be written as text."""
+        items = parse_text(value) if isinstance(value, str) else value
         if not isinstance(items, list):
             raise RowError(f'"{name}" must be a list of {what}, not {kind_of(value)}')
         if not items and not self.empty:
@@ -182,6 +271,30 @@ class RowReader:
         return check_number(name, value)
 
 
+def check_as_it_is(record: Mapping[str, Any]) -> None:
+    """See that a row means to TRL, which takes its columns as they are, what is read here.
+
+    Args:
+        record: with ``chosen`` and ``rejected``, or ``responses``.
+
+    Raises:
+        RowError: it does not, or cannot be read at all.
+    """
+    reader = RowReader(empty=True)
+    if "responses" in record:
+        raw = list(record["responses"])
+        row = reader.row(record, reader.answers("responses", raw))
+    else:
+        raw = [record["chosen"], record["rejected"]]
+        row = reader.read(record, "pair")
+    read = [row.prompt, *(answer for _, answer in row.answers)]
+    if read != without_nulls([record.get("prompt") or None, *raw]):
+        raise RowError(
+            "its conversations are in a coat, or their prompt in other columns, which a trainer "
+            "does not read: give it rmfast.data.preferences(dataset).dataset()"
+        )
+
+
 def check_record(record: Any) -> Mapping[str, Any]:
     """The record, which must be a dict of columns; a reader's RowError is raised."""
     if isinstance(record, RowError):
@@ -189,17 +302,37 @@ def check_record(record: Any) -> Mapping[str, Any]:
     if not isinstance(record, Mapping):
         kind = kind_of(record)
         raise RowError(f"must be an object, with a value for each column, not {kind}")
-    return record
+    # pandas has arrays of Parquet's lists
+    return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in record.items()}
 
 
-def _value(name: str, record: Mapping[str, Any]) -> Any:
-    if name not in record:
-        raise RowError(f'"{name}" is missing')
-    return record[name]
+def value_of(name: str, record: Mapping[str, Any]) -> Any:
+    """The value of a column, or of a dotted name within objects where no column has that name."""
+    value: Any = record
+    for part in [name] if name in record else name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise RowError(f'"{name}" is missing: there are {", ".join(map(str, record))}')
+        value = value[part]
+    return value
 
 
-def _without_nulls(value: str | Messages) -> str | Messages:
-    """Messages without keys that are null: Arrow gives every message the keys of all."""
-    if isinstance(value, str) or not any(None in message.values() for message in value):
+def _unwrapped(name: str, value: Any, given: dict[str, Any]) -> Any:
+    """The conversation of a Chat, of which the rest is put into ``given``; others as they are."""
+    if not isinstance(value, Chat):
         return value
-    return [{k: v for k, v in message.items() if v is not None} for message in value]
+    for key, more in value.given.items():
+        if given.setdefault(key, more) != more:
+            raise RowError(f'{name} has another "{key}" than the rest of the row')
+    return value.conversation
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list)) and not value)
+
+
+def _is_list_text(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("[")
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and value and all(isinstance(item, str) for item in value)

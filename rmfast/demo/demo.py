@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import random
@@ -9,6 +10,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from rmfast.evaluate.measures import interval
 from rmfast.losses import bradley_terry
 from rmfast.packed import patching
 from rmfast.packed.step import pad
+from rmfast.resume import locked, make_folder, saving
 from rmfast.train import begin
 from rmfast.train.rows import Rows, hold_out, tokenised
 from rmfast.train.trainer import RewardConfig, RewardTrainer
@@ -52,7 +55,7 @@ def run(options: DemoOptions) -> None:
     Raises:
         UserError, DataError: what the user gave cannot be used; the message is for them.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _output(options):
         warnings.simplefilter("ignore", FutureWarning)  # names that only newer libraries have
         _run(options)
 
@@ -64,8 +67,6 @@ def _run(options: DemoOptions) -> None:
     device = loading.usable_device(options.device)
     dtype = options.dtype or ("mixed" if loading.bf16_is_fast(device) else "float32")
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "mixed")
-    if options.output is not None:
-        _make_folder(Path(options.output))
     started, rows = _start(options, device, dtype)
     _say("\n1. The patch")
     with tempfile.TemporaryDirectory() as folder:
@@ -79,9 +80,9 @@ def _run(options: DemoOptions) -> None:
         _say(f"held-out accuracy after   {_accuracy(trainer)}")
         _say("(in brackets the 95 % interval; ties count as wrong)")
         if options.output is not None:
-            with patching.unpatched(trainer.model) as model:
+            with patching.unpatched(trainer.model) as model, saving(Path(options.output)):
                 model.save_pretrained(options.output)
-            started.tokenizer.save_pretrained(options.output)
+                started.tokenizer.save_pretrained(options.output)
             _say(f"saved to {options.output}")
         _say(f"\n4. Time, without and with the patch in turn, on this machine: {_machine(device)}")
         with autocast:
@@ -125,11 +126,18 @@ def _start(options: DemoOptions, device: str, dtype: str) -> tuple[begin.Started
 # --- what the user gave
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
+@contextlib.contextmanager
+def _output(options: DemoOptions) -> Iterator[None]:
+    """Keep the output's folder for this run; raise UserError where something would be lost."""
+    if options.output is None:
+        yield
+        return
+    folder = Path(options.output)
+    make_folder(folder, {"--model": options.model, "--data": options.data})
+    with locked(folder):
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise UserError(f"--output {folder} is not empty: name another folder")
+        yield
 
 
 def _preferences(options: DemoOptions) -> tuple[Preferences, Preferences]:

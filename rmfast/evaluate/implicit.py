@@ -8,7 +8,7 @@ each run the packed trie, and their language head only where an answer's token f
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,21 +20,20 @@ from rmfast import reference
 from rmfast.errors import RowError
 from rmfast.losses import check_beta, implicit_reward
 from rmfast.packed import forward, models, patching, pieces
-from rmfast.score.scorer import Scorer, alike, evaluating
+from rmfast.score.scorer import Scorer, evaluating
 from rmfast.trie import pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 _LOGITS = 1 << 25  # made at a time: 128 MB in fp32
 
 
 class Answer(NamedTuple):
-    """Tokens of a prompt and its answer."""
+    """int32 tokens of a prompt and its answer, which begins at ``start``, 1 or more."""
 
-    ids: np.ndarray  # int32 [size]
-    start: int  # of the answer, 1 or more
+    ids: np.ndarray
+    start: int
 
     @property
     def size(self) -> int:
@@ -52,19 +51,24 @@ class LikelihoodScorer(Scorer):
     @staticmethod
     def _check(model: nn.Module) -> None:
         if not models.can_generate(model):
-            raise ValueError(
-                f"{type(model).__name__} is no causal language model: an implicit reward needs two"
-            )
+            name = type(model).__name__
+            raise ValueError(f"{name} is no causal language model: an implicit reward needs two")
 
     def _scores(self, rows: list[Answer]) -> np.ndarray:  # fp64 [len(rows)]
         self._count(rows)
-        self.stats.nodes += len(pack([row.ids for row in rows]))
+        ids = [row.ids for row in rows]
+        self.stats.nodes += len(pack(ids))
         found = np.zeros(len(rows))
         with evaluating(self.model):
-            packed = self._packed([row.ids for row in rows])
-            for run, which in ((self._run_packed, packed), (self._run_alone, ~packed)):
-                if which.any():
-                    found[which] = run([rows[i] for i in np.flatnonzero(which)])
+            packed = self._packed(ids)
+            if packed.any():
+                found[packed] = self._run_packed([rows[i] for i in np.flatnonzero(packed)])
+            for i in np.flatnonzero(~packed):
+                size, one = rows[i].size, None
+                while one is None:
+                    one = self._budget.attempt(_log_likelihood, self.model, rows[i], size=size)
+                found[i] = one
+                self._ran(size, 1, size)
         return found
 
     def _run_packed(self, rows: list[Answer]) -> list[float]:
@@ -79,26 +83,13 @@ class LikelihoodScorer(Scorer):
 
         def take(piece: pieces.Piece, hidden: Tensor) -> None:
             here = nodes[slice(*np.searchsorted(rising, [piece.start, piece.stop]))]
-            if here.size:
-                before = torch.from_numpy(parent[here] - piece.start)
-                gain[here] = _log_probs(self.model, hidden, before, trie.input_ids[here])
+            before = torch.from_numpy(parent[here] - piece.start)
+            gain[here] = _log_probs(self.model, hidden, before, trie.input_ids[here])
             done = [rows[i].size for i in piece.rows]
             self._ran(piece.stop - piece.start, len(done), sum(done))
 
         self._forward.run_pieces(trie, take, self._budget, prune=False)
         return [gain[path[row.start :]].sum() for path, row in zip(paths, rows, strict=True)]
-
-    def _run_alone(self, rows: list[Answer]) -> np.ndarray:
-        """Log-likelihoods of answers that cannot run packed, by a call of the model for each."""
-        found = np.zeros(len(rows))
-        keys = {i: (row.ids.tobytes(), row.start) for i, row in enumerate(rows)}
-        for equal in alike(keys).values():
-            row, one = rows[equal[0]], None
-            while one is None:
-                one = self._budget.attempt(_log_likelihood, self.model, row, size=row.size)
-            found[equal] = one
-            self._ran(row.size, len(equal), row.size * len(equal))
-        return found
 
 
 class ImplicitScorer(LikelihoodScorer):
@@ -140,18 +131,15 @@ class ImplicitScorer(LikelihoodScorer):
                 raise ValueError(f"{name} is an option of reward models: a policy has no such head")
         self.reference, self.beta = reference, beta
         super().__init__(model, tokenizer, **options)
-        limited = options.get("max_tokens") is not None
-        options["max_tokens"] = self.max_tokens
+        given, options["max_tokens"] = options.get("max_tokens"), self.max_tokens
         self._other = other = LikelihoodScorer(reference, tokenizer, **options)
         self._patches += other._patches
-        limit = other._patch.options.max_tokens
-        if limit and not limited:
-            self._budget.tokens = min(self.max_tokens, limit)
+        limit = None if given else other._patch.options.max_tokens
+        self._budget.tokens = min(filter(None, (self.max_tokens, limit)))
         other._budget = self._budget
-        encoders = (self.encoder, other.encoder)
-        self.encoder.vocabulary = min(encoder.vocabulary for encoder in encoders)
-        limits = filter(None, (encoder.max_length for encoder in encoders))
-        self.encoder.max_length = min(limits, default=None)
+        for name in ("vocabulary", "max_length"):
+            both = (getattr(x.encoder, name) for x in (self, other))
+            setattr(self.encoder, name, min(filter(None, both), default=None))
 
     def _is_sharded(self) -> bool:
         return super()._is_sharded() or models.is_sharded(self.reference)
@@ -171,24 +159,17 @@ class ImplicitScorer(LikelihoodScorer):
             encoder = copy.copy(self.encoder)
             encoder.max_length = None
             whole = encoder(row)
-        try:
-            prompts = list(self._prompts(row))
-        except RowError as error:
-            return error
         answers, shared = [], _common(whole)
-        for ids, uncut, prompt in zip(kept, whole, prompts, strict=True):
-            start = shared if prompt is None else _common([uncut, prompt])
-            answers.append(Answer(ids, max(1, start - (uncut.size - ids.size))))
+        same = itertools.groupby(zip(map(_prompt, row), whole, kept, strict=True), lambda x: x[0])
+        for prompt, group in same:  # a prompt is tokenised once
+            try:
+                before = None if prompt is None else self.encoder.prompt(prompt)
+            except RowError as error:
+                return error
+            for _, uncut, ids in group:
+                start = shared if prompt is None else _common([uncut, before])
+                answers.append(Answer(ids, max(1, start - (uncut.size - ids.size))))
         return answers
-
-    def _prompts(self, row: list) -> Iterator[np.ndarray | None]:
-        """Token ids of the prompts of (prompt, response) tuples, None for other conversations."""
-        before = ids = None
-        for conversation in row:
-            prompt = _prompt(conversation)
-            if prompt is not None and prompt != before:
-                before, ids = prompt, self.encoder.prompt(prompt)
-            yield None if prompt is None else ids
 
 
 def _prompt(conversation: Any) -> str | list | None:
@@ -197,8 +178,7 @@ def _prompt(conversation: Any) -> str | list | None:
         return None
     prompt, response = conversation
     whole = isinstance(response, list) and response[0]["role"] in ("system", "user")
-    token_ids = isinstance(prompt, (int, np.integer))
-    return None if whole or token_ids else prompt
+    return None if whole or isinstance(prompt, (int, np.integer)) else prompt  # an int: token ids
 
 
 def _common(rows: list[np.ndarray]) -> int:
@@ -208,35 +188,35 @@ def _common(rows: list[np.ndarray]) -> int:
     return int(np.append(np.any(differ, 0), True).argmax())
 
 
-def _vocabulary(model: nn.Module) -> int:
-    return model.get_input_embeddings().num_embeddings
+def _log_probs(model: nn.Module, hidden: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities of tokens, fp64 ``[E]`` on the CPU. Logits are made of some rows at a time.
+
+    They are made by the model's own forward, which is given ``hidden`` as its backbone's output.
+
+    Args:
+        hidden: ``[n, H]``.
+        before: int64 ``[E]``, rising, on the CPU: the row of ``hidden`` that each token follows.
+        tokens: int64 ``[E]``, on the CPU.
+    """
+    found = torch.zeros(len(tokens), dtype=torch.float64)
+    rows, place = before.unique_consecutive(return_inverse=True)
+    count = max(1, _LOGITS // model.get_input_embeddings().num_embeddings)
+    for first in range(0, len(rows), count):
+        some = rows[first : first + count].to(hidden.device)
+        output = _Output(last_hidden_state=hidden[some][None])
+        ids = torch.zeros_like(some)[None]
+        with forward.giving(patching.attached(model).overrides[0], output):
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+        here = (first <= place) & (place < first + count)
+        found[here] = _picked(logits, place[here] - first, tokens[here])
+    return found
 
 
-def _log_probs(
-    model: nn.Module,
-    hidden: Tensor,  # [n, H]
-    before: Tensor,  # int64 [E], rising, on the CPU: the row of hidden that each token follows
-    tokens: Tensor,  # int64 [E], on the CPU
-) -> Tensor:  # fp64 [E], on the CPU
-    """Log-probability of each token. Logits are made of some rows at a time."""
-    device, found = hidden.device, []
-    used, place = before.unique_consecutive(return_inverse=True)
-    for rows in used.split(max(1, _LOGITS // _vocabulary(model))):
-        logits = _logits(model, hidden[rows.to(device)])
-        here = (rows[0] <= before) & (before <= rows[-1])
-        at = (place[here] - place[here][0]).to(device)
-        picked = logits[at, tokens[here].to(device)] - logits.logsumexp(-1)[at]
-        found.append(picked.cpu().double())
-    return torch.cat(found)
-
-
-def _logits(model: nn.Module, hidden: Tensor) -> Tensor:  # [S, H] -> [S, V]
-    """Logits by the model's own forward, which is given ``hidden`` as its backbone's output."""
-    ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-    output = _Output(last_hidden_state=hidden[None])
-    with forward.giving(patching.attached(model).overrides[0], output):
-        logits = model(input_ids=ids, use_cache=False).logits[0]
-    return logits.to(reference.wide(logits.dtype))
+def _picked(logits: Tensor, at: Tensor, tokens: Tensor) -> Tensor:  # [S, V], [E], [E] -> fp64 [E]
+    """The log-probability of each token by the row ``at`` of the logits."""
+    logits = logits.to(reference.wide(logits.dtype))
+    at, tokens = at.to(logits.device), tokens.to(logits.device)
+    return (logits[at, tokens] - logits.logsumexp(-1)[at]).cpu().double()
 
 
 class _Output(BaseModelOutputWithPast):
@@ -253,5 +233,4 @@ def _log_likelihood(model: nn.Module, row: Answer) -> float:
     if row.size >= models.position_limit(model.config.get_text_config()):
         model(input_ids=ids[:, :2], use_cache=False)  # forgets rotary frequencies of longer rows
     logits = model(input_ids=ids, use_cache=False).logits[0, row.start - 1 : -1]
-    logits = logits.to(reference.wide(logits.dtype)).log_softmax(-1)
-    return logits.gather(1, ids[0, row.start :, None]).cpu().double().sum().item()
+    return _picked(logits, torch.arange(len(logits)), ids[0, row.start :]).sum().item()

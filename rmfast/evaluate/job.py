@@ -16,19 +16,26 @@ from rmfast.data.encoding import read_template
 from rmfast.data.files import Reader
 from rmfast.data.rows import Row, RowReader
 from rmfast.errors import RowError, UserError
-from rmfast.evaluate import measures, rewardbench, show
+from rmfast.evaluate import measures, published, show
 from rmfast.evaluate.options import EvalOptions
-from rmfast.resume import versions
+from rmfast.evaluate.output import RowFiles, all_paths, first_state
+from rmfast.resume import check_paths, locked, saving, told_to_stop, versions
 from rmfast.score.progress import progress_bar
 from rmfast.score.windows import memory_told
 
 if TYPE_CHECKING:
-    from rmfast.data.encoding import Conversation, Encoder
+    from rmfast.data.encoding import Conversation
     from rmfast.score.scorer import Scorer
+    from rmfast.score.start import State
     from rmfast.score.windows import Scored
 
+Tag = tuple[int, Row | None, str | None]  # number, what it was read as, the benchmark's name
 
-_SPLITS = {"allenai/reward-bench": "filtered", "allenai/reward-bench-2": "test"}
+_SPLITS = {
+    "allenai/reward-bench": "filtered",
+    "allenai/reward-bench-2": "test",
+    "ScalerLab/JudgeBench": "gpt",
+}
 _ATTENTION = {"eager": "sdpa", "sdpa": "sdpa", "flash_attention_2": "flash"}
 _DEBUG = 10  # rows
 _SHOWN = 5  # errors on the screen
@@ -47,28 +54,68 @@ def run(args: EvalOptions) -> int:
     loading.silence_transformers()
     _read_rewardbench_names(args)
     template = _check(args)
-    source, judged, left_out = _Source(args), measures.Judged(), _LeftOut(args)
+    with contextlib.nullcontext() if args.scores is None else locked(Path(args.scores)):
+        return _run(args, template)
+
+
+def _run(args: EvalOptions, template: str | None) -> int:
+    source = _Source(args)
+    state = first_state(args, source.reader, template)
+    goes_on = args.resume and Path(args.scores).exists()
+    check_paths({}, all_paths(args), overwrite=args.overwrite or goes_on)
+    try:
+        with told_to_stop():
+            return _evaluate(args, template, source, state)
+    except KeyboardInterrupt:
+        if args.scores is None:
+            raise
+        print(
+            f"\nrmfast eval: interrupted, {state.rows:,} rows are in {args.scores}; the same "
+            "command with --resume continues",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _evaluate(args: EvalOptions, template: str | None, source: _Source, state: State) -> int:
+    judged, left_out = measures.Judged(), _LeftOut(args)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress_bar(unit=" answers"))
-        scorer = _scorer(args, template, lambda conversations, _: bar.update(conversations))
-        files = stack.enter_context(_RowFiles(args, scorer.encoder))
-        windows = stack.enter_context(contextlib.closing(scorer.windows(source)))
-        for window in memory_told(windows):
-            for (number, row), scored in window:
-                if scored.error is not None:
-                    left_out.add(number, scored.error)
-                    files.error(number, scored.error)
-                    continue
-                judged.add(scored.scores, scored.lengths, len(row.chosen), row.subset)
-                files.row(number, row, scored)
+        options = args.for_scorer(template) | {"max_tokens": state.max_tokens or args.max_tokens}
+        options["progress"] = lambda conversations, _: bar.update(conversations)
+        scorer = _scorer(args, options)
+        files = stack.enter_context(RowFiles(args, scorer.encoder, state))
+
+        def take(tag: Tag, scored: Scored, new: bool = True) -> None:
+            number, row, benchmark = tag
+            if scored.error is not None:
+                left_out.add(number, scored.error)
+            else:
+                id = row.record.get("id") if benchmark else None
+                about = (len(row.chosen), row.subset, benchmark, id)
+                judged.add(scored.scores, scored.lengths, *about)
+            files.add(number, row, scored, new)
+
+        rows, before = iter(source), state.stats()
+        for tag, scored in files.earlier(rows):
+            take(tag, scored, new=False)
+        windows = stack.enter_context(contextlib.closing(scorer.windows(rows)))
+        advice = "" if args.scores is None else "; --resume continues after the last window"
+        for window in memory_told(windows, advice):
+            for tag, scored in window:
+                take(tag, scored)
+            state.totals = (before + scorer.stats).as_dict()
+            state.max_tokens = scorer.max_tokens
+            files.save(len(window))
         if not len(judged):
             first = "".join(f"; line {one['line']}: {one['reason']}" for one in left_out.rows[:1])
             raise UserError(f"{args.input}: there is no row to evaluate{first}")
-        summary = measures.summarise(judged)
+        summary = {"headline": published.headline(judged), **measures.summarise(judged)}
         bar.close()
         paths = files.finish(summary)
-    _print(args, scorer, summary, left_out)
-    paths += _write(args, scorer, summary, left_out)
+    run = {**state.stats().as_dict(), **scorer.about()}
+    _print(args, run, summary, left_out)
+    paths += _write(args, run, summary, left_out)
     for path in paths:
         print(f"written: {path}")
     return left_out.exit_code
@@ -99,19 +146,21 @@ def _check(args: EvalOptions) -> str | None:
         path = getattr(args, name)
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise UserError(f"--{name} {path}: there is no such folder")
+    names = ("input", "model", "ref_model", "tokenizer", "chat_template")
+    inputs = {"--" + name.replace("_", "-"): getattr(args, name) for name in names}
+    check_paths(inputs, all_paths(args), overwrite=True)
     if args.figure is not None:
         show.check(args.figure)
     if args.ref_model is None and args.beta is not None:
         raise UserError("--beta belongs to --ref-model: give both, or neither")
     if args.ref_model is not None and args.ref_model == args.model:
         raise UserError("--ref-model is the model itself: every reward would be 0")
-    if args.ref_model is not None and args.pooling != "hf":
+    if args.ref_model is not None and args.pooling is not None:
         raise UserError("--pooling belongs to a reward model's head, and --ref-model has none")
     return read_template(args.chat_template)
 
 
-def _scorer(args: EvalOptions, template: str | None, progress: Any) -> Scorer:
-    options = args.for_scorer(template) | {"progress": progress}
+def _scorer(args: EvalOptions, options: dict[str, Any]) -> Scorer:
     load = functools.partial(loading.load, **args.for_loading())
     task = "reward" if args.ref_model is None else "causal"
     loaded = load(args.model, task=task)
@@ -138,20 +187,20 @@ class _Source:
 
     def __init__(self, args: EvalOptions) -> None:
         options = {"name": args.name, "split": args.split, "limit": args.limit}
-        reader = Reader(args.input, lists=True, **options)
-        self.records = reader.read()
+        self.reader = reader = Reader(args.input, **options)
         names = ("prompt", "chosen", "rejected", "subset")
         columns = {name: getattr(args, f"{name}_column") for name in names}
         self.rows = RowReader(columns, cells=reader.format == "csv", lists=True)
 
-    def __iter__(self) -> Iterator[tuple[tuple[int, Row | None], list[Conversation] | RowError]]:
-        for record in self.records:
+    def __iter__(self) -> Iterator[tuple[Tag, list[Conversation] | RowError]]:
+        for record in self.reader.read():
             try:
-                row = self.rows.read(record.value, "pair")
+                benchmark, value = published.read(record.value, self.rows.columns)
+                row = self.rows.read(value, "pair")
             except RowError as error:
-                yield (record.number, None), error
+                yield (record.number, None, None), error
             else:
-                yield (record.number, row), [*row.chosen, *row.rejected]
+                yield (record.number, row, benchmark), [*row.chosen, *row.rejected]
 
 
 # --- results
@@ -185,90 +234,29 @@ class _LeftOut:
             yield f"  and {len(self.rows) - _SHOWN:,} more"
 
 
-class _RowFiles(contextlib.ExitStack):
-    """The files that rows are written to as they come; a context manager."""
-
-    def __init__(self, args: EvalOptions, encoder: Encoder) -> None:
-        super().__init__()
-        self.args, self.encoder = args, encoder
-        self.results: list[float] = []  # of RewardBench's rows
-        self.stem = rewardbench.stem(args.output_dir, args.model)
-        paths = {} if args.scores is None else {"scores": Path(args.scores)}
-        if args.rewardbench_files:
-            paths["outputs"] = Path(f"{self.stem}_outputs.jsonl")
-        if args.save_all:
-            paths["all"] = Path(f"{self.stem}_all.jsonl")
-        try:
-            if args.rewardbench_files:
-                paths["outputs"].parent.mkdir(parents=True, exist_ok=True)
-            self.files = {
-                name: self.enter_context(path.open("w", encoding="utf-8"))
-                for name, path in paths.items()
-            }
-        except OSError as error:
-            raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
-
-    def row(self, number: int, row: Row, scored: Scored) -> None:
-        count = len(row.chosen)
-        scores = [float(str(score)) for score in scored.scores]  # the shortest, not fp64's digits
-        line = {"line": number} | ({} if row.subset is None else {"subset": row.subset})
-        for name, side in (("chosen", slice(count)), ("rejected", slice(count, None))):
-            line[name] = rewardbench.single(scores[side])
-            line[f"{name}_tokens"] = rewardbench.single(scored.lengths[side].tolist())
-        self._write("scores", line)
-        if "outputs" in self.files:
-            output = rewardbench.output(row, scores, self.encoder)
-            self.results.append(output["results"])
-            self._write("outputs", output)
-            self._write("all", {name: output[f"scores_{name}"] for name in ("chosen", "rejected")})
-
-    def error(self, number: int, error: RowError) -> None:
-        self._write("scores", {"line": number, "error": error.reason, "kind": error.kind})
-
-    def _write(self, name: str, line: dict[str, Any]) -> None:
-        if name in self.files:
-            self.files[name].write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-
-    def finish(self, summary: dict[str, Any]) -> list[Path]:
-        """Write RewardBench's summary, and return the paths of all files."""
-        args, count, subsets = self.args, len(self.results), summary.get("subsets")
-        paths = [Path(file.name) for file in self.files.values()]
-        if "outputs" in self.files:
-            about = {
-                "accuracy": sum(self.results) / count,
-                "num_prompts": count,
-                "model": args.model,
-                "ref_model": args.ref_model,
-                "tokenizer": args.tokenizer or args.model,
-                "chat_template": args.chat_template,
-                "extra_results": subsets and {name: x["accuracy"] for name, x in subsets.items()},
-            }
-            paths.append(Path(f"{self.stem}.json"))
-            paths[-1].write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
-        return paths
-
-
 def _title(args: EvalOptions) -> str:
     against = "" if args.ref_model is None else f" against {args.ref_model}"
     return f"{args.model}{against} on {args.input}"
 
 
-def _print(args: EvalOptions, scorer: Scorer, summary: dict[str, Any], left_out: _LeftOut) -> None:
-    stats, model = scorer.stats, scorer.about()
+def _print(
+    args: EvalOptions, run: dict[str, Any], summary: dict[str, Any], left_out: _LeftOut
+) -> None:
     print(f"{_title(args)}\n\n{show.table(summary)}\n")
-    saved = 1 - stats.nodes / stats.tokens
+    saved = 1 - run["nodes"] / run["tokens"]
     print(
-        f"{stats.rows:,} rows, {stats.conversations:,} answers, {stats.tokens:,} tokens in "
-        f"{stats.seconds:.1f} s; shared prefixes saved {saved:.0%} of them; level {model['level']}"
+        f"{run['rows']:,} rows, {run['conversations']:,} answers, {run['tokens']:,} tokens in "
+        f"{run['seconds']:.1f} s; shared prefixes saved {saved:.0%} of them; level {run['level']}"
     )
-    for warning in model["warnings"] if args.ref_model is None else ():  # these are about a head
+    # a policy's own warnings are about a head
+    for warning in (run if args.ref_model is None else run["form"])["warnings"]:
         print(f"! {warning}")
     for line in left_out.lines():
         print(line)
 
 
 def _write(
-    args: EvalOptions, scorer: Scorer, summary: dict[str, Any], left_out: _LeftOut
+    args: EvalOptions, run: dict[str, Any], summary: dict[str, Any], left_out: _LeftOut
 ) -> list[Path]:
     """Write the JSON and the figure that were asked for, and return their paths."""
     figures = {
@@ -277,14 +265,13 @@ def _write(
         "input": args.input,
         **summary,
         "left_out": left_out.as_dict(),
-        "run": {**scorer.stats.as_dict(), **scorer.about(), "versions": versions()},
+        "run": {**run, "versions": versions()},
     }
-    try:
-        if args.json is not None:
+    if args.json is not None:
+        with saving(Path(args.json), ""):
             text = json.dumps(figures, ensure_ascii=False, indent=2, allow_nan=False)
-            Path(args.json).write_text(text + "\n", encoding="utf-8")
-        if args.figure is not None:
+            Path(args.json).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    if args.figure is not None:
+        with saving(Path(args.figure), ""):
             show.figure(summary, _title(args)).savefig(args.figure)
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
     return [Path(path) for path in (args.json, args.figure) if path is not None]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BINS = 15  # of the reliability diagram
+_DOMAINS = {"chat", "code", "math", "safety-refuse", "safety-response"}  # of RM-Bench
 
 
 def interval(right: int, total: int) -> tuple[float, float]:
@@ -30,10 +31,15 @@ class Judged:
 
     Attributes:
         subsets: name of each row's subset, or None.
+        benchmarks: the benchmarks that the columns of the rows are those of, see
+            :func:`rmfast.evaluate.published.read`.
+        ids: what a benchmark calls each row, or None.
     """
 
     def __init__(self) -> None:
         self.subsets: list[str | None] = []
+        self.benchmarks: set[str | None] = set()
+        self.ids: list[Any] = []
         self._scores, self._lengths = array("d"), array("q")
         self._chosen, self._sizes = array("q"), array("q")
 
@@ -43,6 +49,8 @@ class Judged:
         lengths: Sequence[int] | np.ndarray,
         chosen: int = 1,
         subset: str | None = None,
+        benchmark: str | None = None,
+        id: Any = None,
     ) -> None:
         """Add a row: finite scores, and lengths in tokens, of its ``chosen`` chosen answers and
         then of its rejected ones."""
@@ -51,6 +59,8 @@ class Judged:
         self._chosen.append(chosen)
         self._sizes.append(len(scores))
         self.subsets.append(subset)
+        self.benchmarks.add(benchmark)
+        self.ids.append(id)
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -267,27 +277,40 @@ def rm_bench(judged: Judged) -> dict[str, Any] | None:
     often the chosen answer in style i beats the rejected one in style j; a tie is no win. ``hard``
     is the mean of the cells above the diagonal, where the rejected answer is the more elaborate
     one, ``normal`` of the diagonal, ``easy`` of the cells below: Liu et al. 2024, arXiv 2410.16184.
+
+    Of RM-Bench itself, the two domains of safety are one, and the figures are means over domains,
+    as its leaderboard has them; ``pooled`` are those of all rows.
     """
     shape = next((s for s in judged.shapes() if s.scores.shape[1] == 2 * s.chosen == 6), None)
     if shape is None:
         return None
     wins = shape.scores[:, :3, None] > shape.scores[:, None, 3:]
-    parts = _by_subset([judged.subsets[row] for row in shape.rows])
-    subsets = {name: _levels(wins[inside]) for name, inside in parts.items()}
-    return {**_levels(wins), "matrix": wins.mean(0).tolist(), "subsets": subsets}
+    names = [judged.subsets[row] for row in shape.rows]
+    whole = wins.mean(0)
+    published = judged.benchmarks == {"RM-Bench"} and set(names) <= _DOMAINS
+    if published:
+        names = [name.split("-")[0] for name in names]
+    matrices = {name: wins[inside].mean(0) for name, inside in by_subset(names).items()}
+    matrix = np.mean(list(matrices.values()), 0) if published else whole
+    found = {"n": len(wins), **_levels(matrix), "matrix": matrix.tolist()}
+    if published:
+        found["pooled"] = _levels(whole)
+    subsets = {
+        name: {"n": names.count(name), **_levels(matrix)} for name, matrix in matrices.items()
+    }
+    return found | {"subsets": subsets}
 
 
-def _levels(wins: np.ndarray) -> dict[str, Any]:  # bool [rows, 3, 3]
-    matrix = wins.mean(0)
+def _levels(matrix: np.ndarray) -> dict[str, float]:  # fp64 [3, 3]
     levels = {
         "easy": float(matrix[np.tril_indices(3, -1)].mean()),
         "normal": float(np.diag(matrix).mean()),
         "hard": float(matrix[np.triu_indices(3, 1)].mean()),
     }
-    return {"n": len(wins), **levels, "mean": sum(levels.values()) / 3}
+    return {**levels, "mean": sum(levels.values()) / 3}
 
 
-def _by_subset(names: list[str | None]) -> dict[str, np.ndarray]:
+def by_subset(names: list[str | None]) -> dict[str, np.ndarray]:
     """For each name, sorted, which rows have it, bool ``[rows]``."""
     found, names = sorted({name for name in names if name is not None}), np.array(names, object)
     return {name: names == name for name in found}
@@ -310,7 +333,7 @@ def summarise(judged: Judged) -> dict[str, Any]:
         "rows": tally(row_credit),
         "pairs": {**of_pairs, "row_mean": _mean(won / np.maximum(count, 1))},
     }
-    parts = {name: tally(row_credit[inside]) for name, inside in _by_subset(judged.subsets).items()}
+    parts = {name: tally(row_credit[inside]) for name, inside in by_subset(judged.subsets).items()}
     if parts:
         summary["subsets"] = parts
         summary["macro"] = {

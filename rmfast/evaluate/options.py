@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from rmfast.arguments import option
-from rmfast.score.options import INPUT, ScoringOptions
+from rmfast.score.options import FILES, INPUT, ScoringOptions
 
 IMPLICIT = "Implicit reward: beta * (log policy - log reference)"
 OUTPUT = "Output"
@@ -23,8 +23,7 @@ class EvalOptions(ScoringOptions):
 
     # fmt: off
     input: str = option(
-        "Read this .jsonl, .csv (both .gz too), .parquet or .json list, or a folder or hub name of "
-        "a data set.", metavar="FILE", names=("--dataset",))
+        f"Read this {FILES}", metavar="FILE", names=("--dataset",), several=True)
 
     ref_model: str | None = option(
         "Take --model as a policy and this as its reference.",
@@ -37,7 +36,7 @@ class EvalOptions(ScoringOptions):
     rejected_column: str = column("rejected")
     subset_column: str = column("subset")
     split: str | None = option(
-        "Read this split of a data set (default: train; filtered for allenai/reward-bench).",
+        "Read this split of a data set (default: train; of a published benchmark, its own).",
         None, group=INPUT)
 
     json: str | None = option("Write all figures here.", None, metavar="FILE", group=OUTPUT)
@@ -46,6 +45,9 @@ class EvalOptions(ScoringOptions):
         None, metavar="FILE", group=OUTPUT)
     scores: str | None = option(
         "Write the scores of each row here, as JSON lines.", None, metavar="FILE", group=OUTPUT)
+    resume: bool = option(
+        "Continue what a run with the same options left in --scores, or start.", False, OUTPUT)
+    overwrite: bool = option("Replace the files that are there.", False, OUTPUT)
     rewardbench_files: bool = option(
         "Write MODEL.json and MODEL_outputs.jsonl as RewardBench does.", False, OUTPUT)
     output_dir: str | None = option(
@@ -63,3 +65,7 @@ class EvalOptions(ScoringOptions):
     batch_size: int | None = option(
         "Do nothing: see --max-tokens.", None, metavar="N", least=1, group=REWARDBENCH)
     # fmt: on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.one_of("resume", "overwrite")

@@ -47,7 +47,7 @@ def output(row: Row, scores: list[float], encoder: Encoder) -> dict[str, Any]:
 
 def _prompt(row: Row, encoder: Encoder) -> Any:
     """The prompt in the chat template, or as it is where the template refuses it."""
-    prompt, first = row.prompt, row.chosen[0]
+    prompt, first = row.prompt, row.answers[0][1]
     if prompt is None:
         if not isinstance(first, list) or len(first) < 2:
             return ""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import textwrap
+import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,8 @@ def table(summary: dict[str, Any]) -> str:
     ece, log_loss = (_number(summary["calibration"][name]) for name in ("ece", "log_loss"))
     calibration = f"expected calibration error {ece}, log loss {log_loss}"
     parts = [_accuracy(summary), _margin(summary), _length(summary["length"])]
+    if summary.get("headline"):
+        parts.insert(0, _headline(summary["headline"]))
     parts.append([f"calibration of σ(margin): {calibration}"])
     if summary["rm_bench"] is not None:
         parts.append(_rm_bench(summary["rm_bench"]))
@@ -38,6 +43,18 @@ def _grid(rows: list[list[str]], indent: str = "") -> Iterator[str]:
         yield indent + "   ".join([name.ljust(widths[0]), *right]).rstrip()
 
 
+def _headline(found: dict[str, Any]) -> Iterator[str]:
+    yield _score(found)
+    yield f"  as published ({found['paper']}): {found['formula']}"
+    if len(found["parts"]) < found["of"]:
+        yield f"  {len(found['parts'])} of its {found['of']} parts are in these rows"
+    yield from _grid([[name, _share(score)] for name, score in found["parts"].items()], "  ")
+
+
+def _score(found: dict[str, Any]) -> str:
+    return f"{found['benchmark']} {_share(found['score'])}"
+
+
 def _accuracy(summary: dict[str, Any]) -> Iterator[str]:
     groups = summary["groups"]
     tallies = [("best answer is chosen" if groups else "chosen wins", summary["rows"])]
@@ -46,7 +63,8 @@ def _accuracy(summary: dict[str, Any]) -> Iterator[str]:
     if groups:
         tallies.append(("pairs", summary["pairs"]))
     counted = ("n", "wins", "ties", "losses")
-    rows = [["", *counted, "accuracy", "95 % interval", "ties shared"]]
+    title = "rmfast's own figures" if summary.get("headline") else ""
+    rows = [[title, *counted, "accuracy", "95 % interval", "ties shared"]]
     for name, tally in tallies:
         counts = [f"{tally[key]:,}" if key in tally else "" for key in counted]
         interval = " - ".join(map(_share, tally.get("interval") or ()))
@@ -93,7 +111,10 @@ def _length(length: dict[str, Any]) -> Iterator[str]:
 def _rm_bench(found: dict[str, Any]) -> Iterator[str]:
     yield f"RM-Bench, {found['n']:,} rows of 3 chosen and 3 rejected answers"
     rows = [["", *_LEVELS]]
-    for name, levels in (("all", found), *found["subsets"].items()):
+    both = {"all": found}
+    if "pooled" in found:
+        both = {"mean of domains": found, "all rows": found["pooled"]}
+    for name, levels in (*both.items(), *found["subsets"].items()):
         rows.append([name, *(_share(levels[key]) for key in _LEVELS)])
     yield from _grid(rows, "  ")
     rows = [["chosen, against rejected:", *_STYLES]]
@@ -131,12 +152,49 @@ def _figure(title: str, width: float, height: float) -> Figure:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, wrap=True)
+    title, families = _drawable(title)
+    lines = "\n".join(_wrapped(line, 8 * width) for line in title.split("\n"))
+    figure.suptitle(lines.replace("$", r"\$"), fontfamily=families)  # between two is mathtext
     return figure
+
+
+def _wrapped(line: str, width: float) -> str:
+    """The line in lines of so many letters, of which some are twice as wide."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in line)
+    width *= len(line) / (len(line) + wide) if line else 1
+    return textwrap.fill(line, int(width), break_on_hyphens=False)
+
+
+def _drawable(text: str) -> tuple[str, list[str]]:
+    """A text and the font families that draw it; what no installed font has is written out."""
+    from matplotlib import font_manager, rcParams
+
+    families, missing = list(rcParams["font.family"]), set(text) - {"\n"}
+    own = font_manager.findfont(font_manager.FontProperties())
+    entries = [(own, None), *((font.fname, font.name) for font in font_manager.fontManager.ttflist)]
+    for path, name in entries:
+        if not missing:
+            break
+        if "Last Resort" in str(name):  # boxes
+            continue
+        with contextlib.suppress(OSError, RuntimeError):
+            letters = font_manager.get_font(path).get_charmap()
+            found = {x for x in missing if ord(x) in letters}
+            missing -= found
+            families += [name] if found and name else []
+    written = {ord(x): x.encode("unicode_escape").decode() for x in missing}
+    return text.translate(written), families
+
+
+def _legend(axes: Axes) -> None:
+    """A legend below the axes, where it hides nothing."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
 
 
 def figure(summary: dict[str, Any], title: str) -> Figure:
     """Histogram of margins, with the accuracy above it, and reliability diagram."""
+    if summary.get("headline"):
+        title += f"\n{_score(summary['headline'])}"
     drawn = _figure(title, 12, 5)
     margins, reliability = drawn.subplots(1, 2)
     margins.set_title(f"accuracy {_share(summary['rows']['accuracy'])}")
@@ -151,23 +209,38 @@ def curve(lines: list[dict[str, Any]], title: str) -> Figure:
     Args:
         lines: those of ``rmfast train``'s metrics.jsonl.
     """
+    from matplotlib.ticker import MaxNLocator
+
     trained = [line for line in lines if line["kind"] == "train"]
     held_out = [line for line in lines if line["kind"] == "eval"]
     drawn = _figure(title, 8, 8 if held_out else 4)
-    first, *second = drawn.subplots(2 if held_out else 1, 1, squeeze=False)[:, 0]
-    first.plot([x["step"] for x in trained], [x["loss"] for x in trained], label="training")
-    first.set(xlabel="step", ylabel="loss")
+    first, *second = drawn.subplots(2 if held_out else 1, 1, squeeze=False, sharex=True)[:, 0]
+    steps, losses = ([line[key] for line in trained] for key in ("step", "loss"))
+    count = len(losses) // 20
+    first.plot(steps, losses, label="training", alpha=0.4 if count > 1 else 1)
+    if count > 1:
+        sums = list(itertools.accumulate(losses, initial=0))
+        means = [(b - a) / count for a, b in zip(sums, sums[count:], strict=False)]
+        label = f"training, mean of {count}"
+        first.plot(steps[count - 1 :], means, color="tab:blue", label=label)
+    first.set(ylabel="loss")
     for axes in second:
         steps = [line["step"] for line in held_out]
         losses = [line["calibration"]["log_loss"] for line in held_out]
-        first.plot(steps, losses, "o-", label="held out, log loss of σ(margin)")
+        label = "held out, log loss of σ(margin)"
+        first.plot(steps, losses, "o-", color="tab:orange", label=label)
         tallies = [line["rows"] for line in held_out]
         low, high = zip(*(tally["interval"] for tally in tallies), strict=True)
-        axes.plot(steps, [tally["accuracy"] for tally in tallies], "o-")
-        axes.fill_between(steps, low, high, alpha=0.2)
-        axes.axhline(0.5, color="grey", linestyle=":")
-        axes.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1))
-    first.legend()
+        axes.plot(steps, [tally["accuracy"] for tally in tallies], "o-", label="held out")
+        band = {"alpha": 0.2, "edgecolor": "tab:blue", "label": "95 % interval"}
+        axes.fill_between(steps, low, high, **band)  # of one step, its edge is what is seen
+        axes.axhline(0.5, color="grey", linestyle=":", label="chance")
+        axes.set(ylabel="held-out accuracy", ylim=(0, 1))
+    for axes in (first, *second):
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelbottom=True)
+        _legend(axes)
     return drawn
 
 
@@ -180,7 +253,9 @@ def _draw_margins(axes: Axes, margin: dict[str, Any]) -> None:
     colours = ["tab:red" if left < 0 else "tab:blue" for left in edges[:-1]]
     axes.bar(edges[:-1], counts, widths, align="edge", color=colours, edgecolor="white")
     axes.axvline(margin["mean"], color="black", linestyle="--", label=f"mean {margin['mean']:.3g}")
-    axes.legend()
+    axes.ticklabel_format(axis="x", scilimits=(-3, 4))
+    axes.locator_params(axis="x", nbins=7)
+    _legend(axes)
 
 
 def _draw_reliability(axes: Axes, calibration: dict[str, Any]) -> None:
@@ -195,4 +270,4 @@ def _draw_reliability(axes: Axes, calibration: dict[str, Any]) -> None:
     style = {"color": "tab:blue", "alpha": 0.5, "edgecolor": "white"}
     axes.bar(low, right, widths, align="edge", **style)
     axes.plot(confidence, right, "o", color="tab:blue")
-    axes.legend(loc="lower right")
+    _legend(axes)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rmfast import reference
 from rmfast.ops import _cpu as cpu
 from rmfast.ops._common import (
     check_devices,
     check_floating,
     no_second_derivative,
+    op,
+    present,
+    transformed,
     use_kernels,
     without_autocast,
 )
@@ -22,12 +26,7 @@ _INPUTS = (
 )
 
 
-@torch.library.custom_op(
-    "rmfast::trie_attention",
-    mutates_args=(),
-    schema=f"({_INPUTS}, bool triton, bool keep) -> (Tensor, Tensor)",
-)
-@without_autocast
+@op("trie_attention", f"({_INPUTS}, bool triton, bool keep) -> (Tensor, Tensor)")
 def _trie_attention(query, key, value, *rest):
     """The second output is what the Triton backward needs besides: empty elsewhere."""
     end, position, queries, plan, *rule, triton, keep = rest
@@ -40,13 +39,10 @@ def _trie_attention(query, key, value, *rest):
     return cpu.trie_attention(*inputs, made=made_for(plan)), lse
 
 
-@torch.library.custom_op(
-    "rmfast::trie_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_INPUTS}, Tensor? out, Tensor? lse)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+@op(
+    "trie_attention_backward",
+    f"(Tensor grad, {_INPUTS}, Tensor? out, Tensor? lse) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-@without_autocast
 def _trie_attention_backward(grad, query, *rest):
     key, value, end, position, queries, plan, *rule, out, lse = rest
     inputs = (grad, query, key, value, end, position, queries, *rule)
@@ -57,7 +53,7 @@ def _trie_attention_backward(grad, query, *rest):
         *grads, sinks = kernels.trie_attention_backward(*inputs, out, lse, made=made)
     else:
         *grads, sinks = cpu.trie_attention_backward(*inputs, made=made)
-    return *grads, query.new_empty(0) if sinks is None else sinks
+    return *grads, *present(query, sinks)
 
 
 @_trie_attention.register_fake
@@ -71,8 +67,8 @@ def _(query, key, value, *rest):
 
 @_trie_attention_backward.register_fake
 def _(grad, query, key, value, end, position, queries, plan, sinks, *_):
-    grad_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return *(cpu.tokens_first(x, x.dtype) for x in (query, key, value)), grad_sinks
+    grads = (cpu.tokens_first(x, x.dtype) for x in (query, key, value))
+    return *grads, *present(query, None if sinks is None else torch.empty_like(sinks))
 
 
 def _trie_attention_setup(ctx, inputs, output):
@@ -133,7 +129,8 @@ def trie_attention(
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         backend: ``"triton"``, the kernel (GPU; fp16 and bf16 with D and Dv up to 256,
             fp32 up to 128); ``"sdpa"``, torch's own operations tile by tile, anywhere; ``"auto"``,
-            the first that can.
+            the first that can. Under torch.func and in forward-mode differentiation
+            :func:`rmfast.reference.trie_attention`, with ``[M, N]`` logits in memory.
 
     Returns:
         ``[1, M, Hq, Dv]``, the layout attention functions of transformers return.
@@ -150,6 +147,9 @@ def trie_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend not in ("auto", "triton", "sdpa"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'sdpa', got {backend!r}")
+    if transformed(query, key, value, sinks):
+        run = without_autocast(reference.trie_attention)
+        return run(query, key, value, plan.tensors, sinks, scale, window, softcap)
     why_not = None if backend == "sdpa" else _why_not_triton(query, value, scale)
     if backend == "triton" and why_not is not None:
         raise ValueError(f"backend='triton' cannot run: {why_not}; 'auto' takes what can")

@@ -7,9 +7,11 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 
 def without_autocast(function: Callable) -> Callable:
@@ -26,6 +28,17 @@ def without_autocast(function: Callable) -> Callable:
     return run
 
 
+def op(name: str, schema: str, **options: Any) -> Callable[[Callable], torch.library.CustomOpDef]:
+    """A decorator: an op of torch, in which autocast is off."""
+    make = torch.library.custom_op(f"rmfast::{name}", mutates_args=(), schema=schema, **options)
+    return lambda function: make(without_autocast(function))
+
+
+def present(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors, with an empty one like ``like`` for None, which an op cannot give back."""
+    return tuple(like.new_empty(0) if x is None else x for x in tensors)
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -33,8 +46,24 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def use_kernels(x: Tensor) -> bool:
-    """Whether a Triton kernel runs on ``x``: on a GPU, and on a CPU under Triton's interpreter."""
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func or forward-mode differentiation is at work.
+
+    They see through torch's own operations alone: of one of ours torch.func knows no gradient, and
+    forward mode takes its derivative for zero without a word.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
+
+
+def use_kernels(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a Triton kernel runs on ``x``: on a GPU, and on a CPU under Triton's interpreter.
+
+    ``others`` are the other inputs that have a derivative.
+    """
+    if transformed(x, *others):
+        return False
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True
     return x.is_cuda and HAS_TRITON
@@ -53,8 +82,11 @@ def no_second_derivative(op: torch.library.CustomOpDef, name: str) -> None:
 
 
 def checks_values(x: Tensor) -> bool:
-    """Whether values are checked: not where the host would wait for a GPU, nor in torch.compile."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values are checked: not where the host would wait for a GPU, nor in torch.compile.
+
+    Nor under torch.func, whose tensors may stand for many.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def check_places(name: str, places: Tensor | None, count: int) -> None:

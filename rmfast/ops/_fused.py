@@ -14,6 +14,8 @@ from rmfast.ops._common import (
     check_pair_values,
     check_places,
     no_second_derivative,
+    op,
+    present,
     use_kernels,
     without_autocast,
 )
@@ -28,91 +30,60 @@ if "tags" in inspect.signature(torch.library.custom_op).parameters:
         _TAGS["tags"] = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("rmfast::reward_head_pairwise_loss", mutates_args=(), **_TAGS)
-@without_autocast
-def _reward_head_pairwise_loss(
-    hidden: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pairs: Tensor | None,
-    margin: Tensor | None,
-    target: Tensor | None,
-    pair_weight: Tensor | None,
-    layout: str,
-    label_smoothing: float,
-    center: float,
-    gamma: float,
-    reduction: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@op(
+    "reward_head_pairwise_loss",
+    "(Tensor hidden, Tensor index, Tensor weight, Tensor? bias, Tensor? pairs, Tensor? margin, "
+    "Tensor? target, Tensor? pair_weight, str layout, float label_smoothing, float center, "
+    "float gamma, str reduction, bool needs_hidden, bool needs_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    **_TAGS,
+)
+def _reward_head_pairwise_loss(*inputs):
+    """Loss, scores, metrics, gradients of a pair's two scores, partial ones of the weight."""
     from rmfast.kernels import fused_loss as kernel
 
-    options = (label_smoothing, center, gamma, reduction)
-    loss, scores, metrics, grads, partial = kernel.fused_loss(
-        hidden, index, weight, bias, pairs, margin, target, pair_weight, layout, *options,
-        needs_hidden, needs_weight,
-    )  # fmt: skip
-    left = (scores.new_empty(0) if x is None else x for x in (grads, partial))
-    return loss, scores, metrics, *left
+    loss, scores, metrics, *left = kernel.fused_loss(*inputs)
+    return loss, scores, metrics, *present(scores, *left)
 
 
-@torch.library.custom_op("rmfast::reward_head_pairwise_loss_backward", mutates_args=())
-@without_autocast
-def _reward_head_pairwise_loss_backward(
-    grad: Tensor,
-    grads: Tensor,
-    partial: Tensor | None,
-    hidden: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pairs: Tensor | None,
-    layout: str,
-    needs_hidden: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@op(
+    "reward_head_pairwise_loss_backward",
+    "(Tensor grad, Tensor grads, Tensor? partial, Tensor hidden, Tensor index, Tensor weight, "
+    "Tensor? bias, Tensor? pairs, str layout, bool needs_hidden) -> (Tensor, Tensor, Tensor)",
+)
+def _reward_head_pairwise_loss_backward(grad, grads, partial, hidden, *rest):
     # of hidden only the shape, and that autograd sees a second derivative asked for
     from rmfast.kernels import fused_loss as kernel
 
-    rows, dtype = hidden.shape[0], hidden.dtype
-    out = kernel.fused_loss_backward(
-        grad, grads, partial, index, weight, bias, pairs, layout, rows, dtype, needs_hidden
-    )
-    return tuple(weight.new_empty(0) if x is None else x for x in out)
+    *rest, needs_hidden = rest
+    like = (hidden.shape[0], hidden.dtype)
+    out = kernel.fused_loss_backward(grad, grads, partial, *rest, *like, needs_hidden)
+    return present(hidden, *out)
 
 
 @_reward_head_pairwise_loss.register_fake
-def _(
-    hidden, index, weight, bias, pairs, margin, target, pair_weight, layout, label_smoothing,
-    center, gamma, reduction, needs_hidden, needs_weight,
-):  # fmt: skip
+def _(hidden, index, weight, bias, pairs, *rest):
+    *_, needs_hidden, needs_weight = rest
     batch, width = index.shape[0], hidden.shape[1]
     count = batch // 2 if pairs is None else pairs.shape[0]
     acc = reference.wide(hidden.dtype)
-    parts = 1
+    partial = (0,)
     if needs_weight:
         from rmfast.kernels import fused_loss as kernel
 
-        parts = kernel.programs(count, batch, hidden.shape[0], width, hidden.dtype, True)[0]
-    return (
-        hidden.new_empty((), dtype=acc),
-        hidden.new_empty(batch, dtype=acc),
-        hidden.new_empty(6, dtype=acc),
-        hidden.new_empty((2, count) if needs_hidden or needs_weight else (0,), dtype=acc),
-        hidden.new_empty((parts, width) if needs_weight else (0,), dtype=acc),
-    )
+        parts, *_ = kernel.programs(count, batch, hidden.shape[0], width, hidden.dtype, True)
+        partial = (parts, width)
+    grads = (2, count) if needs_hidden or needs_weight else (0,)
+    shapes = ((), (batch,), (6,), grads, partial)
+    return tuple(hidden.new_empty(shape, dtype=acc) for shape in shapes)
 
 
 @_reward_head_pairwise_loss_backward.register_fake
 def _(grad, grads, partial, hidden, index, weight, bias, pairs, layout, needs_hidden):
-    out = [None, None, None]
-    if needs_hidden:
-        out[0] = hidden.new_empty(hidden.shape)
+    out = [hidden.new_empty(hidden.shape) if needs_hidden else None, None, None]
     if partial is not None:
-        out[1] = weight.new_empty(weight.shape)
-        out[2] = None if bias is None else bias.new_empty(1)
-    return tuple(weight.new_empty(0) if x is None else x for x in out)
+        out[1:] = weight.new_empty(weight.shape), None if bias is None else bias.new_empty(1)
+    return present(hidden, *out)
 
 
 no_second_derivative(_reward_head_pairwise_loss_backward, "reward_head_pairwise_loss")
@@ -135,9 +106,8 @@ def _reward_head_pairwise_loss_autograd(ctx, grad, *_):
     if grad is not None and any(ctx.needs):
         grads, partial, *saved = ctx.saved_tensors
         partial = partial if needs_weight or needs_bias else None
-        out = _reward_head_pairwise_loss_backward(
-            grad, grads, partial, *saved, ctx.layout, needs_hidden
-        )
+        more = (*saved, ctx.layout, needs_hidden)
+        out = _reward_head_pairwise_loss_backward(grad, grads, partial, *more)
         out = [g if need else None for g, need in zip(out, ctx.needs, strict=True)]
     return out[0], None, out[1], out[2], *[None] * 11
 
@@ -219,7 +189,7 @@ def reward_head_pairwise_loss(
         target=target, pair_weight=pair_weight,
     )  # fmt: skip
     options = (label_smoothing, center, gamma, reduction)
-    if not use_kernels(hidden):
+    if not use_kernels(hidden, weight, bias):
         check_places("index", index, hidden.shape[0])
         check_places("pairs", rows, index.shape[0])
         check_pair_values(margin=margin, target=target, pair_weight=pair_weight)

@@ -11,53 +11,41 @@ from rmfast.ops._common import (
     check_floating,
     check_places,
     no_second_derivative,
+    op,
+    present,
     use_kernels,
     without_autocast,
 )
 
 
-@torch.library.custom_op("rmfast::reward_head", mutates_args=())
-@without_autocast
-def _reward_head(hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@op("reward_head", "(Tensor hidden, Tensor index, Tensor weight, Tensor? bias) -> Tensor")
+def _reward_head(*inputs):
     from rmfast.kernels import reward_head as kernel
 
-    return kernel.reward_head(hidden, index, weight, bias)
+    return kernel.reward_head(*inputs)
 
 
-@torch.library.custom_op("rmfast::pooled_reward_head", mutates_args=())
-@without_autocast
-def _pooled_reward_head(
-    hidden: Tensor,
-    input_ids: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    attention_mask: Tensor | None,
-    pad_token_id: int | None,
-    pooling: str,
-) -> tuple[Tensor, Tensor]:
+@op(
+    "pooled_reward_head",
+    "(Tensor hidden, Tensor input_ids, Tensor weight, Tensor? bias, Tensor? attention_mask, "
+    "int? pad_token_id, str pooling) -> (Tensor, Tensor)",
+)
+def _pooled_reward_head(*inputs):
+    """The second output are the pooled rows."""
     from rmfast.kernels import reward_head as kernel
 
-    rule = (attention_mask, pad_token_id, pooling)
-    return kernel.pooled_reward_head(hidden, input_ids, weight, bias, *rule)
+    return kernel.pooled_reward_head(*inputs)
 
 
-@torch.library.custom_op("rmfast::reward_head_backward", mutates_args=())
-@without_autocast
-def _reward_head_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@op(
+    "reward_head_backward",
+    "(Tensor grad, Tensor hidden, Tensor index, Tensor weight, Tensor? bias, bool needs_hidden, "
+    "bool needs_weight) -> (Tensor, Tensor, Tensor)",
+)
+def _reward_head_backward(grad, hidden, *rest):
     from rmfast.kernels import reward_head as kernel
 
-    grads = kernel.reward_head_backward(
-        grad, hidden, index, weight, bias, needs_hidden, needs_weight
-    )
-    return tuple(hidden.new_empty(0) if g is None else g for g in grads)
+    return present(hidden, *kernel.reward_head_backward(grad, hidden, *rest))
 
 
 @_reward_head.register_fake
@@ -67,7 +55,7 @@ def _(hidden, index, weight, bias):
 
 
 @_pooled_reward_head.register_fake
-def _(hidden, input_ids, weight, bias, attention_mask, pad_token_id, pooling):
+def _(hidden, input_ids, weight, *_):
     acc = reference.wide(hidden.dtype)
     scores = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=acc)
     return scores, hidden.new_empty(hidden.shape[0], dtype=torch.int64)
@@ -75,61 +63,36 @@ def _(hidden, input_ids, weight, bias, attention_mask, pad_token_id, pooling):
 
 @_reward_head_backward.register_fake
 def _(grad, hidden, index, weight, bias, needs_hidden, needs_weight):
-    grad_hidden = grad_weight = grad_bias = None
-    if needs_hidden:
-        grad_hidden = hidden.new_empty(hidden.shape)
-    if needs_weight:
-        grad_weight = weight.new_empty(weight.shape)
-        grad_bias = bias.new_empty(bias.shape) if bias is not None else None
-    grads = (grad_hidden, grad_weight, grad_bias)
-    return tuple(hidden.new_empty(0) if g is None else g for g in grads)
+    wanted = (needs_hidden, needs_weight, needs_weight and bias is not None)
+    grads = zip(wanted, (hidden, weight, bias), strict=True)
+    return present(hidden, *(x.new_empty(x.shape) if want else None for want, x in grads))
 
 
 no_second_derivative(_reward_head_backward, "reward_head")
 
 
-def _reward_head_grads(ctx, grad, hidden, index, weight, bias):
-    """Gradients of hidden, weight and bias for the ``ctx`` of an op with these as inputs."""
-    needs_hidden, needs_weight, needs_bias = ctx.needs
-    if not any(ctx.needs):
-        return None, None, None
-    grads = _reward_head_backward(
-        grad, hidden, index, weight, bias, needs_hidden, needs_weight or needs_bias
-    )
-    return tuple(g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-
-
-def _reward_head_setup(ctx, inputs, output):
-    hidden, index, weight, bias = inputs
+def _setup(ctx, inputs, output):
+    """Of both ops: of the pooled one the rows are found in the forward."""
+    hidden, index, weight, bias, *rule = inputs
+    if rule:
+        index = output[1]
+        ctx.mark_non_differentiable(index)
     ctx.save_for_backward(hidden, index, weight, bias)
     needs = ctx.needs_input_grad
-    ctx.needs = (needs[0], needs[2], needs[3])
+    ctx.needs, ctx.rule = (needs[0], needs[2], needs[3]), len(rule)
 
 
-def _reward_head_autograd(ctx, grad):
-    grad_hidden, grad_weight, grad_bias = _reward_head_grads(ctx, grad, *ctx.saved_tensors)
-    return grad_hidden, None, grad_weight, grad_bias
+def _autograd(ctx, grad, *_):
+    hidden, weight, bias = ctx.needs
+    grads = (None, None, None)
+    if any(ctx.needs):
+        grads = _reward_head_backward(grad, *ctx.saved_tensors, hidden, weight or bias)
+        grads = [g if need else None for g, need in zip(grads, ctx.needs, strict=True)]
+    return grads[0], None, *grads[1:], *[None] * ctx.rule
 
 
-_reward_head.register_autograd(_reward_head_autograd, setup_context=_reward_head_setup)
-
-
-def _pooled_reward_head_setup(ctx, inputs, output):
-    hidden, _, weight, bias, *_ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(hidden, output[1], weight, bias)
-    needs = ctx.needs_input_grad
-    ctx.needs = (needs[0], needs[2], needs[3])
-
-
-def _pooled_reward_head_autograd(ctx, grad, _):
-    grad_hidden, grad_weight, grad_bias = _reward_head_grads(ctx, grad, *ctx.saved_tensors)
-    return grad_hidden, None, grad_weight, grad_bias, None, None, None
-
-
-_pooled_reward_head.register_autograd(
-    _pooled_reward_head_autograd, setup_context=_pooled_reward_head_setup
-)
+_reward_head.register_autograd(_autograd, setup_context=_setup)
+_pooled_reward_head.register_autograd(_autograd, setup_context=_setup)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -177,7 +140,7 @@ def reward_head(
     check_rows(hidden, index)
     check_head(hidden, weight, bias)
     check_devices(hidden=hidden, index=index, weight=weight, bias=bias)
-    if use_kernels(hidden):
+    if use_kernels(hidden, weight, bias):
         return _reward_head(hidden, index, weight, bias)
     check_places("index", index, hidden.shape[0])
     return without_autocast(reference.reward_head)(hidden, index, weight, bias)
@@ -235,5 +198,5 @@ def pooled_reward_head(
     )
     rule = (attention_mask, pad_token_id, pooling)
     run = without_autocast(reference.pooled_reward_head)
-    run = _pooled_reward_head if use_kernels(hidden) else run
+    run = _pooled_reward_head if use_kernels(hidden, weight, bias) else run
     return run(hidden, input_ids, weight, bias, *rule)[0]

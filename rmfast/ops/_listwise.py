@@ -13,6 +13,7 @@ from rmfast.ops._common import (
     check_floating,
     checks_values,
     no_second_derivative,
+    op,
     use_kernels,
     without_autocast,
 )
@@ -20,25 +21,25 @@ from rmfast.ops._common import (
 _LARGEST = 64  # items whose pairs fit the registers of a program
 
 
-@torch.library.custom_op("rmfast::listwise_loss", mutates_args=())
-@without_autocast
-def _listwise_loss(
-    scores: Tensor, ranks: Tensor, offsets: Tensor, kind: str, max_size: int
-) -> tuple[Tensor, Tensor]:
+@op(
+    "listwise_loss",
+    "(Tensor scores, Tensor ranks, Tensor offsets, str kind, int max_size) -> (Tensor, Tensor)",
+)
+def _listwise_loss(*inputs):
     from rmfast.kernels import listwise_loss as kernel
 
-    return kernel.listwise_loss(scores, ranks, offsets, kind, max_size)
+    return kernel.listwise_loss(*inputs)
 
 
-@torch.library.custom_op("rmfast::listwise_loss_backward", mutates_args=())
-@without_autocast
-def _listwise_loss_backward(
-    grad: Tensor, slope: Tensor, scores: Tensor, offsets: Tensor, max_size: int
-) -> Tensor:
+@op(
+    "listwise_loss_backward",
+    "(Tensor grad, Tensor slope, Tensor scores, Tensor offsets, int max_size) -> Tensor",
+)
+def _listwise_loss_backward(grad, slope, scores, *groups):
     # of scores only the dtype, and that autograd sees a second derivative asked for
     from rmfast.kernels import listwise_loss as kernel
 
-    return kernel.listwise_loss_backward(grad, slope, offsets, max_size, scores.dtype)
+    return kernel.listwise_loss_backward(grad, slope, *groups, scores.dtype)
 
 
 @_listwise_loss.register_fake

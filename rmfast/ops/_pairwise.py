@@ -15,51 +15,41 @@ from rmfast.ops._common import (
     check_pair_values,
     check_places,
     no_second_derivative,
+    op,
+    present,
     use_kernels,
     without_autocast,
 )
 
 
-@torch.library.custom_op("rmfast::pairwise_loss", mutates_args=())
-@without_autocast
-def _pairwise_loss(
-    scores: Tensor,
-    pairs: Tensor | None,
-    margin: Tensor | None,
-    target: Tensor | None,
-    weight: Tensor | None,
-    layout: str,
-    label_smoothing: float,
-    center: float,
-    gamma: float,
-    reduction: str,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@op(
+    "pairwise_loss",
+    "(Tensor scores, Tensor? pairs, Tensor? margin, Tensor? target, Tensor? weight, str layout, "
+    "float label_smoothing, float center, float gamma, str reduction, bool needs_grad) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _pairwise_loss(*inputs):
+    """Loss, metrics, and the gradients of a pair's two scores."""
     from rmfast.kernels import pairwise_loss as kernel
 
-    options = (label_smoothing, center, gamma, reduction)
-    loss, metrics, grads = kernel.pairwise_loss(
-        scores, pairs, margin, target, weight, layout, *options, needs_grad
-    )
-    return loss, metrics, metrics.new_empty(0) if grads is None else grads
+    loss, metrics, grads = kernel.pairwise_loss(*inputs)
+    return loss, metrics, *present(metrics, grads)
 
 
-@torch.library.custom_op("rmfast::pairwise_loss_backward", mutates_args=())
-@without_autocast
-def _pairwise_loss_backward(
-    grad: Tensor, grads: Tensor, scores: Tensor, pairs: Tensor | None, layout: str
-) -> Tensor:
+@op(
+    "pairwise_loss_backward",
+    "(Tensor grad, Tensor grads, Tensor scores, Tensor? pairs, str layout) -> Tensor",
+)
+def _pairwise_loss_backward(grad, grads, scores, *layout):
     # of scores only the shape, and that autograd sees a second derivative asked for
     from rmfast.kernels import pairwise_loss as kernel
 
-    batch, dtype = scores.shape[0], scores.dtype
-    return kernel.pairwise_loss_backward(grad, grads, pairs, layout, batch, dtype)
+    return kernel.pairwise_loss_backward(grad, grads, *layout, scores.shape[0], scores.dtype)
 
 
 @_pairwise_loss.register_fake
-def _(
-    scores, pairs, margin, target, weight, layout, smoothing, center, gamma, reduction, needs_grad
-):  # fmt: skip
+def _(scores, pairs, *rest):
+    *_, reduction, needs_grad = rest
     count = scores.shape[0] // 2 if pairs is None else pairs.shape[0]
     acc = reference.wide(scores.dtype)
     loss = scores.new_empty((count,) if reduction == "none" else (), dtype=acc)
@@ -68,7 +58,7 @@ def _(
 
 
 @_pairwise_loss_backward.register_fake
-def _(grad, grads, scores, pairs, layout):
+def _(grad, grads, scores, *_):
     return scores.new_empty(scores.shape)
 
 

@@ -28,6 +28,11 @@ class BackboneForward(PackedForward):
         if stand_in is self:
             return output
         call = self.named(args, kwargs)
+        if call.get("rmfast_step") is not None:
+            raise ValueError(
+                "rmfast_step needs a model that scores by its last token: this has a "
+                "head of its own"
+            )
         try:
             self.check(call)
             ids, mask, positions = _on_cpu(call)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rmfast.ops import TriePlan
+from rmfast.ops._common import transformed
 from rmfast.packed import attention, models, pieces
 from rmfast.packed.compiling import untraced
 from rmfast.packed.pieces import Piece
@@ -55,6 +56,8 @@ class PackedForward(Override):
             raise Unservable("input_ids is not a batch [B, T] of tokens")
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             raise Unservable("attention_mask is not [B, T]")
+        if transformed():
+            raise Unservable("torch.func, which sees no numbers to pack by")
         if isinstance(call.get("past_key_values"), models.NoCache):
             raise ValueError(models.NoCache.MESSAGE)
         if call.get("use_cache") or call.get("past_key_values") is not None:

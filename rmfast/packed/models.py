@@ -282,6 +282,8 @@ def takes_pairs(config: Any, tokenizer: Any) -> bool:
     """
     from transformers.models.auto import modeling_auto
 
+    if config is None or tokenizer is None:
+        return False
     config = config.get_text_config()
     encoders = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if config.model_type not in encoders or getattr(config, "is_decoder", False):

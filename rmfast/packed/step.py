@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmfast.trie import PackedTrie
+from rmfast.trie import SEGMENT, PackedTrie
 
 Batch = dict[str, Any]
 
@@ -20,12 +20,11 @@ def trie_of(batch: Batch) -> PackedTrie:
 
 
 def padded(batch: Batch, pad_token_id: int) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` ``[B, T]`` of a packed batch, padded on the right."""
+    """What a model's own forward takes of a packed batch, each ``[B, T]``, padded on the right."""
     trie = trie_of(batch)
     device = trie.input_ids.device
     rows = [trie.input_ids[torch.from_numpy(path).to(device)] for path in trie.paths()]
-    ids, mask = pad(rows, pad_token_id)
-    return {"input_ids": ids, "attention_mask": mask}
+    return inputs_of(rows, pad_token_id, batch["segments"])
 
 
 def pad(
@@ -37,6 +36,17 @@ def pad(
     mask = [torch.ones_like(row) for row in ids]
     pad_sequence = nn.utils.rnn.pad_sequence
     return pad_sequence(ids, True, pad_token_id), pad_sequence(mask, True)
+
+
+def inputs_of(
+    rows: Sequence[Tensor | np.ndarray], pad_token_id: int, segments: bool
+) -> dict[str, Tensor]:
+    """Padded inputs; with ``segments``, ids of ``SEGMENT`` and more have token type 1."""
+    ids, mask = pad(rows, pad_token_id)
+    if not segments:
+        return {"input_ids": ids, "attention_mask": mask}
+    types = {"token_type_ids": ids // SEGMENT}
+    return {"input_ids": ids % SEGMENT, "attention_mask": mask, **types}
 
 
 class Rows(NamedTuple):
@@ -73,10 +83,23 @@ class Step:
         loss: after the call, the value of the loss, fp32 (of fp64 models fp64).
         scores: ``[B]``, likewise.
         metrics: ``[6]``, see :class:`rmfast.ops.PairwiseLoss`.
+
+    Raises:
+        RuntimeError: one of these is read, and no patched reward model ran the step. Models of
+            Hugging Face take any argument and pass over those that they do not know.
     """
+
+    loss: Tensor
+    scores: Tensor
+    metrics: Tensor
 
     def __init__(self, batch: Batch, objective: Objective, count: Tensor | int = 1) -> None:
         self.batch, self.objective, self.count = batch, objective, count
-        self.loss: Tensor | None = None
-        self.scores: Tensor | None = None
-        self.metrics: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Tensor:  # of what is not there
+        if name not in Step.__annotations__:
+            raise AttributeError(f"a Step has no {name!r}")
+        raise RuntimeError(
+            f"the step has no {name}: no patched reward model ran it. Call rmfast.patch(model) "
+            "first, and then model(rmfast_step=step)"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmfast.reference.head import reward_head, wide
 
@@ -36,7 +36,7 @@ def advantage(
 
 def focus(z: Tensor, gamma: float) -> Tensor:
     """``(1 - 2 max(0, sigmoid(z) - 1/2))**gamma`` (arXiv 2403.17297), with no 1 - 1 in it."""
-    log = math.log(2) + torch.nn.functional.logsigmoid(-z.clamp(min=0))  # of 2 (1 - sigmoid(z))
+    log = math.log(2) + nn.functional.logsigmoid(-z.clamp(min=0))  # of 2 (1 - sigmoid(z))
     return torch.where(z > 0, torch.exp(gamma * log), 1.0)
 
 
@@ -60,7 +60,7 @@ def pairwise_loss(
     scores = scores.to(wide(scores.dtype))
     chosen, rejected = pair_scores(scores, pairs)
     z, t = advantage(chosen, rejected, margin, target, label_smoothing)
-    logsigmoid = torch.nn.functional.logsigmoid
+    logsigmoid = nn.functional.logsigmoid
     loss = -(t * logsigmoid(z))
     if target is not None or label_smoothing:
         loss = loss - (1 - t) * logsigmoid(-z)
@@ -117,15 +117,14 @@ def listwise_loss(
     most = max_size or max([1, *sizes.tolist()])
     item = torch.arange(most, device=scores.device)
     inside = item < sizes[:, None]  # [G, K]
-    s = scores.new_zeros(inside.shape, dtype=wide(scores.dtype))
-    s = s.masked_scatter(inside, scores.to(s.dtype))
-    r = ranks.new_zeros(inside.shape).masked_scatter(inside, ranks)
+    places = torch.where(inside, offsets[:-1, None] + item, len(scores))  # past the end: zeros
+    s, r = (nn.functional.pad(x, (0, 1))[places] for x in (scores.to(wide(scores.dtype)), ranks))
     both = inside[:, :, None] & inside[:, None, :]
     if kind == "all_pairs":
         better = both & (r[:, :, None] < r[:, None, :])  # [G, K, K], row better than column
         gap = s[:, :, None] - s[:, None, :]
         pairs = (sizes * (sizes - 1) // 2).clamp(min=1).to(s.dtype)
-        terms = -torch.nn.functional.logsigmoid(gap).masked_fill(~better, 0.0)
+        terms = -nn.functional.logsigmoid(gap).masked_fill(~better, 0.0)
         return terms.sum((1, 2)) / pairs
     # of each row: the items left when it is chosen; a row past the end sees itself
     left = (both & (r[:, None, :] >= r[:, :, None])) | (item[:, None] == item)

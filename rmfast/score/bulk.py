@@ -19,11 +19,21 @@ from torch import nn
 from rmfast.data.encoding import Conversation, Encoder
 from rmfast.data.records import Pair
 from rmfast.data.rows import RowReader
+from rmfast.data.values import Side
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
 from rmfast.packed.models import keeping_modes
 from rmfast.score.progress import progress_bar
-from rmfast.score.windows import Scored, Stats, Tagged, ahead, first_error, gathered
+from rmfast.score.windows import (
+    Scored,
+    Stats,
+    Tagged,
+    ahead,
+    first_error,
+    gathered,
+    is_text_or_messages,
+    refuse_one,
+)
 
 Progress = bool | Callable[[int, int], None]
 
@@ -53,12 +63,17 @@ class BulkScorer:
 
         Raises:
             DataError: a conversation that cannot be scored; the message names it.
+            TypeError: one conversation instead of a list; so do the methods below.
         """
+        refuse_one(conversations)
         rows = ([conversation] for conversation in conversations)
         return self._table(rows, len(conversations), 1)[:, 0]
 
     def score_pairs(self, pairs: Sequence[Any]) -> np.ndarray:
         """Scores of preference pairs, fp32 ``[n, 2]``: chosen, rejected.
+
+        Sides that are plain text end as in the model's training; where that is not recorded, with
+        the end of text, as TRL's trainer ends them.
 
         Args:
             pairs: (chosen, rejected) tuples of conversations, ``{"chosen", "rejected"}`` with or
@@ -67,6 +82,7 @@ class BulkScorer:
         Raises:
             DataError: a pair that cannot be scored; the message names it.
         """
+        refuse_one(pairs, "pairs")
         return self._table(map(_sides, pairs), len(pairs), 2)
 
     def stream(self, conversations: Iterable[Conversation]) -> Iterator[float]:
@@ -77,6 +93,7 @@ class BulkScorer:
         Raises:
             DataError: a conversation that cannot be scored; those before it have been given out.
         """
+        refuse_one(conversations)
         rows = ([conversation] for conversation in conversations)
         for scores in self._each(rows, None):
             yield float("nan") if scores is None else float(scores[0])
@@ -98,6 +115,7 @@ class BulkScorer:
             MemoryError: not even a few tokens fit.
             RuntimeError: a model was unpatched, or patched anew.
         """
+        refuse_one(rows, "rows")
         return self._windows(rows, self._progress)
 
     # --- rows
@@ -161,7 +179,7 @@ class BulkScorer:
         for row in window:
             if isinstance(row, list):
                 ids = [next(flat) for _ in row]
-                row = first_error(ids) or ids
+                row = first_error(ids) or self.encoder.lost(row, ids) or ids
             encoded.append(row)
         return encoded
 
@@ -195,24 +213,22 @@ class BulkScorer:
             self._show(conversations, tokens)
 
 
-def _is_text_or_messages(side: Any) -> bool:
-    return isinstance(side, str) or (isinstance(side, list) and isinstance([*side, 0][0], dict))
-
-
 def _sides(pair: Any) -> list[Conversation] | RowError:
     if isinstance(pair, Pair):
-        pair = {name: getattr(pair, name) for name in ("prompt", "chosen", "rejected")}
+        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+        pair = {"prompt": pair.prompt, **sides, **pair.columns()}
     if isinstance(pair, Mapping):
         sides = [pair.get("chosen"), pair.get("rejected")]
-        if pair.get("prompt") is None and not any(map(_is_text_or_messages, sides)):
+        if pair.get("prompt") is None and not any(map(is_text_or_messages, sides)):
             return sides  # token ids
         try:
             return RowReader().read(pair, "pair").conversations
         except RowError as error:
             return error
-    if len(pair) != 2:
-        raise DataError(f"a pair has two sides, this one has {len(pair)}")
-    return list(pair)
+    if isinstance(pair, (str, bytes)) or not hasattr(pair, "__len__") or len(pair) != 2:
+        kind = type(pair).__name__
+        return RowError(f"a pair is (chosen, rejected) or a dict of the two, not this {kind}")
+    return [Side(side) if isinstance(side, str) else side for side in pair]
 
 
 # --- one thread at a time

@@ -1,7 +1,7 @@
 """``rmfast score``: a file of conversations in, the same rows with rewards out, safe to kill.
 
 Rows go to the scorer window by window, and a window's rows are on the disk before
-``OUTPUT.state.json`` says so. A run that ``--resume`` continues cuts off the output after the last
+``.OUTPUT.state.json`` says so. A run that ``--resume`` continues cuts off the output after the last
 window that the state counts, and gets the same windows as one that was never killed: its output is
 the same, byte for byte.
 """
@@ -20,13 +20,13 @@ from rmfast import loading
 from rmfast.data import files
 from rmfast.data.encoding import read_template
 from rmfast.errors import DataError, RowError, UserError
-from rmfast.resume import saving, told_to_stop, write_whole
-from rmfast.score import output, parquet
+from rmfast.resume import locked, saving, told_to_stop, write_whole
+from rmfast.score import output, parquet, start
 from rmfast.score.options import ScoreOptions
 from rmfast.score.progress import progress_bar
 from rmfast.score.report import as_text, report
 from rmfast.score.source import Source, look
-from rmfast.score.start import State, beside, first_state, output_path, settings
+from rmfast.score.start import STDOUT, State, beside
 from rmfast.score.windows import memory_told
 
 if TYPE_CHECKING:
@@ -46,12 +46,16 @@ def run(options: ScoreOptions, make_scorer: Callable[..., Any] | None = None) ->
             user.
     """
     loading.silence_transformers()
-    path = output_path(options)
-    reader = files.Reader(
-        options.input, name=options.name, split=options.split, limit=options.limit
-    )
+    path = start.output_path(options)
+    with contextlib.nullcontext() if path == STDOUT else locked(path):
+        return _run(options, make_scorer or load_scorer, path)
+
+
+def _run(options: ScoreOptions, make_scorer: Callable[..., Any], path: Path) -> int:
+    how = {name: getattr(options, name) for name in ("name", "split", "limit")}
+    reader = files.Reader(options.input, shard=start.shard(options), **how)
     template = read_template(options.chat_template)
-    state = first_state(path, settings(options, reader, template), options)
+    state = start.first_state(path, start.settings(options, reader, template), options)
     if state.done:
         parquet.clean(path)
         print(f"already complete: {state.rows:,} rows in {path}")
@@ -62,23 +66,21 @@ def run(options: ScoreOptions, make_scorer: Callable[..., Any] | None = None) ->
     keywords = options.for_scorer(template) | {"progress": job.ran}
     keywords["max_tokens"] = state.max_tokens or options.max_tokens
     try:
-        scorer = (make_scorer or load_scorer)(options, keywords)
+        scorer = make_scorer(options, keywords)
     except ValueError as error:
         raise UserError(str(error)) from error
     try:
         with job.opened(), told_to_stop():
             job.score(scorer)
             found = report(scorer.about(), state, options)
-            job.finish(found, Path(options.report or beside(path, "report.json")))
+            job.finish(found, start.report_path(options))
     except KeyboardInterrupt:
-        print(
-            f"\nrmfast score: interrupted, {state.rows:,} rows are done; the same command with "
-            "--resume continues",
-            file=sys.stderr,
-        )
+        done = f"{state.rows:,} rows are done"
+        go_on = "" if path == STDOUT else "; the same command with --resume continues"
+        print(f"\nrmfast score: interrupted, {done}{go_on}", file=sys.stderr)
         return 130
     parquet.clean(path)
-    print(as_text(found, path, beside(path, "errors.jsonl")))
+    print(as_text(found, path), file=sys.stderr if path == STDOUT else None)
     return state.exit_code()
 
 
@@ -102,29 +104,32 @@ class Job:
     def opened(self) -> Iterator[None]:
         """Open the output where the state says that it ends."""
         with contextlib.ExitStack() as stack:
-            with saving(self.path):
+            with self.saving():
                 self.save()
                 self.output = output.open_output(self.path, self.source, self.state.output)
                 stack.enter_context(contextlib.closing(self.output))
-                errors = beside(self.path, "errors.jsonl")
-                self.errors = output.Errors(errors, self.state.errors)
+                self.errors = output.open_errors(self.path, self.state.errors)
                 stack.enter_context(contextlib.closing(self.errors))
             yield
 
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        return saving(Path("stdout"), "") if self.path == STDOUT else saving(self.path)
+
     def save(self) -> None:
-        write_whole(beside(self.path, "state.json"), dataclasses.asdict(self.state))
+        if self.path != STDOUT:
+            write_whole(beside(self.path, "state.json"), dataclasses.asdict(self.state))
 
     def score(self, scorer: Scorer) -> None:
         """Score the rows that are left. Of the scorer: ``windows``, ``max_tokens``, ``stats``."""
         state, before = self.state, self.state.stats()
-        start = time.perf_counter() - state.seconds
+        begun = time.perf_counter() - state.seconds
         with self.progress(), contextlib.closing(scorer.windows(self.rows())) as windows:
             advice = "; --resume continues after the last window"
             for window in memory_told(windows, advice):
                 state.totals = (before + scorer.stats).as_dict()
                 state.max_tokens = scorer.max_tokens
-                state.seconds = time.perf_counter() - start
-                with saving(self.path):
+                state.seconds = time.perf_counter() - begun
+                with self.saving():
                     self.write(window)
                 self.show()
 
@@ -185,10 +190,11 @@ class Job:
         self.state.output, self.state.errors = self.output.mark(), self.errors.mark()
         self.save()
 
-    def finish(self, found: dict[str, Any], path: Path) -> None:
+    def finish(self, found: dict[str, Any], path: Path | None) -> None:
         """Complete the output, and write the report to ``path``."""
-        with saving(self.path):
+        with self.saving():
             self.output.finish()
-            write_whole(path, found)
+            if path is not None:
+                write_whole(path, found)
             self.state.done = True
             self.save()

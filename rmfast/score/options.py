@@ -11,6 +11,10 @@ MODEL = "Model"
 CONVERSATIONS = "Conversations"
 INPUT = "Input"
 RUN = "Run"
+FILES = (
+    ".jsonl, .csv (.gz or .zst too) or .parquet file; several of one kind, as a quoted pattern or "
+    "with commas between; - for JSON lines from stdin; or a folder or hub name of a data set."
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -28,9 +32,10 @@ class ScoringOptions(Options):
         "Choose the attention backend; auto: triton on a GPU where it can, else sdpa.",
         "auto", group=MODEL)
     compile: bool = option("Compile the decoder layers.", False, MODEL)
-    pooling: Literal["hf", "mask"] = option(
+    pooling: Literal["hf", "mask"] | None = option(
         "Choose the token that carries the score; hf: the last that is not the pad token, as in "
-        "Hugging Face; mask: the last one.", "hf", group=MODEL)
+        "Hugging Face; mask: the last one (default: hf, or as the model was trained).",
+        None, group=MODEL)
     revision: str | None = option(
         "Take this branch, tag or commit of a model on the hub.", None, MODEL)
     tokenizer: str | None = option(
@@ -44,11 +49,19 @@ class ScoringOptions(Options):
     chat_template: str | None = option(
         "Use the Jinja template in this file instead of the tokenizer's.",
         None, metavar="FILE", group=CONVERSATIONS)
-    plain: bool = option(
-        "Join prompt and response as plain text instead of reading them as turns of a chat.",
-        False, group=CONVERSATIONS)
+    chat: bool | None = option(
+        "Read text as turns of a chat, or not: join prompt and response (default: as in the "
+        "model's training if rmfast trained it, else prompts with responses as turns).",
+        None, group=CONVERSATIONS)
+    end_of_text: bool | None = option(
+        "End plain text with the end of text, or not (default: as in the training, else only "
+        "chosen and rejected, as TRL does).", None, group=CONVERSATIONS)
+    special_tokens: bool = option(
+        "Take special tokens of the chat template in messages as they are, instead of refusing "
+        "the row.", False, group=CONVERSATIONS)
     max_length: int | None = option(
-        "Allow this many tokens a conversation (default: the model's own limit).",
+        "Allow this many tokens a conversation (default: that of the training if rmfast trained "
+        "the model, else the model's own limit).",
         None, metavar="TOKENS", least=1, group=CONVERSATIONS)
     on_overlong: Literal["error", "skip", "truncate_left"] = option(
         "Choose what happens to a longer conversation; error: leave it out and list it as an "
@@ -74,9 +87,10 @@ class ScoringOptions(Options):
 
     def for_scorer(self, template: str | None) -> dict[str, Any]:
         """Keyword arguments of a scorer, with the text of ``--chat-template``."""
-        names = "max_tokens max_length on_overlong system_prompt attention compile".split()
-        chat = {"chat_template": template, "chat": False if self.plain else None}
-        return {name: getattr(self, name) for name in names} | chat | {"window": self.batch_window}
+        names = """max_tokens max_length on_overlong system_prompt chat end_of_text special_tokens
+        attention compile""".split()
+        options = {name: getattr(self, name) for name in names}
+        return options | {"chat_template": template, "window": self.batch_window}
 
 
 def column(help: str) -> str | None:
@@ -88,11 +102,10 @@ class ScoreOptions(ScoringOptions):
     """Options of ``rmfast score``."""
 
     # fmt: off
-    input: str = option(
-        "Read this .jsonl, .csv (both .gz too) or .parquet file, or a folder or hub name of a data "
-        "set.", metavar="FILE")
+    input: str = option(f"Read this {FILES}", metavar="FILE", several=True)
     output: str = option(
-        "Write this file; its name says which kind, whatever the input is.", metavar="FILE")
+        "Write this file; its name says which kind, whatever the input is; - for JSON lines to "
+        "stdout, which cannot be resumed.", metavar="FILE")
 
     messages_column: str | None = column("a list of messages")
     prompt_column: str | None = column("what comes before, as text or messages,")
@@ -102,6 +115,9 @@ class ScoreOptions(ScoringOptions):
     rejected_column: str | None = column("the other response")
     text_column: str | None = column("plain text")
     split: str = option("Read this split of a data set.", "train", group=INPUT)
+    shard: str | None = option(
+        "Score a part of the rows: i/n takes row i and each n-th after it, counted from 0, so that "
+        "0/4 to 3/4 are all of them.", None, metavar="I/N", group=INPUT)
 
     normalize: bool = option(
         "Write (score - mean) / std, with both from the model's config.", False, "Scores")
@@ -117,7 +133,7 @@ class ScoreOptions(ScoringOptions):
         "Continue where a run with the same options stopped, or start.", False, RUN)
     overwrite: bool = option("Replace the output.", False, RUN)
     report: str | None = option(
-        "Write the JSON report here (default: OUTPUT.report.json).",
+        "Write the JSON report here (default: .OUTPUT.report.json).",
         None, metavar="FILE", group=RUN)
     # fmt: on
 

@@ -9,6 +9,7 @@ what was written after it.
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import datetime
 import decimal
@@ -16,6 +17,7 @@ import gzip
 import io
 import json
 import os
+import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from rmfast.data import columns, files
+from rmfast.data import columns, files, sources
 from rmfast.errors import RowError, UserError
 from rmfast.score.parquet import Parquet, schema_of
 from rmfast.score.source import Source
+from rmfast.score.start import STDOUT, beside
 
 _REASON = 1000  # characters: what a tokenizer's template says may be long
 
@@ -42,23 +45,33 @@ def open_output(path: Path, source: Source, mark: int = 0) -> JsonLines | Csv | 
         UserError: the file is shorter than the mark says, or cannot hold the columns.
         DataError: a library is missing.
     """
-    kind, gzipped = files.file_format(path)
+    if path == STDOUT:
+        return Stdout(source)
+    kind, packed = sources.file_format(path)
     if kind == "jsonl":
-        return JsonLines(path, gzipped, source, mark)
-    return Csv(path, gzipped, source, mark) if kind == "csv" else Parquet(path, source, mark)
+        return JsonLines(path, packed, source, mark)
+    return Csv(path, packed, source, mark) if kind == "csv" else Parquet(path, source, mark)
+
+
+def open_errors(path: Path, mark: int = 0) -> Errors:
+    """What takes the rows that are left out of the output ``path``."""
+    return Stderr() if path == STDOUT else Errors(beside(path, "errors.jsonl"), mark)
 
 
 def check(path: Path, source: Source) -> None:
     """Raise what :func:`open_output` would raise for its columns, before a model is loaded."""
-    if files.file_format(path)[0] == "parquet":
+    kind, packed = sources.file_format(path) or (None, None)  # of stdout
+    if kind == "parquet":
         schema_of(path, source)
+    elif packed == "zst":
+        sources.need("pyarrow", str(path))
 
 
 class _Appended:
-    """A file that grows by whole pieces; with gzip, a member each."""
+    """A file that grows by whole pieces; packed, a member or frame each."""
 
-    def __init__(self, path: Path, gzipped: bool, mark: int) -> None:
-        self._gzipped = gzipped
+    def __init__(self, path: Path, packed: str | None, mark: int) -> None:
+        self._packed = packed
         self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
         if self._file.tell() < mark:
             self._file.close()
@@ -69,7 +82,7 @@ class _Appended:
         self._file.seek(mark)
 
     def append(self, data: bytes) -> None:
-        self._file.write(gzip.compress(data, mtime=0) if self._gzipped else data)
+        self._file.write(_pack(data, self._packed))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -77,17 +90,26 @@ class _Appended:
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take is after the mark
+            self._file.close()
+
+
+def _pack(data: bytes, packed: str | None) -> bytes:
+    if packed == "zst":
+        import pyarrow
+
+        return pyarrow.compress(data, codec="zstd", asbytes=True)
+    return data if packed is None else gzip.compress(data, mtime=0)
 
 
 class Errors(_Appended):
     """The rows that were left out: a line of JSON each, and no file if there are none."""
 
     def __init__(self, path: Path, mark: int) -> None:
-        super().__init__(path, False, mark)
+        super().__init__(path, None, mark)
         self._path = path
 
-    def write(self, rows: Sequence[tuple[int, RowError]]) -> None:
+    def write(self, rows: Sequence[tuple[int | str, RowError]]) -> None:
         lines = [
             {"line": number, "reason": str(error)[:_REASON], "kind": error.kind}
             for number, error in rows
@@ -106,8 +128,11 @@ class Errors(_Appended):
 class JsonLines(_Appended):
     """A line a row: that of the input, where that is JSON lines too, with the scores put in."""
 
-    def __init__(self, path: Path, gzipped: bool, source: Source, mark: int) -> None:
-        super().__init__(path, gzipped, mark)
+    def __init__(self, path: Path, packed: str | None, source: Source, mark: int) -> None:
+        super().__init__(path, packed, mark)
+        self._name(source)
+
+    def _name(self, source: Source) -> None:
         names = [json.dumps(name, ensure_ascii=False) for name in source.layout.added]
         self._keys = [f", {name}: ".encode() for name in names]
 
@@ -130,15 +155,42 @@ class JsonLines(_Appended):
         return prepared + b"".join(map(bytes.__add__, self._keys, values)) + b"}\n"
 
     def finish(self) -> None:
-        if self._gzipped and self.mark() == 0:
+        if self._packed is not None and self.mark() == 0:
             self.append(b"")
+
+
+class _Stream:
+    """In place of a file that grows, a stream: nothing can go on with it."""
+
+    _packed = None
+
+    def append(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+
+    def mark(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        """The stream is not ours to close."""
+
+
+class Stdout(_Stream, JsonLines):
+    def __init__(self, source: Source) -> None:
+        self._file = sys.stdout.buffer
+        self._name(source)
+
+
+class Stderr(_Stream, Errors):
+    def __init__(self) -> None:
+        self._file = sys.stderr.buffer
 
 
 class Csv(_Appended):
     """A header, then a record a row. What is not text is written as JSON."""
 
-    def __init__(self, path: Path, gzipped: bool, source: Source, mark: int) -> None:
-        super().__init__(path, gzipped, mark)
+    def __init__(self, path: Path, packed: str | None, source: Source, mark: int) -> None:
+        super().__init__(path, packed, mark)
         self._source = source
 
     def prepare(self, record: files.Record) -> list[str]:

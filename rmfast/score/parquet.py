@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from rmfast.data.values import kind_of
 from rmfast.errors import RowError, UserError
 from rmfast.resume import put_in_place
 from rmfast.score.source import INSTEAD, Source
+from rmfast.score.start import beside
 
 if TYPE_CHECKING:
     import pyarrow
@@ -39,10 +40,10 @@ class Parquet:
         self._added = [pyarrow.field(name, score) for name in source.layout.added]
         fields = [*self._given, *self._added]
         self._schema = pyarrow.schema(fields, self._given.metadata)
-        self._folder = parts_folder(path)
+        self._folder = beside(path, "parts")
         self._folder.mkdir(exist_ok=True)
         kept = [self._part(number) for number in range(mark)]
-        for file in set(self._folder.iterdir()) - set(kept):
+        for file in set(_parts(self._folder)) - set(kept):
             file.unlink()
         if not all(file.exists() for file in kept):
             raise UserError(f"{self._folder} lacks a part: start again with --overwrite")
@@ -179,10 +180,15 @@ def _same(value: Any, kept: Any) -> bool:
 # --- parts
 
 
-def parts_folder(path: Path) -> Path:
-    return path.with_name(path.name + ".parts")
+def _parts(folder: Path) -> list[Path]:
+    """The parts, whole and half written; whatever else lies there is not ours."""
+    return list(folder.glob("[0-9]" * 6 + ".parquet*"))
 
 
 def clean(path: Path) -> None:
     """Forget the parts of a file that is complete."""
-    shutil.rmtree(parts_folder(path), ignore_errors=True)
+    folder = beside(path, "parts")
+    with contextlib.suppress(OSError):  # not there, or not empty
+        for file in _parts(folder):
+            file.unlink()
+        folder.rmdir()

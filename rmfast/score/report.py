@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import platform
 from pathlib import Path
 from typing import Any
 
 from rmfast.resume import versions
 from rmfast.score.options import ScoreOptions
-from rmfast.score.start import State
+from rmfast.score.start import STDOUT, State, beside
+
+_SHOWN = 3  # reasons on the screen
+_WIDTH = 200  # characters of each
 
 
 def report(model: dict[str, Any], state: State, options: ScoreOptions) -> dict[str, Any]:
@@ -40,11 +45,16 @@ def report(model: dict[str, Any], state: State, options: ScoreOptions) -> dict[s
     }
 
 
-def as_text(found: dict[str, Any], path: Path, errors: Path) -> str:
-    """The report for the screen, with the paths of the output and of the rows left out."""
-    lines = [f"{found['scored']:,} of {found['rows']:,} rows scored: {path}"]
+def as_text(found: dict[str, Any], path: Path) -> str:
+    """The report for the screen, of the output ``path``."""
+    names = {"output": path, "errors": beside(path, "errors.jsonl")}
+    if path == STDOUT:
+        names = {"output": "stdout", "errors": "stderr"}
+    lines = [f"{found['scored']:,} of {found['rows']:,} rows scored: {names['output']}"]
     if left_out := found["errors"] + found["overlong"]:
-        lines += [f"  left out           {left_out:,} ({found['overlong']:,} too long): {errors}"]
+        words = f"{left_out:,} ({found['overlong']:,} too long): {names['errors']}"
+        lines += [f"  left out           {words}"]
+        lines += [] if path == STDOUT else _first(names["errors"])
     lines += [
         f"  conversations      {found['conversations']:,}",
         f"  tokens             {found['tokens']:,}, {found['tokens_per_second']:,.0f} a second",
@@ -55,3 +65,10 @@ def as_text(found: dict[str, Any], path: Path, errors: Path) -> str:
         f"{found['level']}",
     ]
     return "\n".join([*lines, *(f"  ! {warning}" for warning in found["warnings"])])
+
+
+def _first(errors: Path) -> list[str]:
+    """The first rows that were left out, and why."""
+    with errors.open(encoding="utf-8") as file:
+        found = [json.loads(line) for line in itertools.islice(file, _SHOWN)]
+    return [f"    line {one['line']}: {one['reason'][:_WIDTH]}" for one in found]

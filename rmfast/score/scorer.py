@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from rmfast.data.encoding import Encoder
+from rmfast.data.form import Form
 from rmfast.packed import models, patching, pieces
 from rmfast.packed.stand_in import Unservable
-from rmfast.packed.step import pad
+from rmfast.packed.step import inputs_of
 from rmfast.reference import until_scored
 from rmfast.score import memory
 from rmfast.score.bulk import BulkScorer, evaluating
-from rmfast.trie import pack
+from rmfast.trie import SEGMENT, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,15 +45,21 @@ class Scorer(BulkScorer):
             (:func:`rmfast.score.memory.bytes_a_token`). Halved when memory runs out, and doubled
             again after a while. Where processes share the parts of a model, nothing is estimated or
             halved: all must run as many micro-batches.
-        max_length: most tokens of a conversation; the model's own limit when not given.
+        max_length: most tokens of a conversation; when not given, that of the training, if the
+            config records it, else the model's own limit.
         on_overlong: ``"error"``, ``"skip"`` (the score is NaN), or ``"truncate_left"``: the BOS
             and the last tokens are scored.
         pooling: as for :func:`rmfast.patch`; None: as the model was patched, ``"hf"`` if it was
             not.
         system_prompt: put before messages that have none.
         chat_template: Jinja template in place of the tokenizer's.
-        chat: how (prompt, response) texts are read: as turns of a chat, or with ``False`` as plain
-            text, one after the other.
+        chat: how text is read. True: as turns of a chat, also dialogues as in HH-RLHF. False: as
+            plain text, a prompt and its response one after the other. None: as in the training of
+            the model, if its config records that (``rmfast train`` does); else a prompt and its
+            response as turns, and other text as it is.
+        end_of_text: end plain text with the end of text. None: as in the training; where that is
+            not known, only the sides of preference pairs, as TRL's trainer does.
+        special_tokens: let messages hold the special tokens that the chat template writes.
         window: conversations that are looked at together: prefixes meet within a window.
         normalize: ``(score - config.mean) / config.std``, as OpenRLHF stores them.
         sigmoid: ``1 / (1 + exp(-score))``, after ``normalize``.
@@ -85,6 +92,8 @@ class Scorer(BulkScorer):
         system_prompt: str | None = None,
         chat_template: str | None = None,
         chat: bool | None = None,
+        end_of_text: bool | None = None,
+        special_tokens: bool = False,
         window: int = 1024,
         normalize: bool = False,
         sigmoid: bool = False,
@@ -102,6 +111,9 @@ class Scorer(BulkScorer):
         self._mean, self._std = _normalization(config) if normalize else (0.0, 1.0)
         self._sigmoid = sigmoid
         self.model = model
+        form = Form.of(model)
+        if pooling is None and form is not None and patching.attached(model) is None:
+            pooling = form.pooling
         self._patch = patching.repatch(model, pooling=pooling, attention=attention, compile=compile)
         self._patches = [(model, self._patch)]
         self._pooling = self._patch.options.pooling
@@ -109,11 +121,15 @@ class Scorer(BulkScorer):
         self._position_limit = models.position_limit(text)
         self.encoder = Encoder(
             tokenizer,
-            max_length=max_length or getattr(text, "max_position_embeddings", None),
+            max_length=max_length or _most_tokens(form, text),
             on_overlong=on_overlong,
             system_prompt=system_prompt,
             chat_template=chat_template,
             chat=chat,
+            end_of_text=end_of_text,
+            special_tokens=special_tokens,
+            segments=models.takes_pairs(text, tokenizer),
+            form=form,
             vocabulary=models.vocabulary(model),
         )
         self._budget = self._new_budget(max_tokens or self._patch.options.max_tokens)
@@ -156,7 +172,8 @@ class Scorer(BulkScorer):
             "device": str(self._device),
             "level": report.level,
             "reasons": report.reasons,
-            "warnings": report.warnings,
+            "warnings": [*report.warnings, *self.encoder.told()],
+            "form": self.encoder.about(),
             "fallbacks": dict(report.fallbacks),
         }
 
@@ -164,7 +181,7 @@ class Scorer(BulkScorer):
 
     def _scores(self, rows: list[np.ndarray]) -> np.ndarray:  # fp32 [len(rows)]
         lengths = self._count(rows)
-        if self._patch.level != "head" and self._pooling == "hf":
+        if self._patch.level == "trie" and self._pooling == "hf":  # where rmfast pools
             rows = [until_scored(row, self._pad) for row in rows]
         raw = torch.full((len(rows),), float("nan"), dtype=torch.float64)
         with evaluating(self.model):
@@ -264,8 +281,9 @@ class Scorer(BulkScorer):
         return left
 
     def _padded_scores(self, rows: list[np.ndarray]) -> Tensor:  # fp64 [len(rows)]
-        ids, mask = (x.to(self._device) for x in pad(rows, self._pad or 0))
-        logits = self.model(input_ids=ids, attention_mask=mask).logits
+        segments = any(row.max() >= SEGMENT for row in rows)
+        inputs = inputs_of(rows, self._pad or 0, segments)
+        logits = self.model(**{name: x.to(self._device) for name, x in inputs.items()}).logits
         if logits.shape not in ((len(rows), 1), (len(rows),)):
             raise ValueError(
                 f"{type(self.model).__name__} gave logits {tuple(logits.shape)} for "
@@ -280,6 +298,11 @@ def alike(keys: Mapping[int, Hashable]) -> dict[int, list[int]]:
     for row, key in keys.items():
         found.setdefault(key, []).append(row)
     return {rows[0]: rows for rows in found.values()}
+
+
+def _most_tokens(form: Form | None, config: Any) -> int | None:
+    limits = (form and form.max_length, getattr(config, "max_position_embeddings", None))
+    return min(filter(None, limits), default=None)
 
 
 def _normalization(config: Any) -> tuple[float, float]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import re
 from pathlib import Path
 from typing import Any
 
-from rmfast.data import columns, files
+from rmfast.arguments import flag
+from rmfast.data import columns, files, sources
 from rmfast.errors import RowError, UserError
-from rmfast.resume import digest, model_identity, same_run, stored
+from rmfast.resume import check_paths, digest, model_identity, same_run, stored
 from rmfast.score.options import ScoreOptions
 from rmfast.score.windows import Stats
 
 # options that decide the output, beside the input, the model, the device and the template
-_DECIDE = """dtype max_tokens max_length on_overlong batch_window limit compile attention pooling
-system_prompt plain normalize sigmoid reward_column tokenizer""".split()
+_DECIDE = """dtype max_tokens max_length on_overlong batch_window limit shard compile attention
+pooling system_prompt chat end_of_text special_tokens normalize sigmoid reward_column
+tokenizer""".split()
+STDOUT = Path("-")
 
 
 @dataclasses.dataclass
@@ -31,6 +34,7 @@ class State:
     max_tokens: int | None = None  # a micro-batch
     totals: dict[str, float] = dataclasses.field(default_factory=dict)  # the scorer's figures
     seconds: float = 0.0  # of all runs together
+    report: str | None = None  # where this run writes its report
     done: bool = False  # nothing is left to do
 
     def stats(self) -> Stats:
@@ -46,22 +50,46 @@ class State:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """A file that belongs to an output."""
-    return path.with_name(f"{path.name}.{suffix}")
+    """A file that belongs to an output; what is JSON and no row is hidden from data loaders.
+
+    Args:
+        suffix: ``"errors.jsonl"``, ``"parts"``, ``"report.json"`` or ``"state.json"``.
+    """
+    return path.with_name(f"{'.' if suffix.endswith('.json') else ''}{path.name}.{suffix}")
 
 
 def output_path(options: ScoreOptions) -> Path:
+    """Where the output goes; raises UserError where a path of the options cannot be used."""
     path = Path(options.output)
-    if files.file_format(path) is None:
-        raise UserError(f"--output {path}: its name must end with {files.KINDS}")
+    if path != STDOUT and sources.file_format(path) is None:
+        raise UserError(f"--output {path}: its name must end with {sources.KINDS}")
     if path.is_dir():
         raise UserError(f"--output {path} is a folder")
-    for option, file in (("output", path), ("report", Path(options.report or path))):
-        if not file.parent.is_dir():
-            raise UserError(f"--{option} {file}: there is no folder {file.parent}")
-    if path.exists() and os.path.exists(options.input) and path.samefile(options.input):
-        raise UserError(f"--output {path} is the input: give it another name")
+    if path == STDOUT and (options.resume or options.overwrite):
+        raise UserError("--output - is stdout, which nothing can --resume or --overwrite")
+    outputs = {"--output": path, "--report": report_path(options)}
+    for option, file in outputs.items():
+        if file is not None and not file.parent.is_dir():
+            raise UserError(f"{option} {file}: there is no folder {file.parent}")
+    beside_it = ("errors.jsonl", "state.json", "parts")
+    outputs |= {f"{suffix} of --output": beside(path, suffix) for suffix in beside_it}
+    inputs = {flag(name): getattr(options, name) for name in ("input", "model", "chat_template")}
+    check_paths(inputs, outputs, overwrite=True)
     return path
+
+
+def report_path(options: ScoreOptions) -> Path | None:
+    if options.report is None and options.output != "-":
+        return beside(Path(options.output), "report.json")
+    return None if options.report is None else Path(options.report)
+
+
+def shard(options: ScoreOptions) -> tuple[int, int]:
+    """``--shard`` as a number and a count."""
+    found = re.fullmatch(r"(\d+)/(\d+)", options.shard or "0/1")
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UserError(f"--shard must be i/n, from 0/n to n-1/n, such as 0/4: got {options.shard}")
+    return int(found[1]), int(found[2])
 
 
 def settings(options: ScoreOptions, reader: files.Reader, template: str | None) -> dict[str, Any]:
@@ -74,7 +102,8 @@ def settings(options: ScoreOptions, reader: files.Reader, template: str | None) 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found["--device"] = device.split(":")[0]
     for name in [*_DECIDE, *(f"{field}_column" for field in columns.FIELDS)]:
-        found["--" + name.replace("_", "-")] = getattr(options, name)
+        if hasattr(options, name):
+            found[flag(name)] = getattr(options, name)
     found["the text of --chat-template"] = None if template is None else digest(template)
     return json.loads(json.dumps(found))
 
@@ -88,17 +117,23 @@ def first_state(path: Path, now: dict[str, Any], options: ScoreOptions) -> State
     Raises:
         UserError: a file is there that would be lost, or that this run cannot continue.
     """
+    report = report_path(options)
+    new = State(now, report=report and str(report))
     file = beside(path, "state.json")
+    _check_foreign(path, file)
     before = None if options.overwrite else stored(file, State)
+    if options.report is not None and new.report != (before and before.report):
+        check_paths({}, {"--report": report}, options.overwrite)
+    there = path.exists() or beside(path, "parts").exists()
     if before is None:
         if path.exists() and not options.overwrite:
             reason = f" --resume cannot continue it without {file}." if options.resume else ""
             raise UserError(f"{path} already exists.{reason} --overwrite replaces it")
-        return State(now)
+        return new
     if not options.resume:
         empty = not path.exists() or path.stat().st_size == 0
-        if before.rows == 0 and empty and not before.done:
-            return State(now)
+        if not there or (before.rows == 0 and empty and not before.done):
+            return new
         if before.done:
             raise UserError(f"{path} already exists and is complete: --overwrite starts again")
         raise UserError(
@@ -109,4 +144,15 @@ def first_state(path: Path, now: dict[str, Any], options: ScoreOptions) -> State
     if before.done and not path.exists():
         raise UserError(f"{file} says the run is complete, and {path} is gone: --overwrite starts "
                         "again")  # fmt: skip
+    before.report = new.report
     return before
+
+
+def _check_foreign(path: Path, state: Path) -> None:
+    """Raise UserError for files that this output would replace, and no run for it has written."""
+    for file in (beside(path, "errors.jsonl"), beside(path, "parts")):
+        if file.exists() and not state.exists():
+            raise UserError(
+                f"{file} is there, and no run for this output wrote it: move it, or name another "
+                "--output"
+            )

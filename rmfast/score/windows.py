@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
+from rmfast.data.records import Pair
 from rmfast.errors import RowError, UserError
 
 # what the caller knows a row by, and its conversations or why it has none
@@ -69,6 +71,31 @@ class Stats:
         return dataclasses.asdict(self)
 
 
+def refuse_one(given: Any, name: str = "conversations") -> None:
+    """Raise TypeError for a conversation, a pair or a table in the place of a list of them.
+
+    Most could be gone through: the letters of a text, the keys of a dict.
+    """
+    first = given[0] if isinstance(given, (list, np.ndarray, Tensor)) and len(given) else None
+    if (
+        isinstance(given, (str, bytes, Mapping, Pair))
+        or hasattr(given, "columns")  # of pandas or polars: their names
+        or (isinstance(given, tuple) and len(given) == 2 and all(map(is_text_or_messages, given)))
+        or (isinstance(first, Mapping) and "role" in first)
+        or isinstance(first, (int, np.integer))
+        or (isinstance(first, Tensor) and first.ndim == 0)
+    ):
+        kind = type(given).__name__ + ("" if first is None else f" of {type(first).__name__}")
+        raise TypeError(
+            f"{name} must be a list of {name}, not a {kind}: a single one goes into a list too"
+        )
+
+
+def is_text_or_messages(side: Any) -> bool:
+    first = [*side, 0][0] if isinstance(side, list) else side
+    return isinstance(first, (str, Mapping))
+
+
 def gathered(rows: Iterable[Tagged], size: int) -> Iterator[list[Tagged]]:
     """Windows of tagged rows, with ``size`` conversations or more each but the last.
 
@@ -78,6 +105,7 @@ def gathered(rows: Iterable[Tagged], size: int) -> Iterator[list[Tagged]]:
     count = 0
     for tag, row in rows:
         if not isinstance(row, RowError):
+            refuse_one(row)
             row = list(row) or RowError("it holds no conversation")
         window.append((tag, row))
         count += 1 if isinstance(row, RowError) else len(row)

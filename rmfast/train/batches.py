@@ -18,7 +18,7 @@ from torch import Tensor
 from rmfast.packed.step import Batch
 from rmfast.reference import until_scored
 from rmfast.train.objective import LARGEST_GROUP
-from rmfast.trie import pack
+from rmfast.trie import SEGMENT, pack
 
 
 @dataclass
@@ -44,27 +44,32 @@ class Collator:
     - ``ranks``: fp32 ``[B]``, ``offsets``: int64 ``[G + 1]``, ``largest``: the most responses in a
       group; only with groups.
     - ``count``: pairs or groups; ``tokens``: tokens of all sequences; ``longest``: of the longest
-      one; ``shared``: whether nodes may belong to several sequences. Plain numbers.
+      one; ``shared``: whether nodes may belong to several sequences; ``segments``: whether ids hold
+      token types, as :class:`rmfast.data.encoding.Encoder` makes them. Plain numbers.
 
     Raises:
-        ValueError: an example without the fields, or with an empty sequence, a margin that is not a
-            finite number, or ranks that do not match the responses; the message says which one.
+        ValueError: no examples, or one without the fields that the others have, with an empty
+            sequence, a margin that is not a finite number, or ranks that do not match the
+            responses; the message says which one.
     """
 
     pad_token_id: int | None = None
     share_prefixes: bool = True
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> Batch:
-        if "responses_ids" in examples[0]:
-            return self._groups(examples)
-        for name in ("chosen_ids", "rejected_ids"):
+        if not len(examples):
+            raise ValueError("a batch needs at least one example")
+        ranked = "responses_ids" in examples[0]
+        for name in ("responses_ids",) if ranked else ("chosen_ids", "rejected_ids"):
             for i, example in enumerate(examples):
                 if example.get(name) is None:
                     raise ValueError(f"example {i} of the batch has no {name}")
+        if ranked:
+            return self._groups(examples)
         rows = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
         batch = self._packed(rows)
         batch["count"] = len(examples)
-        if examples[0].get("margin") is not None:
+        if any(example.get("margin") is not None for example in examples):
             for i, example in enumerate(examples):
                 if example.get("margin") is None or not math.isfinite(example["margin"]):
                     raise ValueError(
@@ -119,6 +124,7 @@ class Collator:
             "tokens": sum(row.size for row in arrays),
             "longest": max(row.size for row in arrays),
             "shared": self.share_prefixes,
+            "segments": any(row.max() >= SEGMENT for row in arrays),
         }
 
     def rows(self, example: dict[str, Any]) -> list[np.ndarray]:

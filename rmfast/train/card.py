@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ scores of answers to one prompt: σ(score - score') is the probability that the 
 
 Trained from `{model}` (its head: {head}) on {count:,} {records} of {of} of
 `{data}`{method}; loss: {loss}.
-
+{warnings}
 ## Score with it
 
 With rmfast, in bulk:
@@ -54,14 +55,14 @@ import torch
 {load}
 {ids}
 with torch.inference_mode():
-    print(model(torch.tensor([ids])).logits[0, 0].item())
+    print(model({call}).logits[0, 0].item())
 ```
 
 Trained on {trained_on}.
 {figures}
 ## Training
 
-`rmfast train --config config.yaml`, {steps:,} steps, with {versions}. In config.yaml:
+`rmfast train --config config.yaml`, {steps}, with {versions}. In config.yaml:
 
 ```yaml
 {config}```
@@ -76,17 +77,26 @@ Of {count:,} {records} of {source}:
 ```
 """
 _LOAD = """\
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+{imports}
 
-name = "{name}"  # this folder, or its name on the hub
+name = {name}  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForSequenceClassification.from_pretrained(name)
+model = {model}
 conversation = {conversation}"""
+_IMPORTS = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
+_MODEL = "AutoModelForSequenceClassification.from_pretrained(name)"
+_PEFT_IMPORTS = """\
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer"""
+_PEFT_MODEL = """\
+AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1)
+model.config.pad_token_id = tokenizer.pad_token_id"""
 _MESSAGES = """\
 [
     {"role": "user", "content": "How many legs has a spider?"},
     {"role": "assistant", "content": "Eight."},
 ]"""
+_TWO = '("How many legs has a spider?", "Eight.")'
 _TEXT = '"How many legs has a spider? Eight."'
 
 
@@ -99,8 +109,11 @@ class Finished:
     rows: Rows
     loss: str  # one of train.objective.KINDS
     steps: int
+    best: int  # the step whose weights are written
+    is_adapter: bool  # the folder has LoRA's adapter alone
     summary: dict[str, Any] | None  # the last held-out figures
     versions: dict[str, str]  # of the libraries
+    warnings: list[str]  # what to know before it is used
 
     @property
     def is_text(self) -> bool:
@@ -123,7 +136,18 @@ def write(run: Finished, folder: Path) -> None:
         if run.started.tokenizer.eos_token is not None:
             conversation += " + tokenizer.eos_token"
             trained_on = "text, each with the end of text after it"
-    rank = options.lora_rank
+    if run.rows.form.segments:
+        conversation, trained_on = _TWO, "prompt and answer as the tokenizer's two segments"
+    method, imports, model = "", _IMPORTS, _MODEL
+    if options.lora_rank is not None:
+        method = f", by LoRA of rank {options.lora_rank}, merged into the weights"
+    if run.is_adapter:
+        method = f", by LoRA of rank {options.lora_rank}; this is the adapter alone"
+        imports, model = _PEFT_IMPORTS, _PEFT_MODEL
+    steps = f"{run.steps:,} steps"
+    if run.best != run.steps:
+        steps += f" (kept: step {run.best:,}, the best held-out accuracy, which that flatters)"
+    name = json.dumps(public.output, ensure_ascii=False)
     text = _CARD.format(
         metadata=_metadata(run, public).to_yaml(),
         name=public.output,
@@ -133,13 +157,15 @@ def write(run: Finished, folder: Path) -> None:
         records=run.records,
         of="text" if run.is_text else "messages",
         data=public.data,
-        method="" if rank is None else f", by LoRA of rank {rank}, merged into the weights",
+        method=method,
         loss=_LOSSES[run.loss],
-        load=_LOAD.format(name=public.output, conversation=conversation),
+        warnings="".join(f"\n**Warning: {warning}.**\n" for warning in run.warnings),
+        load=_LOAD.format(name=name, imports=imports, model=model, conversation=conversation),
         ids=_ids(run),
+        call="**ids" if run.rows.form.segments else "torch.tensor([ids])",
         trained_on=trained_on,
         figures=_figures(run, public),
-        steps=run.steps,
+        steps=steps,
         versions=", ".join(f"{name} {version}" for name, version in run.versions.items()),
         config=public.as_yaml(),
     )
@@ -189,11 +215,13 @@ def _figures(run: Finished, public: TrainOptions) -> str:
 
 def _ids(run: Finished) -> str:
     """The lines that make the tokens that were trained on."""
+    if run.rows.form.segments:
+        return 'ids = tokenizer(*conversation, return_tensors="pt")'
     if run.is_text:
         return 'ids = tokenizer(conversation)["input_ids"]'
     lines = 'ids = tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]'
     tokenizer, example = run.started.tokenizer, run.rows.example
     first = tokenizer.apply_chat_template(example, return_dict=True)["input_ids"][:1]
-    if run.rows.adds_bos and first != [tokenizer.bos_token_id]:
+    if run.rows.form.bos and first != [tokenizer.bos_token_id]:
         lines += "\nids = [tokenizer.bos_token_id, *ids]"
     return lines

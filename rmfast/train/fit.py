@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerState
 
@@ -16,6 +18,11 @@ from rmfast.train.rows import Rows
 from rmfast.train.trainer import RewardConfig, RewardTrainer
 from rmfast.train.watch import COMPLETE, Watch
 
+_SCHEDULES = {  # transformers' names; its "constant" has no warm-up
+    "cosine": "cosine_with_min_lr",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+}
 _POINTS = 0.01  # of the run, from one line of metrics.jsonl to the next
 _PART = 0.1  # of the run, from one evaluation or checkpoint to the next
 
@@ -25,6 +32,14 @@ class Trainer(RewardTrainer):
 
     watch: Watch
     use_cache: bool | None  # of the model, before transformers turned it off
+    begun: dict[str, int]  # what tells its weights from later ones
+    dtypes: dict[str, torch.dtype]  # of its weights
+
+    @property
+    def best_step(self) -> int:
+        """Of the weights that are written."""
+        best = self.args.metric_for_best_model and self.state.best_global_step
+        return best or self.state.global_step
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         return self.watch.evaluate()
@@ -55,6 +70,9 @@ def make_trainer(
         UserError: options that do not go with the data.
     """
     use_cache = getattr(started.model.config, "use_cache", None)
+    begun = _weights(started.model)
+    rows.form.record(started.model.config)
+    dtypes = {name: parameter.dtype for name, parameter in started.model.named_parameters()}
     held_out = None if rows.held_out is None else Dataset.from_list(rows.held_out)
     args = _config(options, folder, held_out is not None, is_new)
     try:
@@ -74,11 +92,22 @@ def make_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    trainer.begun, trainer.dtypes = begun, dtypes
     return trainer
 
 
+@torch.no_grad()
+def _weights(model: torch.nn.Module) -> dict[str, int]:
+    """For each parameter the sum of its bits, read as fp32."""
+    return {
+        name: int(parameter.float().view(torch.int32).sum(dtype=torch.int64))
+        for name, parameter in model.named_parameters()
+    }
+
+
 def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -> RewardConfig:
-    cosine = options.schedule == "cosine"
+    evaluates = options.eval_every or _PART
+    saves = evaluates if options.keep_best else options.save_every or _PART
     args = RewardConfig(
         output_dir=str(folder / "checkpoints"),
         num_train_epochs=options.epochs,
@@ -87,8 +116,8 @@ def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -
         gradient_accumulation_steps=options.grad_accum,
         max_tokens_per_batch=options.max_tokens_per_batch,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr" if cosine else options.schedule,
-        lr_scheduler_kwargs={"min_lr_rate": 0.1} if cosine else None,
+        lr_scheduler_type=_SCHEDULES[options.schedule],
+        lr_scheduler_kwargs={"min_lr_rate": 0.1} if options.schedule == "cosine" else None,
         warmup_steps=options.warm_up,
         weight_decay=options.weight_decay,
         loss_type=options.loss,
@@ -104,12 +133,14 @@ def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -
         logging_steps=_POINTS,
         eval_strategy="steps" if measures else "no",
         eval_on_start=measures and is_new,
-        eval_steps=(options.eval_every or _PART) if measures else None,
+        eval_steps=evaluates if measures else None,
         save_strategy="steps",
-        save_steps=options.save_every or _PART,
-        save_total_limit=2,
+        save_steps=saves,
+        metric_for_best_model="eval_accuracy" if options.keep_best else None,
+        greater_is_better=True if options.keep_best else None,
         disable_tqdm=True,
-        report_to="none",
+        report_to=options.report_to.split(",") if options.report_to else "none",
+        run_name=folder.resolve().name,
     )
     args._n_gpu = min(1, args.n_gpu)  # one process trains on one GPU
     return args
@@ -145,15 +176,55 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def save(trainer: Trainer, started: Started, folder: Path) -> None:
-    """Write the model, with its adapter merged, and its tokenizer.
+def rehearse(trainer: Trainer, folder: Path) -> None:
+    """Save and merge once before the first step, so that nothing fails after the work.
 
-    Merged into a quantised model, the adapter would be rounded: it is written alone.
+    Raises:
+        UserError: what would be trained cannot be saved.
     """
+    at = folder / "checkpoints" / "rehearsal"
+    try:
+        if not keeps_adapter(trainer.model) and hasattr(trainer.model, "merge_adapter"):
+            trainer.model.merge_adapter()  # new adapters are 0: no weight changes
+            trainer.model.unmerge_adapter()
+        trainer.save_model(str(at))
+    except OSError:
+        raise
+    except Exception as error:
+        reason, *_ = str(error).strip().split("\n")
+        raise UserError(
+            f"nothing is trained, for this model could not be saved at the end: {reason}"
+        ) from error
+    finally:
+        shutil.rmtree(at, ignore_errors=True)
+
+
+def keeps_adapter(model: torch.nn.Module) -> bool:
+    """Whether adapters stay beside the model: merged, its weights would be quantised anew."""
+    return any(getattr(module, "is_quantized", False) for module in model.modules())
+
+
+def finish(trainer: Trainer) -> Any:
+    """The model as it is to be written: the best or the last one, with its adapter merged.
+
+    Adapters of quantised models stay beside them.
+    """
+    if trainer.args.metric_for_best_model and trainer.best_step != trainer.state.global_step:
+        trainer._load_from_checkpoint(f"{trainer.args.output_dir}/checkpoint-{trainer.best_step}")
+    model = patching.unpatch(trainer.accelerator.unwrap_model(trainer.model, False))
+    if hasattr(model, "merge_and_unload") and not keeps_adapter(model):
+        model = model.merge_and_unload()
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(trainer.dtypes.get(name))
+    return model
+
+
+def save(trainer: Trainer, model: Any, started: Started, folder: Path) -> bool:
+    """Write the model and its tokenizer; whether any weight changed."""
+    patching.unpatch(model)
     if trainer.use_cache is not None:
         started.model.config.use_cache = trainer.use_cache
-    model = patching.unpatch(trainer.accelerator.unwrap_model(trainer.model, False))
-    if hasattr(model, "merge_and_unload") and not getattr(model, "is_quantized", False):
-        model = model.merge_and_unload()
+    started.model.config.save_pretrained(folder)  # an adapter's own has no form of conversations
     model.save_pretrained(folder)
     started.tokenizer.save_pretrained(folder)
+    return _weights(model) != trainer.begun

@@ -26,10 +26,13 @@ from rmfast.errors import UserError
 from rmfast.evaluate import show
 from rmfast.resume import (
     digest,
+    locked,
+    make_folder,
     model_identity,
     same_run,
     saving,
     stored,
+    told_to_stop,
     versions,
     write_whole,
 )
@@ -39,6 +42,7 @@ from rmfast.train.watch import COMPLETE, Watch, last_checkpoint, step_of
 
 try:
     import datasets
+    from transformers.integrations import get_available_reporting_integrations
 
     from rmfast.train import fit
 except ImportError as _error:
@@ -46,9 +50,10 @@ except ImportError as _error:
 
 
 # Options that may differ when a run goes on: its data is told by digest, its model by its files.
-_MAY_DIFFER = {"output", "model", "data", "eval_data", "resume", "overwrite"}
-_OURS = "checkpoints metrics.jsonl training.png config.yaml README.md adapter_config.json".split()
-_EARLY = {"checkpoints", "metrics.jsonl", "training.png", "metrics.jsonl.tmp"}
+_MAY_DIFFER = {"output", "model", "data", "eval_data", "report_to", "resume", "overwrite"}
+# what a run writes, beside its checkpoints
+_OURS = ("metrics.jsonl", "metrics.jsonl.tmp", "training.png", "config.yaml", "README.md")
+_WEIGHTS = ("model*.safetensors*", "adapter_*")
 
 
 @dataclasses.dataclass
@@ -59,12 +64,14 @@ class State:
         settings: what decides the weights, by names that users know.
         resolved: dtype and device, where nobody gave them: what is fast is found by timing.
         versions: of the libraries.
+        warnings: what to know of the model that came out.
         done: nothing is left to do.
     """
 
     settings: dict[str, Any]
     resolved: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    warnings: list[str] = dataclasses.field(default_factory=list)
     done: bool = False
 
     def save(self, folder: Path) -> None:
@@ -79,7 +86,7 @@ def run(options: TrainOptions) -> int:
     Raises:
         UserError, DataError: it cannot run; the message is for the user.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), told_to_stop():
         warnings.simplefilter("ignore", FutureWarning)  # names that only newer libraries have
         return _run(options)
 
@@ -89,7 +96,14 @@ def _run(options: TrainOptions) -> int:
     datasets.disable_progress_bars()
     _check(options)
     template = read_template(options.chat_template)
-    folder = _folder(options)
+    folder, inputs = Path(options.output), ("model", "tokenizer", "data", "eval_data")
+    make_folder(folder, {flag(name): getattr(options, name) for name in inputs})
+    with locked(folder):
+        _check_folder(folder, options)
+        return _run_in(folder, options, template)
+
+
+def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
     train, held_out = rows.read(options)
     state = _begin(folder, _settings(options, template, train, held_out), options.resume)
     if state.done:
@@ -101,39 +115,69 @@ def _run(options: TrainOptions) -> int:
     found = rows.tokenised(started, train, held_out, options.max_length)
     checkpoint = last_checkpoint(folder / "checkpoints") if options.resume else None
     trainer = fit.make_trainer(options, folder, started, found, is_new=checkpoint is None)
-    if not options.resume:
-        _clear(folder)  # not before it is known that there is something to replace it
+    if checkpoint is None:
+        with saving(folder):
+            fit.rehearse(trainer, folder)
+        _clear(folder, state)  # not before it is known that there is something to replace it
     watch = Watch(folder, trainer, found.held_out, step_of(checkpoint))
     state.versions = _versions(None if checkpoint is None else state.versions)
     state.save(folder)
     with saving(folder):
         (folder / "config.yaml").write_text(options.as_yaml(), encoding="utf-8")
-    if not _train(trainer, watch, folder, checkpoint):
-        return 130
+    try:
+        if _train(trainer, watch, folder, checkpoint):
+            _finish(folder, trainer, watch, state, options, started, found)
+            return 0
+    except KeyboardInterrupt:
+        pass
+    step = step_of(last_checkpoint(folder / "checkpoints"))
+    print(
+        f"\nrmfast train: interrupted, saved up to step {step:,}; the same command with --resume "
+        "goes on",
+        file=sys.stderr,
+    )
+    return 130
+
+
+def _finish(
+    folder: Path,
+    trainer: fit.Trainer,
+    watch: Watch,
+    state: State,
+    options: TrainOptions,
+    started: begin.Started,
+    found: rows.Rows,
+) -> None:
+    """Measure the model as it is written, and write it and what belongs to it."""
+    model = fit.finish(trainer)
+    watch.measure_written(model, trainer.best_step)
     finished = card.Finished(
         options,
         started,
         found,
         loss=trainer.objective.kind,
         steps=trainer.state.global_step,
+        best=trainer.best_step,
+        is_adapter=fit.keeps_adapter(trainer.model),
         summary=watch.summary,
         versions=state.versions,
+        warnings=state.warnings,
     )
-    _save(folder, trainer, watch, finished)
-    state.done = True
-    state.save(folder)
-    return 0
-
-
-def _save(folder: Path, trainer: fit.Trainer, watch: Watch, finished: card.Finished) -> None:
-    """Write the model and what belongs to it."""
     with saving(folder):
-        fit.save(trainer, finished.started, folder)
+        if not fit.save(trainer, model, started, folder):
+            state.warnings.append(
+                f"no weight changed in {finished.steps:,} steps, this is the model that the run "
+                "began with: raise --learning-rate"
+            )
         watch.draw()
         card.write(finished, folder)
-    if finished.summary is not None:
-        print(f"\n{show.table(finished.summary)}\n")
+    if watch.summary is not None:
+        print(f"\n{show.table(watch.summary)}\n")
+    for warning in state.warnings:
+        print(f"! {warning}")
     print(f"written: {folder}")
+    state.done = True
+    state.save(folder)
 
 
 def _check(options: TrainOptions) -> None:
@@ -147,8 +191,18 @@ def _check(options: TrainOptions) -> None:
         raise UserError("--lora-alpha goes with --lora-rank")
     if options.eval_data is not None and options.eval_split:
         raise UserError("--eval-data and --eval-split: give one of them")
-    if options.eval_data is None and options.eval_split == 0 and options.eval_every:
-        raise UserError("--eval-every goes with held-out data, and --eval-split is 0")
+    for name in ("eval_every", "keep_best"):
+        if options.eval_data is None and options.eval_split == 0 and getattr(options, name):
+            raise UserError(f"{flag(name)} goes with held-out data, and --eval-split is 0")
+    if options.keep_best and options.save_every not in (None, options.eval_every):
+        raise UserError("--keep-best saves where it measures: give --eval-every alone")
+    if options.report_to is not None:
+        there = get_available_reporting_integrations()
+        if missing := set(options.report_to.split(",")) - {"none", "all", *there}:
+            raise UserError(
+                f"--report-to {', '.join(sorted(missing))}: it is not installed, or unknown to "
+                f"transformers (there is: {', '.join(there) or 'nothing'})"
+            )
     if options.lora_rank is not None:
         try:
             import peft  # noqa: F401 (found now, not after the data)
@@ -172,40 +226,38 @@ def _resolved(options: TrainOptions) -> TrainOptions:
 # --- where it begins
 
 
-def _folder(options: TrainOptions) -> Path:
-    """Make the output's folder; raise UserError where something would be lost in it."""
-    folder, model = Path(options.output), options.model
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file: name a folder")
-    if os.path.isdir(model) and folder.is_dir() and folder.samefile(model):
-        raise UserError(f"--output {folder} is the --model: give it another name")
-    names = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
-    has_run = (folder / "checkpoints" / "run.json").exists()
+def _check_folder(folder: Path, options: TrainOptions) -> None:
+    """Raise UserError where something would be lost in the folder."""
+    names = sorted(x.name for x in folder.iterdir() if not x.name.startswith("."))
+    if not (folder / "checkpoints" / "run.json").exists():
+        inside = {x.name for x in folder.glob("checkpoints/*")}
+        if names in ([], ["checkpoints"]) and inside <= {"run.json.tmp", "rehearsal"}:
+            return  # a run was stopped before it began
+        if options.resume:
+            raise UserError(f"--resume: {folder} has no run to go on with; name an empty folder")
+        raise UserError(
+            f"--output {folder} is not empty ({', '.join(names[:3])}), and no run of rmfast train "
+            "wrote it: name another folder"
+        )
     # a run that was stopped before its first checkpoint is no loss
-    early = _EARLY | ({"config.yaml"} if has_run else set())
-    is_free = set(names) <= early and not any(folder.glob(f"checkpoints/*/{COMPLETE}"))
-    if options.resume and not (has_run or is_free):
-        raise UserError(
-            f"--resume: {folder} has no run to go on with; name an empty folder, or --overwrite"
-        )
+    is_free = {*names} <= {"checkpoints", *_OURS} and not any(
+        folder.glob(f"checkpoints/*/{COMPLETE}")
+    )
     if not (is_free or options.resume or options.overwrite):
-        resume = "--resume goes on with it, " if has_run else ""
         raise UserError(
-            f"--output {folder} is not empty ({', '.join(names[:3])}): {resume}--overwrite replaces"
-            " what a run writes"
+            f"--output {folder} is not empty ({', '.join(names[:3])}): --resume goes on with it, "
+            "--overwrite replaces what a run writes"
         )
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
-    return folder
 
 
-def _clear(folder: Path) -> None:
-    """What a run before this one wrote."""
+def _clear(folder: Path, state: State) -> None:
+    """Begin a run where an earlier one may have written."""
     with saving(folder):
-        for path in [*(folder / name for name in _OURS), *folder.glob("*model*.safetensors*")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in folder.glob("checkpoints/checkpoint-*"):
+            shutil.rmtree(path)  # before the new state, which could go on from none of these
+        state.save(folder)
+        for path in (path for name in (*_OURS, *_WEIGHTS) for path in folder.glob(name)):
+            path.unlink()
 
 
 def _settings(
@@ -268,19 +320,9 @@ def _train(trainer: fit.Trainer, watch: Watch, folder: Path, checkpoint: str | N
     try:
         with watch, saving(folder):
             fit.train(trainer, checkpoint)
-        done = not watch.stopped or trainer.state.global_step >= trainer.state.max_steps
-    except KeyboardInterrupt:
-        done = False
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else ''} Lower "
             "--batch-pairs (and raise --grad-accum as much), or --max-length, and --overwrite"
         ) from None
-    if not done:
-        step = step_of(last_checkpoint(folder / "checkpoints"))
-        print(
-            f"\nrmfast train: interrupted, saved up to step {step:,}; the same command with "
-            "--resume goes on",
-            file=sys.stderr,
-        )
-    return done
+    return not watch.stopped or trainer.state.global_step >= trainer.state.max_steps

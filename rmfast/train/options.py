@@ -7,6 +7,7 @@ import functools
 from typing import Literal
 
 from rmfast.arguments import Options, option
+from rmfast.score.options import FILES
 
 _model = functools.partial(option, group="Model")
 _data = functools.partial(option, group="Data")
@@ -21,9 +22,7 @@ class TrainOptions(Options):
 
     # fmt: off
     model: str = option("Train this language model or reward model: a folder or a name on the hub.")
-    data: str = option(
-        "Read preferences from this .jsonl, .csv (both .gz too) or .parquet file, or a folder or "
-        "hub name of a data set.")
+    data: str = option(f"Read preferences from this {FILES}")
     output: str = option("Write the model and all that belongs to it here.", metavar="FOLDER")
 
     revision: str | None = _model("Take this branch, tag or commit of a model on the hub.", None)
@@ -69,6 +68,9 @@ class TrainOptions(Options):
     eval_every: int | None = _held_out(
         "Measure after this many steps (default: a tenth of the run).",
         None, metavar="STEPS", least=1)
+    keep_best: bool = _held_out(
+        "Write the model of the highest held-out accuracy, of the first of equals, instead of the "
+        "last; checkpoints are saved where it is measured.", False, both=True)
 
     epochs: float = _training(
         "Pass over the data this often; reward models overfit in the second pass.", 1.0, above=0)
@@ -89,7 +91,7 @@ class TrainOptions(Options):
     schedule: Literal["cosine", "linear", "constant"] = _training(
         "Lower the learning rate; cosine: to a tenth, as Llama 2 does; linear: to 0.", "cosine")
     warm_up: float = _training(
-        "Raise the learning rate in this share of the steps.",
+        "Raise the learning rate in this share of the steps: a tenth at most, none under 10 steps.",
         0.03, metavar="SHARE", least=0, below=1)
     weight_decay: float = _training("Set the weight decay of AdamW.", 0.0, metavar="W", least=0)
     loss: Literal["bradley_terry", "focal", "all_pairs", "plackett_luce"] | None = _training(
@@ -108,8 +110,11 @@ class TrainOptions(Options):
         "Save a checkpoint after this many steps (default: a tenth of the run).",
         None, metavar="STEPS", least=1)
 
+    report_to: str | None = _run(
+        "Report metrics to these, such as wandb,tensorboard (default: none).",
+        None, metavar="NAMES")
     resume: bool = _run("Continue from the last checkpoint, or start.", False)
-    overwrite: bool = _run("Replace what is in the folder.", False)
+    overwrite: bool = _run("Replace what an earlier run wrote to the folder.", False)
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 
 from rmfast import data
 from rmfast.data.encoding import Encoder
+from rmfast.data.form import Form
 from rmfast.data.records import Group, Pair, Preferences
 from rmfast.errors import DataError, RowError, UserError
+from rmfast.packed import models
 from rmfast.train.begin import Started
 from rmfast.train.objective import LARGEST_GROUP
 from rmfast.train.options import TrainOptions
@@ -82,12 +84,8 @@ def hold_out(
     return tuple(dataclasses.replace(found, records=side) for side in sides)
 
 
-def tokens(
-    records: Preferences, encoder: Encoder, eos: str | None
-) -> tuple[list[dict[str, Any]], Counter[str]]:
+def tokens(records: Preferences, encoder: Encoder) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Rows as trainers take them, and why others were dropped.
-
-    Texts end with ``eos``, as TRL has it; messages as their template ends them.
 
     Raises:
         DataError: a record cannot be tokenised; the message begins with its place.
@@ -96,7 +94,7 @@ def tokens(
     dropped: Counter[str] = Counter()
     for at in range(0, len(records), _CHUNK):
         chunk = records.records[at : at + _CHUNK]
-        whole = [[_ended(side, eos) for side in record.whole()] for record in chunk]
+        whole = [_sides(record, encoder.segments) for record in chunk]
         ids = iter(encoder([side for sides in whole for side in sides]))
         for record, sides in zip(chunk, whole, strict=True):
             row = _row(record, [next(ids) for _ in sides])
@@ -107,10 +105,11 @@ def tokens(
     return rows, dropped
 
 
-def _ended(side: Any, eos: str | None) -> Any:
-    if not isinstance(side, str) or eos is None or side.endswith(eos):
-        return side
-    return side + eos
+def _sides(record: Pair | Group, segments: bool) -> Any:
+    """The answers with their prompt, which is a segment of its own for encoders."""
+    if not segments or record.prompt is None:
+        return record.whole()
+    return [(record.prompt, answer) for answer in record.answers]
 
 
 def _row(record: Pair | Group, ids: list[np.ndarray | RowError]) -> dict[str, Any] | str:
@@ -140,14 +139,14 @@ class Rows(NamedTuple):
         train: rows of ``chosen_ids`` and ``rejected_ids``, or ``responses_ids`` and ``ranks``.
         held_out: the same; None: nothing is held out.
         source: what ``train`` was made of.
-        adds_bos: a BOS is put before messages whose template has none.
+        form: how conversations became tokens.
         example: a conversation that was trained on.
     """
 
     train: list[dict[str, Any]]
     held_out: list[dict[str, Any]] | None
     source: Preferences
-    adds_bos: bool
+    form: Form
     example: Any
 
 
@@ -169,6 +168,9 @@ def tokenised(
     encoder = Encoder(
         tokenizer,
         max_length=min(positions or max_length, max_length),
+        end_of_text=True,  # as TRL has it; messages end as their template ends them
+        chat=train.conversational,
+        segments=models.takes_pairs(model.config.get_text_config(), tokenizer),
         vocabulary=model.get_input_embeddings().num_embeddings,
     )
     found = []
@@ -176,11 +178,13 @@ def tokenised(
         if records is None:
             found.append(None)
             continue
-        rows, dropped = tokens(records, encoder, tokenizer.eos_token)
+        rows, dropped = tokens(records, encoder)
         for reason, count in dropped.items():
             print(f"{prefix}dropped: {count:,} × {reason}")
         if not rows:
             raise DataError(f"{records.source}: no {records.kind} left to {purpose}")
         found.append(rows)
-    example = _ended(train.records[0].whole()[0], tokenizer.eos_token)
-    return Rows(*found, train, encoder.adds_bos, example)
+    for warning in encoder.told():
+        print(f"! {warning}")
+    first = dataclasses.replace(train.records[0], given=None)
+    return Rows(*found, train, encoder.form_of_training(), first.whole()[0])

@@ -24,7 +24,9 @@ from torch import Tensor
 from trl.data_utils import _tokenize, get_dataset_column_names
 
 from rmfast.data.records import is_blank, useless_group, useless_pair
+from rmfast.data.rows import check_as_it_is
 from rmfast.data.values import check_number
+from rmfast.errors import RowError
 from rmfast.packed import models, patching
 from rmfast.packed import step as packed_step
 from rmfast.train.batches import Collator, first_of, shared_length
@@ -296,8 +298,9 @@ class RewardTrainer(trl.RewardTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:  # [], [B], [6]
         step = packed_step.Step(batch, self.objective, count)
         loss = model(input_ids=batch["input_ids"][None], rmfast_step=step).loss
-        if loss.dtype != step.loss.dtype:  # rounded on its way through FSDP2: not in the logs
-            loss = loss + (step.loss - loss.detach())
+        exact = step.loss  # first: an error where the model was unpatched since
+        if loss.dtype != exact.dtype:  # rounded on its way through FSDP2: not in the logs
+            loss = loss + (exact - loss.detach())
         return loss, step.scores, step.metrics
 
     def _run_padded(
@@ -396,7 +399,7 @@ def _why_not_pair(row: dict[str, Any], place: int) -> str:
     if "margin" in row:
         check_number(f"row {place}: margin", row["margin"])
     chosen, rejected = (row.get(f"{name}_ids", row.get(name)) for name in ("chosen", "rejected"))
-    return useless_pair(chosen, rejected, row.get("prompt"))
+    return useless_pair(chosen, rejected, row.get("prompt")) or _as_it_is(row, place)
 
 
 def _why_not_group(row: dict[str, Any], place: int) -> str:
@@ -412,7 +415,17 @@ def _why_not_group(row: dict[str, Any], place: int) -> str:
         )
     if len(responses) > 1 and any(is_blank(x, row.get("prompt")) for x in responses):
         return "empty response"
-    return useless_group(responses, ranks)
+    return useless_group(responses, ranks) or _as_it_is(row, place)
+
+
+def _as_it_is(row: dict[str, Any], place: int) -> str:
+    """Nothing; ValueError where TRL would make something else of a row than is meant."""
+    if "chosen_ids" not in row and "responses_ids" not in row:
+        try:
+            check_as_it_is(row)
+        except RowError as error:
+            raise ValueError(f"row {place}: {error.reason}") from None
+    return ""
 
 
 def _tokenize_group(row: dict[str, Any], processing_class: Any) -> dict[str, Any]:

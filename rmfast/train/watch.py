@@ -25,6 +25,7 @@ from rmfast.resume import saving
 from rmfast.score.scorer import Scorer
 
 _PAUSE = 10.0  # seconds between lines of progress
+_KEPT = 2  # checkpoints, and the best one
 COMPLETE = "complete.json"  # in a checkpoint of which nothing is missing
 
 
@@ -49,7 +50,7 @@ class Watch(TrainerCallback):
         self.stopped, self.summary = False, None
         self.rows = [_sides(row) for row in held_out or ()]
         # made before accelerate wraps the model: after that only its backbone could run packed
-        self.scorer = Scorer(trainer.model) if self.rows else None
+        self.scorer = Scorer(trainer.model, trainer.processing_class) if self.rows else None
         self.lines = _kept_lines(folder / "metrics.jsonl", step)
         for line in self.lines:
             if line["kind"] == "eval":
@@ -102,7 +103,7 @@ class Watch(TrainerCallback):
                 f"{logs.get('grad_norm')}: lower --learning-rate, and --overwrite"
             )
         line = {name: value for name, value in logs.items() if name not in ("epoch", "num_tokens")}
-        self._write("train", tokens=int(logs["num_tokens"]), **line)
+        self._write("train", state.global_step, tokens=int(logs["num_tokens"]), **line)
         if time.perf_counter() - self._said >= _PAUSE:
             accuracy = f", accuracy {logs['accuracy']:.0%}" if "accuracy" in logs else ""
             self._say(
@@ -111,7 +112,7 @@ class Watch(TrainerCallback):
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark the checkpoint as complete, and on the disk."""
+        """Mark the checkpoint as complete, and on the disk; older ones are deleted."""
         folder = self.checkpoint()
         if (folder / COMPLETE).exists():
             return
@@ -119,6 +120,10 @@ class Watch(TrainerCallback):
             with open(file, "r+b") as opened:
                 os.fsync(opened.fileno())
         resume.write_whole(folder / COMPLETE, {"step": state.global_step})
+        # the others go when this one is whole, not before, as transformers has it
+        found = _checkpoints(folder.parent)
+        for step in found.keys() - {state.best_global_step, *sorted(found)[-_KEPT:]}:
+            shutil.rmtree(found[step], ignore_errors=True)
 
     def checkpoint(self) -> Path:
         """That of this step, whether it is there or not."""
@@ -126,43 +131,60 @@ class Watch(TrainerCallback):
 
     def evaluate(self) -> dict[str, float]:
         """``rmfast eval``'s figures of the model as it is; training does not notice."""
-        step = self.trainer.state.global_step
-        if self.summary is None or self.summary["step"] != step:
-            self.summary = self._write("eval", **measures.summarise(self._judged()))
-            self.draw()
-            (low, high), figures = self.summary["rows"]["interval"], self._figures()
-            self._say(
-                f"step {step:,}: held-out accuracy {figures['eval_accuracy']:.1%} "
-                f"[{low:.1%}, {high:.1%}], log loss {figures['eval_loss']:.4f}"
-            )
-        return self._figures()
-
-    def _figures(self) -> dict[str, float]:
-        return {
+        args, state = self.trainer.args, self.trainer.state
+        wanted = args.metric_for_best_model or args.report_to
+        if state.global_step >= state.max_steps and not wanted:
+            return {}  # measured as it is written
+        is_new = self.summary is None or self.summary["step"] != state.global_step
+        if is_new:
+            self._measure(self.scorer, state.global_step, args.bf16)
+        figures = {
             "eval_accuracy": self.summary["rows"]["accuracy"],
             "eval_loss": self.summary["calibration"]["log_loss"],
         }
+        if is_new and args.report_to:
+            handler = self.trainer.callback_handler
+            handler.on_log(args, state, self.trainer.control, dict(figures))
+        return figures
 
-    def _judged(self) -> measures.Judged:
+    def measure_written(self, model: Any, step: int) -> None:
+        """The figures of the model as it is to be written, with the weights of a step."""
+        if self.rows and not (self.summary or {}).get("written"):
+            self._measure(Scorer(model), step, autocast=False, written=True)
+
+    def _measure(self, scorer: Scorer, step: int, autocast: bool, **more: Any) -> None:
+        figures = measures.summarise(self._judged(scorer, step, autocast))
+        self.summary = self._write("eval", step, **more, **figures)
+        self.draw()
+        rows = figures["rows"]
+        low, high = rows["interval"]
+        self._say(
+            f"step {step:,}: held-out accuracy {rows['accuracy']:.1%} [{low:.1%}, {high:.1%}], "
+            f"log loss {figures['calibration']['log_loss']:.4f}"
+        )
+
+    def _judged(self, scorer: Scorer, step: int, autocast: bool) -> measures.Judged:
         """The held-out rows with their scores."""
-        args = self.trainer.args
-        gpu = [args.device] if args.device.type == "cuda" else []
-        autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16)
+        device = self.trainer.args.device
+        gpu = [device] if device.type == "cuda" else []
         judged = measures.Judged()
-        with torch.random.fork_rng(gpu), autocast:
-            for window in self.scorer.windows(self.rows):
+        with (
+            torch.random.fork_rng(gpu),
+            torch.autocast(device.type, torch.bfloat16, enabled=autocast),
+        ):
+            for window in scorer.windows(self.rows):
                 for chosen, scored in window:
                     if scored.error is not None:
-                        step, reason = self.trainer.state.global_step, scored.error.reason
+                        reason = scored.error.reason
                         raise UserError(f"step {step:,}: a row cannot be scored: {reason}")
                     judged.add(scored.scores, scored.lengths, chosen)
         return judged
 
     # --- what is shown
 
-    def _write(self, kind: str, **figures: Any) -> dict[str, Any]:
-        state = self.trainer.state
-        line = {"kind": kind, "step": state.global_step, "epoch": state.epoch or 0.0, **figures}
+    def _write(self, kind: str, step: int, **figures: Any) -> dict[str, Any]:
+        epoch = self.trainer.state.epoch or 0.0
+        line = {"kind": kind, "step": step, "epoch": epoch, **figures}
         self.lines.append(line)
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -179,9 +201,20 @@ class Watch(TrainerCallback):
         return f", {seconds:.2f} s a step, {left} left"
 
     def draw(self) -> None:
-        if self._draws:
-            title = self.folder.resolve().name
-            show.curve(self.lines, title).savefig(self.folder / "training.png")
+        """Draw the lines so far; a picture that cannot be drawn does not stop the training."""
+        if not self._draws:
+            return
+        picture = self.folder / "training.png"
+        lines = {(line["kind"], line["step"]): line for line in self.lines}  # the last of each
+        try:
+            show.curve([*lines.values()], self.folder.resolve().name).savefig(picture)
+        except OSError:
+            raise
+        except Exception as error:  # of fonts, of names that look like mathematics
+            self._draws = False
+            picture.unlink(missing_ok=True)
+            reason, *_ = str(error).strip().split("\n")
+            self._say(f"no training.png: {reason}")
 
 
 def _can_draw() -> bool:
@@ -228,14 +261,15 @@ def step_of(checkpoint: str | None) -> int:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last complete checkpoint. All others are deleted: they may be half saved."""
-    found = {}
-    for path in folder.glob("checkpoint-*"):
-        if path.name[11:].isdecimal():
-            found[int(path.name[11:])] = path
-    complete = [step for step, path in found.items() if (path / COMPLETE).exists()]
-    last = max(complete, default=None)
-    for step, path in found.items():
-        if step != last:
-            shutil.rmtree(path, ignore_errors=True)
-    return None if last is None else str(found[last])
+    """The last complete checkpoint. Those that may be half saved are deleted."""
+    found = _checkpoints(folder)
+    for step, path in [*found.items()]:
+        if not (path / COMPLETE).exists():
+            shutil.rmtree(found.pop(step), ignore_errors=True)
+    return str(found[max(found)]) if found else None
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints by their steps."""
+    paths = (path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal())
+    return {step_of(str(path)): path for path in paths}

@@ -138,9 +138,10 @@ def test_widest_rows(device, poison):
     check(hidden, index, weight, None, pairs)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_gradcheck(reduction, layout, device):
+@pytest.mark.parametrize(
+    ("layout", "reduction"), [("halves", "mean"), ("interleaved", "sum"), ("index", "mean")]
+)
+def test_gradcheck(layout, reduction, device):
     torch.manual_seed(0)
     hidden, index, weight, pairs = problem(4, layout, 3, torch.float64, device)
     leaves = [hidden.nan_to_num(0.5), weight, torch.randn(1, dtype=torch.float64, device=device)]

@@ -164,15 +164,14 @@ def test_infinite_scores_are_as_in_torch(gamma, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("case", OPTIONS)
-def test_gradcheck(case, reduction, layout, device):
+def test_gradcheck(case, layout, device):
     torch.manual_seed(0)
     batch, pairs = layout_of(layout, 3, device)
     scores = torch.randn(batch, 1, dtype=torch.float64, device=device, requires_grad=True)
     made = options(case, 3, device)
     assert torch.autograd.gradcheck(
-        lambda s: ops.pairwise_loss(s, pairs, reduction=reduction, **made).loss, scores
+        lambda s: ops.pairwise_loss(s, pairs, reduction="none", **made).loss, scores
     )
 
 

@@ -1,0 +1,210 @@
+"""Conversations in another coat, and a prompt in several columns, as one conversation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rmfast.data.values import (
+    ROLES,
+    Chat,
+    Messages,
+    as_messages,
+    cleaned,
+    holds,
+    is_empty,
+    is_whole,
+    kind_of,
+    parse_text,
+    without_nulls,
+)
+from rmfast.errors import RowError
+
+TURNS = ("messages", "conversations", "conversation")  # columns of turns, and what wraps messages
+ASKED = ("prompt", "question", "instruction", "query")  # columns of what the user says
+_SYSTEM = ("system", "system_prompt")
+_UNREAD = ("input", "context", "history", "passage", "documents", "functions", "image", "images")
+_PROMPT = {*TURNS, *ASKED, *_SYSTEM, *_UNREAD, "audio", "audios", "video", "videos"}
+# how text begins that is a list or an object, in JSON or in Python; and one that is a conversation
+_OPENS = re.compile(r"""[\s\["']*[\[{]\s*\\*["']\w""")
+_KEYS = ("role", "content", "from", "value", "tools", *_SYSTEM, *TURNS)
+_BEGINS = re.compile(rf"""[\s\["']*\{{\s*\\*["'](?:{"|".join(_KEYS)})\\*["']\s*:""")
+_SPEAKERS = {"user", "assistant", "human", "gpt", "prompter"}
+
+
+def read_conversation(name: str, value: Any, empty: bool = False) -> str | Messages | Chat:
+    """Text, or messages as chat templates take them, of a conversation in any coat.
+
+    Coats are those that :func:`uncoat` takes off; see :func:`rmfast.data.values.cleaned`, too.
+
+    Args:
+        name: what the value is called in an error.
+        value: as it is in a row.
+        empty: whether it may be empty.
+
+    Returns:
+        A :class:`Chat` where its coat has ``tools`` or ``chat_template_kwargs``.
+
+    Raises:
+        RowError: it is something else; the reason begins with ``name``.
+    """
+    value, given = uncoat(name, value)
+    value = cleaned(name, value, empty)
+    return Chat(value, given) if given else value
+
+
+def uncoat(name: str, value: Any) -> tuple[Any, dict[str, Any]]:
+    """A conversation without what it comes in, and what that gives the chat template.
+
+    Messages may be text (JSON, or as Python writes them), all or each; one may stand alone; and
+    an object with ``messages`` or ``conversations`` may be around them, with ``tools``,
+    ``chat_template_kwargs`` and ``system`` beside. Other values stay as they are.
+
+    Raises:
+        RowError: it seems to be a conversation that cannot be read.
+    """
+    value = _parsed(name, value)
+    if isinstance(value, list):
+        return [_parsed(f"{name} message {i}", item) for i, item in enumerate(value)], {}
+    if not isinstance(value, Mapping) or not is_conversation(value):
+        return value, {}
+    key = next((key for key in TURNS if not is_empty(value.get(key))), None)
+    if key is None:
+        return [value], {}
+    messages, given = uncoat(f'{name} "{key}"', value[key])
+    messages = cleaned(f'{name} "{key}"', messages)
+    (messages,) = with_parts(value, {key}, [messages], name=f"{name} ")
+    return messages, given_by(value) | given
+
+
+def _parsed(name: str | None, value: Any) -> Any:
+    """The conversation that a text is; any other value as it is. Without a name, nothing raises."""
+    if not isinstance(value, str) or not _OPENS.match(value):
+        return value
+    parsed = parse_text(value)
+    if isinstance(parsed, str) and parsed != value:  # JSON of JSON
+        parsed = _parsed(name, parsed)
+    if not isinstance(parsed, str) and is_conversation(parsed):
+        return parsed
+    if name is not None and (_has_turns(parsed) or (parsed == value and _BEGINS.match(value))):
+        raise RowError(
+            f"{name} is text that seems to be a conversation, in a notation that cannot be read: "
+            "write a list of messages"
+        )
+    return value
+
+
+def _has_turns(value: Any) -> bool:
+    """Whether a parsed text seems to be turns in a notation that is not read."""
+    if isinstance(value, Mapping):
+        answered = "prompt" in value and ("response" in value or "completion" in value)
+        return answered or any(_has_turns(x) for x in value.values() if isinstance(x, list))
+    words: list[Any] = []
+    for item in value if isinstance(value, list) else ():
+        words += item[:1] if isinstance(item, list) else ()
+        words += [*item, *item.values()] if isinstance(item, Mapping) else ()
+    return any(isinstance(word, str) and word.lower() in _SPEAKERS for word in words)
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value seems to be messages, one or several lists of them, or an object around."""
+    if isinstance(value, str):
+        return not isinstance(_parsed(None, value), str)
+    if isinstance(value, list):
+        return any(map(is_conversation, value))
+    if not isinstance(value, Mapping):
+        return False
+    wraps = any(is_conversation(value[key]) for key in TURNS if key in value)
+    return wraps or is_message(value)
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value, as text too, seems to be one message."""
+    value = _parsed(None, value)
+    if not isinstance(value, Mapping):
+        return False
+    if {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys():
+        return True
+    return any(str(value.get(key)).lower() in ROLES for key in ("role", "from"))
+
+
+def with_parts(
+    record: Mapping[str, Any],
+    used: Collection[str],
+    conversations: list[Any],
+    prompt: bool = False,
+    name: str = "",
+) -> list[Any]:
+    """Conversations with what other columns have of their prompt.
+
+    A system prompt is put before them. Any other part must be in all of them already.
+
+    Args:
+        record: the columns.
+        used: those that were read.
+        conversations: text or messages.
+        prompt: whether these are prompts, and the answers are elsewhere.
+        name: how an error begins.
+
+    Raises:
+        RowError: a column seems to belong to the prompt, and is not in it.
+    """
+    for column, value in record.items():
+        part = str(column).lower()
+        if part not in _PROMPT or column in used or is_empty(value):
+            continue
+        if part in TURNS or part in ASKED:
+            value = cleaned(f'"{column}"', uncoat(f'"{column}"', value)[0])
+        if part in _SYSTEM and isinstance(value, str):
+            found = [_with_system(value, x, prompt) for x in conversations]
+        else:
+            same = isinstance(value, list) and value in conversations
+            found = conversations if same or all(holds(x, value) for x in conversations) else [None]
+        if None in found:
+            raise RowError(
+                f'{name}has "{column}", which seems to belong to the prompt and is not read: put '
+                'it into "prompt", or take the column away'
+            )
+        conversations = found
+    return conversations
+
+
+def _with_system(text: str, conversation: str | Messages, prompt: bool) -> str | Messages | None:
+    """A conversation with a system prompt, put before it if need be; None where that is unclear."""
+    said = text.strip()
+    if isinstance(conversation, str):
+        if prompt and said not in conversation and not is_whole(conversation):
+            return as_messages("system", text) + as_messages("user", conversation)
+        return conversation if said in conversation and not prompt else None
+    first = [x.get("content", "") for x in conversation if x["role"] in ("system", "developer")]
+    if first:
+        return conversation if any(said in content for content in first) else None
+    clear = not holds(conversation, text) and (prompt or is_whole(conversation))
+    return as_messages("system", text) + conversation if clear else None
+
+
+def given_by(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``tools`` and ``chat_template_kwargs`` of a row give its chat template.
+
+    Raises:
+        RowError: they are something else than a list of objects and an object.
+    """
+    columns = {str(name).lower(): value for name, value in record.items()}
+    given = dict(_given(columns, "chat_template_kwargs", dict, "an object"))
+    tools = _given(columns, "tools", list, "a list of objects")
+    tools = [parse_text(tool) if isinstance(tool, str) else tool for tool in tools]
+    for tool in tools:
+        if not (isinstance(tool, Mapping) or callable(tool)):
+            raise RowError(f'"tools" must be a list of objects, one is {kind_of(tool)}')
+    return given | {"tools": tools} if tools else given
+
+
+def _given(columns: Mapping[str, Any], name: str, kind: type, words: str) -> Any:
+    value = columns.get(name)
+    value = parse_text(value) if isinstance(value, str) else value
+    if is_empty(value):
+        return kind()
+    if not isinstance(value, kind):
+        raise RowError(f'"{name}" must be {words}, not {kind_of(value)}')
+    return without_nulls(value)

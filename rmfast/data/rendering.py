@@ -1,0 +1,175 @@
+"""Text of messages by a chat template, and whether all that is to be scored is in it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rmfast.data.values import Messages
+from rmfast.errors import DataError, RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SYSTEM = {"system", "developer"}  # a template may write it into another turn
+_REASONED = "</think>"  # templates leave out what comes before it
+_OURS = {"tokenize", "add_generation_prompt", "chat_template", "conversation", "return_dict"}
+
+
+class Renderer:
+    """Applies a chat template.
+
+    Args:
+        tokenizer: None where no text comes.
+        template: Jinja template in place of the tokenizer's; of several that the tokenizer has,
+            transformers chooses.
+        special_tokens: let messages hold the special tokens that the template writes.
+
+    Attributes:
+        warnings: what the template left out or moved on purpose, and in how many conversations.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        template: str | None = None,
+        special_tokens: bool = False,
+    ) -> None:
+        self.tokenizer, self.template = tokenizer, template
+        self.warnings: Counter[str] = Counter()
+        self._special = None if not special_tokens else ()
+        self._probed: dict[Any, str] = {}
+
+    def source(self, given: Mapping[str, Any] | None = None) -> str | None:
+        """The template for conversations that come with these values; None: there is none."""
+        if self.template or self.tokenizer is None or not self.tokenizer.chat_template:
+            return self.template
+        try:
+            return self.tokenizer.get_chat_template(tools=(given or {}).get("tools"))
+        except ValueError as error:  # several, and no default
+            raise DataError(f"chat_template (--chat-template FILE) has to say: {error}") from None
+
+    def __call__(
+        self, messages: Messages, given: Mapping[str, Any], add_generation_prompt: bool = False
+    ) -> str:
+        """Text of messages.
+
+        Args:
+            given: what the template gets beside them: ``tools``, and variables of its own.
+
+        Raises:
+            RowError: the template refuses them, or does not write all of them once and in order.
+            DataError: there is no template, or none is chosen.
+        """
+        template = self.source(given)
+        if not template:
+            raise DataError(
+                "the tokenizer has no chat template to make a text of messages: pass "
+                "chat_template (--chat-template FILE), plain text, or chat=False (--no-chat) for "
+                "prompts and responses that are text"
+            )
+        if wrong := _OURS.intersection(given):
+            raise RowError(f'"{wrong.pop()}" is no variable of a chat template')
+        self._refuse_special_tokens(messages, template)
+        kind = (template, *given, *((m["role"], *m) for m in messages))
+        try:
+            text = self._apply(messages, given, add_generation_prompt)
+            if kind not in self._probed:
+                self._probed[kind] = self._probe(messages, given)
+        except Exception as error:  # whatever a template's own code raises
+            raise RowError(f"the chat template refuses the messages: {error}") from None
+        if self._probed[kind] not in ("", _MOVED):
+            raise RowError(self._probed[kind])
+        warnings = {_left_out(i, m, text) for i, m in enumerate(messages)} | {self._probed[kind]}
+        self.warnings.update(warnings - {""})
+        return text
+
+    def _apply(self, messages: Messages, given: Mapping[str, Any], prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            chat_template=self.template,
+            add_generation_prompt=prompt,
+            **given,
+        )
+
+    def _probe(self, messages: Messages, given: Mapping[str, Any]) -> str:
+        """What the template does with messages of these roles, whatever their content.
+
+        Returns:
+            What is wrong, or a warning; empty: it writes each message once, in order.
+        """
+        marks = {i: f"turn-{i}-content" for i, m in enumerate(messages) if m.get("content")}
+        marked = [{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)]
+        try:
+            text = self._apply(marked, given)
+        except Exception:  # it depends on the content; that of the row was taken
+            return ""
+        named = {i: f"turn {i} ({messages[i]['role']}) of {len(messages)}" for i in marks}
+        for i, mark in marks.items():
+            if mark not in text:
+                return f"the chat template leaves out {named[i]}: it would not be scored"
+            if text.count(mark) > 1:
+                return f"the chat template writes {named[i]} twice"
+        moved = ""
+        for i, j in itertools.combinations(marks, 2):
+            if text.index(marks[i]) > text.index(marks[j]):
+                if not {messages[i]["role"], messages[j]["role"]} & _SYSTEM:
+                    return f"the chat template writes {named[j]} before {named[i]}"
+                moved = _MOVED
+        return moved
+
+    def _refuse_special_tokens(self, messages: Messages, template: str) -> None:
+        if self._special is None:
+            self._special = _special_tokens(self.tokenizer, template)
+        for i, message in enumerate(messages):
+            for token in self._special:
+                if token in (message.get("content") or ""):
+                    raise RowError(
+                        f'turn {i} ({message["role"]}) has "{token}", which the chat template '
+                        "writes itself: pass messages without it, --no-chat (chat=False) for text "
+                        "that was templated already, or --special-tokens (special_tokens=True) to "
+                        "take it as it is"
+                    )
+
+
+_MOVED = "the chat template moved the system prompt"
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
+    """The special tokens that a chat template writes."""
+    tokens = {str(x) for x in tokenizer.added_tokens_decoder.values() if x.special}
+    named = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token")}
+    written = {token for name, token in named.items() if token and name in template}
+    return tuple(sorted(written | {token for token in tokens if token in template}))
+
+
+def _left_out(i: int, message: Mapping[str, Any], text: str) -> str:
+    """A warning where a message's reasoning is not in the text; empty where it is whole.
+
+    Raises:
+        RowError: more than that is missing.
+    """
+    calls = message.get("tool_calls") or ()
+    names = [call.get("function", call).get("name") for call in calls]
+    content = (message.get("content") or "").strip()
+    called = all(str(name) in text for name in names)
+    if called and _is_in(content, text):
+        return ""
+    _, reasoned, answer = content.rpartition(_REASONED)
+    if called and reasoned and message["role"] == "assistant" and _is_in(answer.strip(), text):
+        return "the chat template left out the reasoning before </think>"
+    raise RowError(
+        f"the chat template leaves out a part of turn {i} ({message['role']}), or changes it: it "
+        "would not be scored as it is"
+    )
+
+
+def _is_in(content: str, text: str) -> bool:
+    """Whether a text holds some content as it is, as JSON, or but for white space."""
+    if content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
+        return True
+    return "".join(content.split()) in "".join(text.split())

@@ -1,0 +1,152 @@
+"""What a chat template does to messages is seen: left out, moved, written twice, refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import tiny
+from rmfast.data.encoding import Encoder
+from rmfast.data.rendering import Renderer
+from rmfast.data.values import Chat
+from rmfast.errors import DataError, RowError
+
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+
+
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+SHORT = turns(("user", "yes"), ("assistant", "yes"))  # equal, and in the words of the template
+SYSTEM = turns(("system", "be good"), ("user", "why?"), ("assistant", "so"))
+LONG = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+DEVELOPER = turns(("developer", "in French"), ("user", "why?"), ("assistant", "parce que"))
+
+
+def rendered(template, messages, given=None, **options):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    render = Renderer(tokenizer, **options)
+    return render(messages, given or {}), dict(render.warnings)
+
+
+@pytest.mark.parametrize("messages", [SHORT, SYSTEM, LONG, DEVELOPER])
+def test_all_is_written(messages):
+    text, warnings = rendered(TURNS, messages)
+    assert text.count("<") == len(messages) and not warnings
+
+
+WRONG = {
+    "a role": (
+        TURNS.replace("m in messages", "m in messages if m.role != 'developer'"), DEVELOPER,
+        r"leaves out turn 0 \(developer\) of 3"),
+    "the first of equal turns": (
+        "{{ messages[-1].content }}", SHORT, r"leaves out turn 0 \(user\) of 2"),
+    "all but the last four": (
+        TURNS.replace("messages %", "messages[-2:] %"), LONG, r"leaves out turn 0 \(user\) of 4"),
+    "a part": (TURNS.replace("m.content", "m.content[:20]"), turns(("user", 5 * "long, ")),
+               r"a part of turn 0 \(user\)"),
+    "lower case": (
+        TURNS.replace("m.content", "m.content | lower"), DEVELOPER, r"turn 0 \(developer\), or"),
+    "twice": (TURNS + "{{ messages[0].content }}", LONG, r"writes turn 0 \(user\) of 4 twice"),
+    "the order": (
+        TURNS.replace("messages %", "messages[::-1] %"), SHORT,
+        r"turn 1 \(assistant\) of 2 before turn 0"),
+    "a refusal": ("{{ raise_exception('not I') }}", SHORT, "refuses the messages: not I"),
+    "a tool call": (TURNS, [*LONG[:1], {**LONG[1], "tool_calls": [
+        {"type": "function", "function": {"name": "get", "arguments": {}}}]}], "part of turn 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_not_as_it_was_given_is_refused(name):
+    template, messages, said = WRONG[name]
+    with pytest.raises(RowError, match=said):
+        rendered(template, messages)
+
+
+def test_what_templates_change_on_purpose():
+    stripped = turns(("user", " why?\n\n"), ("tool", '{"a": "b\\n"}'), ("assistant", "so \n so"))
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ m.content | tojson }}{% else %}"
+        "{{ m.content | trim | replace('\n', ' ') }}{% endif %}|{% endfor %}"
+    )
+    assert rendered(template, stripped)[1] == {}
+    last = "{{ messages[1].content }}{{ messages[0].content }}{{ messages[2].content }}"
+    assert list(rendered(last, SYSTEM)[1]) == ["the chat template moved the system prompt"]
+    reasoning = turns(("user", "2?"), ("assistant", "<think>\nwell\n</think>\n\nYes."))
+    template = TURNS.replace("m.content", "m.content.split('</think>')[-1]")
+    text, warnings = rendered(template, reasoning)
+    assert "Yes." in text and "well" not in text
+    assert warnings == {"the chat template left out the reasoning before </think>": 1}
+
+
+def test_two_answers_that_differ_in_lost_reasoning_are_not_compared():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TURNS.replace("m.content", "m.content.split('</think>')[-1]")
+    encode = Encoder(tokenizer)
+    sides = [turns(("user", "2?"), ("assistant", f"<think>{x}</think>Yes.")) for x in "ab"]
+    assert "reasoning" in encode.lost(sides, encode(sides)).reason
+    assert encode.lost(sides[:1] * 2, encode(sides[:1] * 2)) is None  # a tie
+    assert encode.lost(["a", "b"], encode(["a", "b"])) is None
+    assert encode.told() == [
+        "the chat template left out the reasoning before </think>: 4 conversations"
+    ]
+
+
+@pytest.mark.parametrize("token", ["<s>", "</s>", "<|end|>"])
+def test_special_tokens_in_messages(token):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|free|>"]})
+    tokenizer.chat_template = "{{ bos_token }}" + TURNS + "<|end|>{{ eos_token }}"
+    messages = turns(("user", f"a {token} b"), ("assistant", "c"))
+    refused, prompt, plain, free = Encoder(tokenizer)(
+        [messages, (f"a {token}", "c"), f"a {token} b", turns(("user", "<|free|>"))]
+    )
+    for one in (refused, prompt):
+        assert f'turn 0 (user) has "{token}"' in one.reason and "--special-tokens" in one.reason
+    assert len(plain) == len("a ") + 1 + len(" b") and not isinstance(free, RowError)
+    (kept,) = Encoder(tokenizer, special_tokens=True)([messages])
+    want = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert kept.tolist() == want
+    assert not isinstance(Encoder(tokenizer, chat=False)([(f"a {token}", "c")])[0], RowError)
+
+
+def test_several_templates():
+    """As transformers chooses: the one for tools where there are tools, else the default."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = {"default": TURNS, "tool_use": "{{ tools | tojson }}" + TURNS}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    plain, tooled = Encoder(tokenizer)([SHORT, Chat(SHORT, {"tools": tools})])
+    decoded = tokenizer.decode(tooled)
+    assert json.loads(decoded[: decoded.index("<user>")]) == tools
+    assert tokenizer.decode(plain) == rendered(TURNS, SHORT)[0]
+    tokenizer.chat_template = {"rag": TURNS, "tool_use": TURNS}
+    with pytest.raises(DataError, match=r"--chat-template FILE.*'rag', 'tool_use'"):
+        Encoder(tokenizer)([SHORT])
+
+
+def test_what_a_row_gives_the_template():
+    template = "{% if loud %}!{% endif %}" + TURNS
+    assert rendered(template, SHORT, {"loud": True})[0].startswith("!")
+    with pytest.raises(RowError, match='"tokenize" is no variable'):
+        rendered(template, SHORT, {"tokenize": True})
+    with pytest.raises(RowError, match="tools goes with messages"):
+        raise Encoder(tiny.tokenizer())([Chat("text", {"tools": []})])[0]
+
+
+def test_templates_as_models_have_them():
+    """TRL comes with copies of them: what is usual is not refused, and what they drop is."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    wanted = {"llama3_1": (SYSTEM, DEVELOPER), "qwen3": (SYSTEM, LONG), "gemma3": (SYSTEM, LONG),
+              "deepseek_r1_distill": (SYSTEM, LONG), "cohere": (SYSTEM, LONG), "phi3": (LONG,),
+              "gptoss": (LONG, DEVELOPER)}  # fmt: skip
+    for name, conversations in wanted.items():
+        if (folder / f"{name}.jinja").exists():  # older versions of TRL have fewer
+            for messages in conversations:
+                text, warnings = rendered((folder / f"{name}.jinja").read_text(), messages)
+                assert all(m["content"] in text for m in messages) and not warnings, name
+    if (folder / "qwen3.jinja").exists():
+        with pytest.raises(RowError, match=r"leaves out turn 0 \(developer\)"):
+            rendered((folder / "qwen3.jinja").read_text(), DEVELOPER)
