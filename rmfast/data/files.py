@@ -11,7 +11,6 @@ import contextlib
 import csv
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path

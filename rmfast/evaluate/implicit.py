@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rmfast import reference
+from rmfast.data.values import Chat, is_whole
 from rmfast.errors import RowError
 from rmfast.losses import check_beta, implicit_reward
 from rmfast.packed import forward, models, patching, pieces
@@ -163,7 +164,7 @@ class ImplicitScorer(LikelihoodScorer):
         same = itertools.groupby(zip(map(_prompt, row), whole, kept, strict=True), lambda x: x[0])
         for prompt, group in same:  # a prompt is tokenised once
             try:
-                before = None if prompt is None else self.encoder.prompt(prompt)
+                before = None if prompt is None else self.encoder.prompt(*prompt)
             except RowError as error:
                 return error
             for _, uncut, ids in group:
@@ -172,13 +173,17 @@ class ImplicitScorer(LikelihoodScorer):
         return answers
 
 
-def _prompt(conversation: Any) -> str | list | None:
-    """The prompt of a (prompt, response) tuple; None where it is not such a tuple."""
+def _prompt(conversation: Any) -> tuple[str | list, Any] | None:
+    """The prompt of a (prompt, response) tuple, and what its row gives the template; None: none."""
+    given = None
+    if isinstance(conversation, Chat):
+        conversation, given = conversation.conversation, conversation.given
     if not isinstance(conversation, tuple) or len(conversation) != 2:
         return None
     prompt, response = conversation
-    whole = isinstance(response, list) and response[0]["role"] in ("system", "user")
-    return None if whole or isinstance(prompt, (int, np.integer)) else prompt  # an int: token ids
+    whole = isinstance(response, list) and is_whole(response)
+    # an int: token ids
+    return None if whole or isinstance(prompt, (int, np.integer)) else (prompt, given)
 
 
 def _common(rows: list[np.ndarray]) -> int:
