@@ -290,7 +290,7 @@ def test_a_tokenizer_from_elsewhere(tmp_path, capsys):
         assert main(["score", *model, *files, "--device", "cpu", "--overwrite"]) == 0
         written.append((tmp_path / "out.jsonl").read_text())
     assert written[0] == written[1]
-    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
+    report = json.loads((tmp_path / ".out.jsonl.report.json").read_text())
     assert report["tokenizer"] == both
     capsys.readouterr()
     assert main(["doctor", *named, "--device", "cpu"]) == 0
@@ -408,6 +408,23 @@ def test_a_token_of_any_named_template_is_not_free(tmp_path):
     made.chat_template = {"default": "{{ messages }}", "tool_use": "<|reserved_0|>{{ messages }}"}
     folder = save(tmp_path, language_model(pad_token_id=None), made)
     assert begin.load_to_train(folder).start.pad[0] == "<|reserved_1|>"
+
+
+def test_named_templates_are_trained_with_and_saved(tmp_path):
+    pytest.importorskip("trl")
+    made = tiny.tokenizer()
+    made.chat_template = {"default": made.chat_template, "tool_use": "{{ tools }}"}
+    folder = save(tmp_path / "rm", tiny.model(vocab_size=ROWS), made)
+    asked = [{"role": "user", "content": "which one?"}]
+    sides = {
+        side: [*asked, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")
+    }
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(sides)}\n" * 4)
+    arguments = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]
+    arguments += ["--max-steps", "2", "--device", "cpu", "--dtype", "float32", "--eval-split", "0"]
+    assert main(["train", "--model", folder, *arguments]) == 0
+    again = loading.load(str(tmp_path / "out"), device="cpu").tokenizer
+    assert again.chat_template == made.chat_template
 
 
 def test_the_pad_token_that_is_there_stays(tmp_path):
