@@ -194,6 +194,16 @@ def test_an_adapter_without_weights(base, tmp_path):
         loading.load(folder, device="cpu")
 
 
+def test_an_adapter_of_no_whole_model(base, tmp_path):
+    first = saved(tuned(base, LANGUAGE, task_type="CAUSAL_LM"), tmp_path / "a")
+    second = moved(saved(tuned(base), tmp_path / "b"), first)
+    for load in (loading.load, begin.load_to_train):
+        with pytest.raises(UserError, match=f"was trained on another adapter, {first}: give its"):
+            load(second)
+        with pytest.raises(UserError, match=r"does not name its model: give its adapter_config"):
+            load(moved(saved(tuned(base), tmp_path / "c"), None))
+
+
 def test_a_reward_models_adapter_is_no_language_models(base, tmp_path):
     folder = saved(tuned(base), tmp_path)
     with pytest.raises(UserError, match=r"has \S*score\S*, and LlamaForCausalLM has no place"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -177,18 +178,23 @@ def test_a_damaged_file_is_named(tmp_path, how, capsys):
     assert "is cut off or damaged" in capsys.readouterr().err
 
 
-def own_code(folder: Path, auto: str) -> str:
+def own_code(folder: Path, auto: str, gives: str = "Output(logits=last)") -> str:
     """A checkpoint whose code is registered for one of transformers' auto classes."""
     save(folder, tiny.model(vocab_size=ROWS))
     (folder / "own.py").write_text(
         "from torch import nn\n"
         "from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel\n"
+        "from transformers.modeling_outputs import SequenceClassifierOutput as Output\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
         "class Own(LlamaPreTrainedModel):\n    config_class = OwnConfig\n"
         "    def __init__(self, config):\n        super().__init__(config)\n"
         "        self.model = LlamaModel(config)\n"
         "        self.score = nn.Linear(config.hidden_size, 1, bias=False)\n"
         "        self.post_init()\n"
+        "    def forward(self, input_ids=None, attention_mask=None, **_):\n"
+        "        all = self.score(self.model(input_ids, attention_mask=attention_mask)[0])\n"
+        "        last = all[:, -1]\n"
+        f"        return {gives}\n"
     )
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", auto: "own.Own"}}
@@ -207,6 +213,26 @@ def test_code_of_its_own(tmp_path, monkeypatch):
             load(folder, trust_remote_code=True)
     folder = own_code(tmp_path / "b", "AutoModelForSequenceClassification")
     assert type(loading.load(folder, trust_remote_code=True).model).__name__ == "Own"
+
+
+@pytest.mark.parametrize(
+    "gives, said",
+    [
+        ("(last,)", "gives tuple for one"),
+        ("last[:, 0]", "gives Tensor for one"),
+        ("None", "gives NoneType for one"),
+        ("Output(logits=all)", r"gives logits \[1, \d+, 1\] for one"),
+        ("Output(logits=last[:, 0])", None),
+        ("len(self.head)", r"cannot be loaded: AttributeError: .* has no attribute 'head'"),
+    ],
+)
+def test_own_code_that_gives_no_score(tmp_path, monkeypatch, gives, said):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "py"))
+    monkeypatch.syspath_prepend(tmp_path / "py")
+    folder = own_code(tmp_path / "own", "AutoModelForSequenceClassification", gives)
+    for load in (loading.load, begin.load_to_train):
+        with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+            load(folder, trust_remote_code=True)
 
 
 def test_a_config_that_is_no_classifiers(tmp_path):
