@@ -74,6 +74,8 @@ def load(
         model = placed(model, device)
     if check:
         _refuse_random_scores(name, model, missing, task)
+    if check and task == "reward":
+        refuse_other_outputs(name, model, found)
     return Loaded(model, found, missing)
 
 
@@ -169,8 +171,15 @@ def load_adapter(
     settings = peft.PeftConfig.from_pretrained(folder)
     if not any(Path(folder).glob("adapter_model.*")):
         raise UserError(f"{folder} has an adapter_config.json, and no adapter_model.safetensors")
+    under = settings.base_model_name_or_path
+    if not under or adapter_folder(under, settings.revision):
+        what = f"was trained on another adapter, {under}" if under else "does not name its model"
+        raise UserError(
+            f"{folder} {what}: give its adapter_config.json the name of a whole model "
+            "(base_model_name_or_path)"
+        )
     base, keys = auto.from_pretrained(
-        settings.base_model_name_or_path,
+        under,
         revision=settings.revision,
         output_loading_info=True,
         **options,
@@ -182,7 +191,7 @@ def load_adapter(
     if settings.task_type == "SEQ_CLS" and not _has_part(saved, heads):
         raise UserError(
             f"{folder} is the adapter of a reward model, and the head that it was trained with is "
-            f"not in it: it was not saved; begin with {settings.base_model_name_or_path}"
+            f"not in it: it was not saved; begin with {under}"
         )
     table = base.get_input_embeddings()
     name = next(name for name, module in base.named_modules() if module is table)
@@ -317,6 +326,29 @@ def first_names(names: list[str]) -> str:
     """The first three of some names, and the number of the others."""
     others = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + others
+
+
+@torch.no_grad()
+def refuse_other_outputs(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a checkpoint's own code that gives something else than a score.
+
+    Raises:
+        UserError: what it gives instead.
+    """
+    if not type(model).__module__.startswith("transformers_modules."):
+        return
+    inputs = tokenizer("one, two, three", return_tensors="pt").to(model.device)
+    with readable(name):
+        output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor) or logits.shape not in ((1, 1), (1,)):
+        given = type(output).__name__ if logits is None else f"logits {list(logits.shape)}"
+        raise UserError(
+            f"{name}: the forward of {type(model).__name__} gives {given} for one conversation: "
+            "let it return an output with logits [B, 1], as sequence classifiers do"
+        )
 
 
 def _refuse_random_scores(name: str, model: PreTrainedModel, missing: list[str], task: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +194,16 @@ def test_an_adapter_without_weights(base, tmp_path):
         loading.load(folder, device="cpu")
 
 
+def test_an_adapter_of_no_whole_model(base, tmp_path):
+    first = saved(tuned(base, LANGUAGE, task_type="CAUSAL_LM"), tmp_path / "a")
+    second = moved(saved(tuned(base), tmp_path / "b"), first)
+    for load in (loading.load, begin.load_to_train):
+        with pytest.raises(UserError, match=f"was trained on another adapter, {first}: give its"):
+            load(second)
+        with pytest.raises(UserError, match=r"does not name its model: give its adapter_config"):
+            load(moved(saved(tuned(base), tmp_path / "c"), None))
+
+
 def test_a_reward_models_adapter_is_no_language_models(base, tmp_path):
     folder = saved(tuned(base), tmp_path)
     with pytest.raises(UserError, match=r"has \S*score\S*, and LlamaForCausalLM has no place"):
@@ -221,22 +230,3 @@ def test_on_a_quantised_model_it_stays_an_adapter(base, tmp_path, monkeypatch):
     assert torch.equal(scores(loaded), scores(model))
     with pytest.raises(UserError, match="is the adapter of a quantised model, which cannot be mer"):
         begin.load_to_train(folder)
-
-
-def test_trained_on_a_quantised_model_it_is_saved_alone(base, tmp_path, monkeypatch):
-    pytest.importorskip("trl")
-    from rmfast.train import fit
-
-    model, tokenizer, start = begin.load_to_train(base)
-    monkeypatch.setattr(LlamaForSequenceClassification, "is_quantized", True, raising=False)
-    settings = peft.LoraConfig(
-        task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False
-    )
-    trained = peft.get_peft_model(model, settings).eval()
-    trainer = SimpleNamespace(
-        model=trained, accelerator=SimpleNamespace(unwrap_model=lambda m, _: m), use_cache=None
-    )
-    fit.save(trainer, begin.Started(model, tokenizer, start), tmp_path)
-    assert not [*tmp_path.glob("model*.safetensors")]
-    loaded = loading.load(str(tmp_path), device="cpu").model
-    assert torch.equal(scores(loaded), scores(trained))

@@ -7,7 +7,6 @@ hold numbers all the same, refuse to meet tensors of the CPU and, as on MPS, to 
 import copy
 import functools
 import os
-import types
 from pathlib import Path
 
 import processes
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import rmfast
 import tiny
 from rmfast.diagnosis import trials
+from rmfast.diagnosis.case import Case
 from rmfast.evaluate import implicit
 from rmfast.packed import models, pieces, step
 from rmfast.score import memory
@@ -337,7 +337,8 @@ def test_implicit_rewards_without_fp64(family, no_inference_mode):
 
 
 def test_the_doctors_trials_without_fp64():
-    model, case = tiny.model(), types.SimpleNamespace(tokenizer=None, pad=tiny.PAD, classifier=None)
+    model = tiny.model()
+    case = Case(model)
     with torch.no_grad():
         want = trials.batch_scores(case, model, tiny.rows())
     everything(model).config.use_cache = False

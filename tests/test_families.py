@@ -123,14 +123,16 @@ def test_an_encoder_made_a_decoder_takes_none():
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "distilbert"])
-def test_an_encoder_is_trained(family, tmp_path):
-    pytest.importorskip("trl")
+def test_a_training_begins_with_an_encoder(family, tmp_path):
     sizes = {"dim": 32, "hidden_dim": 48} if family == "distilbert" else {}
     language = tiny.model(family, cls=AutoModelForMaskedLM, vocab_size=57, **sizes)
     language.save_pretrained(tmp_path / "lm")
     bert().save_pretrained(tmp_path / "lm")
-    began = begin.load_to_train(str(tmp_path / "lm"))
-    assert "classifier.weight" in began.start.new and not began.start.warnings
+    start = begin.load_to_train(str(tmp_path / "lm")).start
+    assert "classifier.weight" in start.new and not start.warnings
+    if family != "distilbert":
+        return
+    pytest.importorskip("trl")  # this config has no use_cache
     rows = [f'{{"chosen": "{x} is good", "rejected": "{x} is bad"}}\n' for x in LETTERS]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     arguments = ["train", "--model", str(tmp_path / "lm"), "--data", str(tmp_path / "rows.jsonl")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -177,18 +178,23 @@ def test_a_damaged_file_is_named(tmp_path, how, capsys):
     assert "is cut off or damaged" in capsys.readouterr().err
 
 
-def own_code(folder: Path, auto: str) -> str:
+def own_code(folder: Path, auto: str, gives: str = "Output(logits=last)") -> str:
     """A checkpoint whose code is registered for one of transformers' auto classes."""
     save(folder, tiny.model(vocab_size=ROWS))
     (folder / "own.py").write_text(
         "from torch import nn\n"
         "from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel\n"
+        "from transformers.modeling_outputs import SequenceClassifierOutput as Output\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
         "class Own(LlamaPreTrainedModel):\n    config_class = OwnConfig\n"
         "    def __init__(self, config):\n        super().__init__(config)\n"
         "        self.model = LlamaModel(config)\n"
         "        self.score = nn.Linear(config.hidden_size, 1, bias=False)\n"
         "        self.post_init()\n"
+        "    def forward(self, input_ids=None, attention_mask=None, **_):\n"
+        "        all = self.score(self.model(input_ids, attention_mask=attention_mask)[0])\n"
+        "        last = all[:, -1]\n"
+        f"        return {gives}\n"
     )
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", auto: "own.Own"}}
@@ -207,6 +213,26 @@ def test_code_of_its_own(tmp_path, monkeypatch):
             load(folder, trust_remote_code=True)
     folder = own_code(tmp_path / "b", "AutoModelForSequenceClassification")
     assert type(loading.load(folder, trust_remote_code=True).model).__name__ == "Own"
+
+
+@pytest.mark.parametrize(
+    "gives, said",
+    [
+        ("(last,)", "gives tuple for one"),
+        ("last[:, 0]", "gives Tensor for one"),
+        ("None", "gives NoneType for one"),
+        ("Output(logits=all)", r"gives logits \[1, \d+, 1\] for one"),
+        ("Output(logits=last[:, 0])", None),
+        ("len(self.head)", r"cannot be loaded: AttributeError: .* has no attribute 'head'"),
+    ],
+)
+def test_own_code_that_gives_no_score(tmp_path, monkeypatch, gives, said):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "py"))
+    monkeypatch.syspath_prepend(tmp_path / "py")
+    folder = own_code(tmp_path / "own", "AutoModelForSequenceClassification", gives)
+    for load in (loading.load, begin.load_to_train):
+        with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+            load(folder, trust_remote_code=True)
 
 
 def test_a_config_that_is_no_classifiers(tmp_path):
@@ -290,7 +316,7 @@ def test_a_tokenizer_from_elsewhere(tmp_path, capsys):
         assert main(["score", *model, *files, "--device", "cpu", "--overwrite"]) == 0
         written.append((tmp_path / "out.jsonl").read_text())
     assert written[0] == written[1]
-    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
+    report = json.loads((tmp_path / ".out.jsonl.report.json").read_text())
     assert report["tokenizer"] == both
     capsys.readouterr()
     assert main(["doctor", *named, "--device", "cpu"]) == 0
@@ -408,6 +434,23 @@ def test_a_token_of_any_named_template_is_not_free(tmp_path):
     made.chat_template = {"default": "{{ messages }}", "tool_use": "<|reserved_0|>{{ messages }}"}
     folder = save(tmp_path, language_model(pad_token_id=None), made)
     assert begin.load_to_train(folder).start.pad[0] == "<|reserved_1|>"
+
+
+def test_named_templates_are_trained_with_and_saved(tmp_path):
+    pytest.importorskip("trl")
+    made = tiny.tokenizer()
+    made.chat_template = {"default": made.chat_template, "tool_use": "{{ tools }}"}
+    folder = save(tmp_path / "rm", tiny.model(vocab_size=ROWS), made)
+    asked = [{"role": "user", "content": "which one?"}]
+    sides = {
+        side: [*asked, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")
+    }
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(sides)}\n" * 4)
+    arguments = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]
+    arguments += ["--max-steps", "2", "--device", "cpu", "--dtype", "float32", "--eval-split", "0"]
+    assert main(["train", "--model", folder, *arguments]) == 0
+    again = loading.load(str(tmp_path / "out"), device="cpu").tokenizer
+    assert again.chat_template == made.chat_template
 
 
 def test_the_pad_token_that_is_there_stays(tmp_path):

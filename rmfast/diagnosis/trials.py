@@ -158,7 +158,10 @@ def batch_scores(case: Case, model: nn.Module, rows: Rows) -> Tensor:  # fp64 [l
 
 
 def first_label(output: Any, count: int) -> Tensor:  # fp64 [count]
-    found = output.logits if hasattr(output, "logits") else output[0]
+    found = getattr(output, "logits", output)
+    found = found[0] if isinstance(found, tuple) else found
+    if not isinstance(found, Tensor):
+        raise ValueError(f"it gives {type(found).__name__}, and no logits")
     if found.shape[0] != count or found.ndim > 2:
         raise ValueError(f"it gives {list(found.shape)} numbers for {count} conversations")
     return found.reshape(count, -1)[:, 0].cpu().double()

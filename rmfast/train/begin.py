@@ -16,6 +16,7 @@ from rmfast.loading import (
     placed,
     read_checkpoint,
     readable,
+    refuse_other_outputs,
     usable_device,
 )
 from rmfast.packed import models
@@ -145,6 +146,7 @@ def load_to_train(
             f"{name} has no {first_names(inside)}: more than a head would be random; name the "
             "checkpoint of a language model, or of a reward model"
         )
+    refuse_other_outputs(name, model, tokens)
     std = _new_head(model, missing, seed)
     pad, source, warnings = _pad(model, tokens)
     others = [key for key in unused if not key.startswith(_LANGUAGE_HEADS)]

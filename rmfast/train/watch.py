@@ -116,7 +116,7 @@ class Watch(TrainerCallback):
         folder = self.checkpoint()
         if (folder / COMPLETE).exists():
             return
-        for file in folder.iterdir():
+        for file in filter(Path.is_file, folder.rglob("*")):
             with open(file, "r+b") as opened:
                 os.fsync(opened.fileno())
         resume.write_whole(folder / COMPLETE, {"step": state.global_step})
