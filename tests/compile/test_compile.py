@@ -61,7 +61,7 @@ def _is_case(item):
 
 
 # all that differ on two chips, three of attention on two more; the report has all of all six
-TWINS = ("attention, D 64, bf16", "attention, D 256, bf16")  # other cases have options besides
+TWINS = [f"attention, D {width}, bf16" for width in (64, 128, 256)]  # others have options besides
 FEW = (
     "attention, D 128, bf16, window, sinks",
     "attention, D 256, bf16, soft cap, window",
