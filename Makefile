@@ -7,7 +7,8 @@ PROCESSES := 3
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile
 
 # files that take longest go first, so that no process waits for the last of them
-LONG := $(addprefix tests/,compile test_score.py test_train.py test_ray.py test_trl_processes.py test_work.py)
+LONG := tests/compile $(patsubst %,tests/test_%.py,ray gpu_programs work score compose train \
+	packaging trl_processes devices)
 
 .PHONY: setup demo docs test test-pins test-oldest test-gpu-pins bench gpu clean
 

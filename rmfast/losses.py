@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rmfast import ops
-from rmfast.ops._common import check_devices, check_floating, checks_values
+from rmfast.ops._common import check_choice, check_devices, check_floating, checks_values
 from rmfast.reference.head import wide
 
 __all__ = [
@@ -211,7 +211,7 @@ def regression(
     """
     # plain torch: of so few numbers a kernel of our own would gain nothing
     check_floating(scores=scores)
-    _check_reduction(reduction)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
     if scores.ndim == 2 and scores.shape[1] == 1 and targets.ndim == 1:
         scores = scores[:, 0]
     if scores.ndim not in (1, 2):
@@ -385,8 +385,3 @@ def _implicit(beta: float, **both: Tensor) -> Tensor:
     check_beta(beta)
     acc = wide(torch.promote_types(policy.dtype, reference.dtype))
     return beta * (policy.to(acc) - reference.to(acc))
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")

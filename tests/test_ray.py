@@ -21,7 +21,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rmfa
 def cluster():
     # on one machine a worker needs no more than what this process can import
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 
@@ -127,7 +127,7 @@ def test_a_data_set(cluster, folder, scored):
     context.execution_options.preserve_order = True
     given = [{"prompt": f"q{i // 4}", "responses": ["a" * i, "b"]} for i in range(40)]
     out = score_dataset(
-        ray.data.from_items(given), folder, actors=2, rows=16, max_tokens=64
+        ray.data.from_items(given), folder, actors=1, rows=16, max_tokens=64
     ).take_all()
     expected = [
         scores

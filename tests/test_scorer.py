@@ -441,7 +441,7 @@ SINGLE = ["hello", b"hello", TALK, TALK[:1], ("a", "b"), (TALK[:1], "b"), (TALK[
 SINGLE += [[1, 2, 3], np.array([1, 2]), torch.tensor([1, 2]), TALK[0], Table()]
 
 
-@pytest.mark.parametrize("given", SINGLE, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("given", SINGLE, ids=lambda given: type(given).__name__)
 def test_one_conversation_is_no_list_of_them(given):
     """Most could be gone through: letters, keys, the two texts of a tuple."""
     scorer = Scorer(tiny.model(vocab_size=tiny.WORDS), tiny.tokenizer())
@@ -458,8 +458,8 @@ def test_one_conversation_is_no_list_of_them(given):
 
 @pytest.mark.parametrize(
     "given",
-    ["hi", ("a", "b"), {"chosen": "a", "rejected": "b"}, Pair(None, "a", "b", "")],
-    ids=lambda x: type(x).__name__,
+    ["hi", ("a", "b"), {"chosen": "a", "rejected": "b"}, Pair("a", "b")],
+    ids=lambda given: type(given).__name__,
 )
 def test_one_pair_is_no_list_of_them(given):
     scorer = Scorer(tiny.model(vocab_size=tiny.WORDS), tiny.tokenizer())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from rmfast.data.coats import read_conversation
 from rmfast.data.form import Form, digest
 from rmfast.data.records import Pair
 from rmfast.data.rendering import Renderer
@@ -20,7 +21,6 @@ from rmfast.data.values import (
     Side,
     as_messages,
     begun,
-    cleaned,
     dialogue,
     holds,
     is_whole,
@@ -212,11 +212,12 @@ class Encoder:
         Raises:
             RowError, DataError: as above.
         """
-        prompt = cleaned("the prompt", prompt)
+        given = dict(given or {})
+        prompt = _uncoated("the prompt", prompt, given)
         if isinstance(prompt, str) and self.chat is False:
             text, templated = prompt, False
         else:
-            text, templated = self._render(self._turns(prompt), given or {}, True)
+            text, templated = self._render(self._turns(prompt), given, True)
         return self._ids([text], templated)[0]
 
     def pair(self, pair: Pair) -> tuple[list[int], list[int]]:
@@ -236,9 +237,9 @@ class Encoder:
 
     def _prepare(self, conversation: Any) -> tuple[str, bool] | np.ndarray:
         """Text and whether a template wrote it; or token ids."""
-        given: Mapping[str, Any] = {}
-        if isinstance(conversation, Chat):
-            conversation, given = conversation.conversation, conversation.given
+        given: dict[str, Any] = {}
+        if isinstance(conversation, (str, Mapping, Chat)) or _has_turns(conversation):
+            conversation = _uncoated("the conversation", conversation, given)
         if isinstance(conversation, tuple) and len(conversation) == 2:
             prompt, response = conversation
             if not isinstance(prompt, (int, np.integer)):
@@ -256,7 +257,6 @@ class Encoder:
     def _plain(
         self, text: str, given: Mapping[str, Any], is_side: bool = False
     ) -> tuple[str, bool]:
-        cleaned("the text", text)
         if self.system_prompt is not None or given:
             name = "a system prompt" if self.system_prompt is not None else next(iter(given))
             raise RowError(f"{name} goes with messages, and this is plain text")
@@ -273,9 +273,10 @@ class Encoder:
         return as_messages("user", prompt)
 
     def _answered(
-        self, prompt: Any, response: Any, given: Mapping[str, Any]
+        self, prompt: Any, response: Any, given: dict[str, Any]
     ) -> tuple[str, bool] | np.ndarray:
-        prompt, response = cleaned("the prompt", prompt), cleaned("the response", response)
+        prompt = _uncoated("the prompt", prompt, given)
+        response = _uncoated("the response", response, given)
         if self.chat is False:
             if not (isinstance(prompt, str) and isinstance(response, str)):
                 raise RowError("messages need the chat template: do not read them as plain text")
@@ -296,7 +297,6 @@ class Encoder:
     def _render(
         self, messages: Messages, given: Mapping[str, Any], add_generation_prompt: bool = False
     ) -> tuple[str, bool]:
-        messages = cleaned("the list of messages", messages)
         if self.chat is False and self.form is not None:
             raise RowError(
                 "messages, and the model was trained on text as it is: --chat (chat=True) scores "
@@ -367,6 +367,21 @@ class Encoder:
             "on_overlong 'skip' or 'truncate_left'",
             "overlong",
         )
+
+
+def _uncoated(name: str, value: Any, given: dict[str, Any]) -> Any:
+    """A conversation without its coat, of which the rest is put into ``given``."""
+    if isinstance(value, Chat):
+        given |= value.given
+        value = value.conversation
+    if isinstance(value, tuple):
+        return value
+    found = read_conversation(name, value)
+    return _uncoated(name, found, given) if isinstance(found, Chat) else found
+
+
+def _has_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], (Mapping, str))
 
 
 def _only_text(value: str | Messages) -> str:

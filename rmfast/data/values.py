@@ -173,13 +173,6 @@ def is_empty(value: Any) -> bool:
 # --- messages
 
 
-def check_conversation(name: str, value: Any, empty: bool = False) -> Any:
-    """The value, which must be as :func:`cleaned` gives it, keys that are null aside."""
-    if cleaned(name, value, empty) != without_nulls(value):
-        raise RowError(f"{name} has messages with content in parts, or with names of ShareGPT's")
-    return value
-
-
 def cleaned(name: str, value: Any, empty: bool = False) -> str | Messages:
     """Text, or messages as chat templates take them.
 

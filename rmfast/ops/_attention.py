@@ -8,6 +8,7 @@ from torch import Tensor
 from rmfast import reference
 from rmfast.ops import _cpu as cpu
 from rmfast.ops._common import (
+    check_choice,
     check_devices,
     check_floating,
     no_second_derivative,
@@ -145,8 +146,7 @@ def trie_attention(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above zero, or None, got {softcap}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend not in ("auto", "triton", "sdpa"):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'sdpa', got {backend!r}")
+    check_choice("backend", backend, ("auto", "triton", "sdpa"))
     if transformed(query, key, value, sinks):
         run = without_autocast(reference.trie_attention)
         return run(query, key, value, plan.tensors, sinks, scale, window, softcap)

@@ -111,6 +111,12 @@ def check_pair_values(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} of pair {pair} is {x[pair].item()}: it must be {want}")
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        *first, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
+
+
 def check_devices(**tensors: Tensor | None) -> None:
     first, *others = ((name, x.device) for name, x in tensors.items() if x is not None)
     for name, device in others:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rmfast import reference
 from rmfast.ops._common import (
+    check_choice,
     check_devices,
     check_floating,
     check_places,
@@ -183,8 +184,7 @@ def pooled_reward_head(
             f"input_ids must be int {list(hidden.shape[:2])} like hidden, "
             f"got {input_ids.dtype} {tuple(input_ids.shape)}"
         )
-    if pooling not in ("hf", "mask"):
-        raise ValueError(f"pooling must be 'hf' or 'mask', got {pooling!r}")
+    check_choice("pooling", pooling, ("hf", "mask"))
     if pooling == "hf":
         attention_mask = None
     elif attention_mask is not None and attention_mask.shape != input_ids.shape:

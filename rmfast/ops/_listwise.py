@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rmfast import reference
 from rmfast.ops._common import (
+    check_choice,
     check_devices,
     check_floating,
     checks_values,
@@ -140,10 +141,8 @@ def listwise_loss(
         raise ValueError(
             f"offsets must be int64 [G + 1], got {offsets.dtype} {tuple(offsets.shape)}"
         )
-    if kind not in ("all_pairs", "plackett_luce"):
-        raise ValueError(f"kind must be 'all_pairs' or 'plackett_luce', got {kind!r}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_choice("kind", kind, ("all_pairs", "plackett_luce"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_devices(scores=scores, ranks=ranks, offsets=offsets)
     if max_size is None:
         max_size = max(1, _check_offsets(offsets.tolist(), scores.shape[0], None))

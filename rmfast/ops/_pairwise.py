@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rmfast import reference
 from rmfast.ops._common import (
+    check_choice,
     check_devices,
     check_floating,
     check_pair_values,
@@ -195,8 +196,7 @@ def pairwise_loss(
     if scores.ndim != 1 and (scores.ndim != 2 or scores.shape[1] != 1):
         raise ValueError(f"scores must be [B] or [B, 1], got shape {tuple(scores.shape)}")
     check_floating(scores=scores)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
     layout, index = check_pairs(
         scores.shape[0], pairs, margin, target, weight, label_smoothing, gamma,
         ("scores", "weight"),
