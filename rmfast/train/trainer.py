@@ -6,7 +6,6 @@ are TRL's; :class:`RewardConfig` adds what rmfast can do besides.
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import logging
@@ -25,7 +24,7 @@ from trl.data_utils import _tokenize, get_dataset_column_names
 
 from rmfast.data.records import is_blank, useless_group, useless_pair
 from rmfast.data.rows import check_as_it_is
-from rmfast.data.values import check_number
+from rmfast.data.values import check_number, without_nulls
 from rmfast.errors import RowError
 from rmfast.packed import models, patching
 from rmfast.packed import step as packed_step
@@ -150,13 +149,9 @@ class RewardTrainer(trl.RewardTrainer):
         dropped = self.dropped[dataset_name] = Counter()
         why_not = _why_not_group if ranked else _why_not_pair
         dataset = _sift(dataset, why_not, dataset_name, args, dropped)
-        if not ranked:
-            unlimited = copy.copy(args)
-            unlimited.max_length = None  # longer rows are counted below
-            dataset = super()._prepare_dataset(dataset, processing_class, unlimited, dataset_name)
-        elif "responses_ids" not in columns:
+        if not {"responses_ids", "chosen_ids"}.intersection(columns):
             dataset = dataset.map(
-                _tokenize_group,
+                _tokenize_row,
                 fn_kwargs={"processing_class": processing_class},
                 **_map_options(dataset, args, f"Tokenizing {dataset_name} dataset"),
             )
@@ -428,15 +423,19 @@ def _as_it_is(row: dict[str, Any], place: int) -> str:
     return ""
 
 
-def _tokenize_group(row: dict[str, Any], processing_class: Any) -> dict[str, Any]:
-    """A group's token lists, each as TRL makes them of chosen and rejected."""
-    prompt, eos = row.get("prompt"), processing_class.eos_token
-    options = dict(row.get("chat_template_kwargs") or {})
+def _tokenize_row(row: dict[str, Any], processing_class: Any) -> dict[str, Any]:
+    """Token lists of a pair or a group, as TRL makes them of chosen and rejected.
+
+    Keys that are null are dropped: Arrow gives every message the keys of all, and a template may
+    only look whether a key is there.
+    """
+    prompt, eos = without_nulls(row.get("prompt")), processing_class.eos_token or ""
+    options = without_nulls(row.get("chat_template_kwargs") or {})
     if row.get("tools"):
         tools = row["tools"]
-        options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+        options["tools"] = json.loads(tools) if isinstance(tools, str) else without_nulls(tools)
     ids = []
-    for response in row["responses"]:
+    for response in without_nulls(row.get("responses") or [row["chosen"], row["rejected"]]):
         if isinstance(prompt, list) and isinstance(response, str):
             response = [{"role": "assistant", "content": response}]
         whole = response if prompt is None else prompt + response
@@ -445,4 +444,6 @@ def _tokenize_group(row: dict[str, Any], processing_class: Any) -> dict[str, Any
             ids.append(_tokenize(processing_class, whole)["input_ids"])
         else:
             ids.append(_tokenize(processing_class, whole, **options)["input_ids"])
-    return {"responses_ids": ids}
+    if "responses" in row:
+        return {"responses_ids": ids}
+    return {"chosen_ids": ids[0], "rejected_ids": ids[1]}
