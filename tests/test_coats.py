@@ -236,7 +236,7 @@ SYSTEMS = [
     ({"system": "be kind", "question": "q"}, [SYSTEM, says("user", "q")]),
     ({"system_prompt": "be kind", "prompt": "q"}, [SYSTEM, says("user", "q")]),
     ({"System": "be kind", "instruction": "q", "input": ""}, [SYSTEM, says("user", "q")]),
-    ({"system": "be kind", "query": "q"}, [SYSTEM, says("user", "q")]),
+    ({"system_message": "be kind", "query": "q"}, [SYSTEM, says("user", "q")]),
     ({"system": "be kind", "prompt": [ASK]}, [SYSTEM, ASK]),
     ({"system": "kind", "prompt": [SYSTEM, ASK]}, [SYSTEM, ASK]),
     ({"system": "be kind", "conversations": shared([ASK])}, [SYSTEM, ASK]),
@@ -288,6 +288,7 @@ def test_a_system_prompt_comes_before_whole_conversations():
         ({"prompt": "p", "system": ["s"]}, "system"),
         ({"system": "s"}, "system"),
         ({"passage": "s"}, "passage"),
+        ({"prompt": "p", "chat_history": [ASK, YES]}, "chat_history"),
     ],
 )
 def test_other_parts_of_a_prompt_are_refused(record, column):
