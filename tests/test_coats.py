@@ -206,6 +206,29 @@ def test_a_call_of_a_tool_needs_no_content():
         assert preferences([pair]).records[0].chosen == [want | without_nulls(content)]
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "glm4moe", "qwen2_5"])
+def test_templates_make_the_same_of_calls_and_parts_as_of_plain_messages(name):
+    trl, tokenizer = pytest.importorskip("trl"), tiny.tokenizer()
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    answered = says("tool", "5", name="f")
+    plain = [ASK, {"role": "assistant", "content": "", "tool_calls": [call]}, answered, YES]
+    nulls = [{"tool_calls": None, **x, "refusal": None} for x in plain]
+    nulls[1]["content"] = None
+    parts = [*in_parts([ASK]), nulls[1], *in_parts([answered, YES])]
+    rendered = [
+        tokenizer.apply_chat_template(
+            RowReader().read({"messages": x}, "messages").answers[0][1],
+            chat_template=template,
+            tokenize=False,
+        )
+        for x in (plain, nulls, parts, json.dumps(parts))
+    ]
+    want = tokenizer.apply_chat_template(plain, chat_template=template, tokenize=False)
+    assert rendered == [want] * 4
+    assert '"x"' in want or "<arg_key>x" in want
+
+
 # --- the prompt in several columns
 
 
@@ -213,7 +236,7 @@ SYSTEMS = [
     ({"system": "be kind", "question": "q"}, [SYSTEM, says("user", "q")]),
     ({"system_prompt": "be kind", "prompt": "q"}, [SYSTEM, says("user", "q")]),
     ({"System": "be kind", "instruction": "q", "input": ""}, [SYSTEM, says("user", "q")]),
-    ({"system": "be kind", "query": "q"}, [SYSTEM, says("user", "q")]),
+    ({"system_message": "be kind", "query": "q"}, [SYSTEM, says("user", "q")]),
     ({"system": "be kind", "prompt": [ASK]}, [SYSTEM, ASK]),
     ({"system": "kind", "prompt": [SYSTEM, ASK]}, [SYSTEM, ASK]),
     ({"system": "be kind", "conversations": shared([ASK])}, [SYSTEM, ASK]),
@@ -265,6 +288,7 @@ def test_a_system_prompt_comes_before_whole_conversations():
         ({"prompt": "p", "system": ["s"]}, "system"),
         ({"system": "s"}, "system"),
         ({"passage": "s"}, "passage"),
+        ({"prompt": "p", "chat_history": [ASK, YES]}, "chat_history"),
     ],
 )
 def test_other_parts_of_a_prompt_are_refused(record, column):

@@ -23,9 +23,11 @@ from rmfast.errors import RowError
 
 TURNS = ("messages", "conversations", "conversation")  # columns of turns, and what wraps messages
 ASKED = ("prompt", "question", "instruction", "query")  # columns of what the user says
-_SYSTEM = ("system", "system_prompt")
-_UNREAD = ("input", "context", "history", "passage", "documents", "functions", "image", "images")
-_PROMPT = {*TURNS, *ASKED, *_SYSTEM, *_UNREAD, "audio", "audios", "video", "videos"}
+_SYSTEM = ("system", "system_prompt", "system_message")
+_UNREAD = """input inputs instructions problem user_prompt context contexts background passage
+    passages document documents history chat_history conversation_history dialog dialogue functions
+    image images audio audios video videos""".split()
+_PROMPT = {*TURNS, *ASKED, *_SYSTEM, *_UNREAD}
 # how text begins that is a list or an object, in JSON or in Python; and one that is a conversation
 _OPENS = re.compile(r"""[\s\["']*[\[{]\s*\\*["']\w""")
 _KEYS = ("role", "content", "from", "value", "tools", *_SYSTEM, *TURNS)
