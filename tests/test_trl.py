@@ -335,6 +335,22 @@ def test_bad_rows_are_named(tmp_path, rows, options, message):
         trainer(RewardTrainer, tmp_path, rows)
 
 
+def test_keys_that_are_null_say_nothing(tmp_path):
+    """Arrow gives every message, and every object in one, the keys of all."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}{% if 'name' in m %}!{% endif %}"
+        "{% if 'more' in m and 'x' in m.more %}?{% endif %}{{ m.content }}{% endfor %}"
+    )
+    rows = pairs(8, messages=True)
+    for side in ("chosen", "rejected"):  # the first row has keys that others lack
+        rows[0][side][0] |= {"name": "n", "more": {"x": 1, "y": 2}}
+        rows[1][side][0] |= {"more": {"y": 2}}
+    found = trainer(RewardTrainer, tmp_path, rows, tokenizer=tokenizer).train_dataset
+    texts = [tokenizer.decode(ids) for ids in found["chosen_ids"]]
+    assert [text.count("!") + text.count("?") for text in texts] == [2] + [0] * 7
+
+
 @pytest.mark.parametrize(
     "options",
     [
