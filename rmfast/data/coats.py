@@ -38,18 +38,8 @@ _SPEAKERS = {"user", "assistant", "human", "gpt", "prompter"}
 def read_conversation(name: str, value: Any, empty: bool = False) -> str | Messages | Chat:
     """Text, or messages as chat templates take them, of a conversation in any coat.
 
-    Coats are those that :func:`uncoat` takes off; see :func:`rmfast.data.values.cleaned`, too.
-
-    Args:
-        name: what the value is called in an error.
-        value: as it is in a row.
-        empty: whether it may be empty.
-
-    Returns:
-        A :class:`Chat` where its coat has ``tools`` or ``chat_template_kwargs``.
-
-    Raises:
-        RowError: it is something else; the reason begins with ``name``.
+    A :class:`Chat` where its coat has ``tools`` or ``chat_template_kwargs``. Coats are those that
+    :func:`uncoat` takes off; for the other arguments see :func:`rmfast.data.values.cleaned`.
     """
     value, given = uncoat(name, value)
     value = cleaned(name, value, empty)
@@ -61,10 +51,8 @@ def uncoat(name: str, value: Any) -> tuple[Any, dict[str, Any]]:
 
     Messages may be text (JSON, or as Python writes them), all or each; one may stand alone; and
     an object with ``messages`` or ``conversations`` may be around them, with ``tools``,
-    ``chat_template_kwargs`` and ``system`` beside. Other values stay as they are.
-
-    Raises:
-        RowError: it seems to be a conversation that cannot be read.
+    ``chat_template_kwargs`` and ``system`` beside. Other values stay as they are; what seems to be
+    a conversation and cannot be read is a RowError.
     """
     value = _parsed(name, value)
     if isinstance(value, list):
@@ -138,19 +126,13 @@ def with_parts(
     prompt: bool = False,
     name: str = "",
 ) -> list[Any]:
-    """Conversations with what other columns have of their prompt.
+    """Conversations with what the columns of ``record``, but those ``used``, have of their prompt.
 
-    A system prompt is put before them. Any other part must be in all of them already.
+    A system prompt is put before them. Any other part must be in all of them already, else it is a
+    RowError, which begins with ``name``.
 
     Args:
-        record: the columns.
-        used: those that were read.
-        conversations: text or messages.
         prompt: whether these are prompts, and the answers are elsewhere.
-        name: how an error begins.
-
-    Raises:
-        RowError: a column seems to belong to the prompt, and is not in it.
     """
     for column, value in record.items():
         part = str(column).lower()
@@ -187,11 +169,7 @@ def _with_system(text: str, conversation: str | Messages, prompt: bool) -> str |
 
 
 def given_by(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``tools`` and ``chat_template_kwargs`` of a row give its chat template.
-
-    Raises:
-        RowError: they are something else than a list of objects and an object.
-    """
+    """What ``tools`` and ``chat_template_kwargs`` of a row give its chat template."""
     columns = {str(name).lower(): value for name, value in record.items()}
     given = dict(_given(columns, "chat_template_kwargs", dict, "an object"))
     tools = _given(columns, "tools", list, "a list of objects")

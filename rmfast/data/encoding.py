@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rmfast.data.coats import read_conversation
 from rmfast.data.form import Form, digest
-from rmfast.data.records import Pair
 from rmfast.data.rendering import Renderer
 from rmfast.data.values import (
     TURN,
@@ -43,11 +42,7 @@ ON_OVERLONG = ("error", "skip", "truncate_left")
 
 
 def read_template(path: str | None) -> str | None:
-    """The chat template in a file, as ``--chat-template`` names it; None where nothing is named.
-
-    Raises:
-        UserError: there is no such file, or it is not text.
-    """
+    """The chat template in a file, as ``--chat-template`` names it; None where nothing is named."""
     if path is None:
         return None
     try:
@@ -191,12 +186,7 @@ class Encoder:
         return [x if isinstance(x, RowError) else self._fit(x) for x in encoded]
 
     def text(self, conversation: Conversation) -> str:
-        """What is tokenised of text or messages, or decoded from token ids.
-
-        Raises:
-            RowError: there is none.
-            DataError: as for calls.
-        """
+        """What is tokenised of text or messages, or decoded from token ids; RowError: nothing."""
         prepared = self._prepare(conversation)
         if isinstance(prepared, tuple):
             return prepared[0]
@@ -204,14 +194,7 @@ class Encoder:
         return self.tokenizer.decode(prepared % SEGMENT if self.segments else prepared)
 
     def prompt(self, prompt: str | Messages, given: Mapping[str, Any] | None = None) -> np.ndarray:
-        """int32 token ids of a pair's prompt, up to where the response begins; nothing is cut.
-
-        Args:
-            given: see :class:`rmfast.data.values.Chat`.
-
-        Raises:
-            RowError, DataError: as above.
-        """
+        """int32 token ids of a pair's prompt, up to where the response begins; nothing is cut."""
         given = dict(given or {})
         prompt = _uncoated("the prompt", prompt, given)
         if isinstance(prompt, str) and self.chat is False:
@@ -219,21 +202,6 @@ class Encoder:
         else:
             text, templated = self._render(self._turns(prompt), given, True)
         return self._ids([text], templated)[0]
-
-    def pair(self, pair: Pair) -> tuple[list[int], list[int]]:
-        """Token ids of chosen and of rejected, text prompts put before text as it is.
-
-        Raises:
-            DataError: why not, with the place that the pair is from.
-        """
-        try:
-            sides = self(pair.whole())
-        except DataError as error:
-            raise DataError(f"{pair.where}: {error}") from None
-        for name, ids in zip(("chosen", "rejected"), sides, strict=True):
-            if isinstance(ids, RowError):
-                raise DataError(f'{pair.where}: "{name}": {ids.reason}')
-        return sides[0].tolist(), sides[1].tolist()
 
     def _prepare(self, conversation: Any) -> tuple[str, bool] | np.ndarray:
         """Text and whether a template wrote it; or token ids."""

@@ -40,7 +40,7 @@ class Renderer:
     ) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.warnings: Counter[str] = Counter()
-        self._special = None if not special_tokens else ()
+        self._special = () if special_tokens else None
         self._probed: dict[Any, str] = {}
 
     def source(self, given: Mapping[str, Any] | None = None) -> str | None:
@@ -55,10 +55,7 @@ class Renderer:
     def __call__(
         self, messages: Messages, given: Mapping[str, Any], add_generation_prompt: bool = False
     ) -> str:
-        """Text of messages.
-
-        Args:
-            given: what the template gets beside them: ``tools``, and variables of its own.
+        """Text of messages; ``given`` is what the template gets beside them, such as ``tools``.
 
         Raises:
             RowError: the template refuses them, or does not write all of them once and in order.
@@ -88,19 +85,13 @@ class Renderer:
         return text
 
     def _apply(self, messages: Messages, given: Mapping[str, Any], prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            chat_template=self.template,
-            add_generation_prompt=prompt,
-            **given,
-        )
+        how = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": self.template}
+        return self.tokenizer.apply_chat_template(messages, **how, **given)
 
     def _probe(self, messages: Messages, given: Mapping[str, Any]) -> str:
-        """What the template does with messages of these roles, whatever their content.
+        """What is wrong with the template for messages of these roles, or a warning.
 
-        Returns:
-            What is wrong, or a warning; empty: it writes each message once, in order.
+        Empty: it writes each message once, in order.
         """
         marks = {i: f"turn-{i}-content" for i, m in enumerate(messages) if m.get("content")}
         marked = [{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)]
@@ -142,21 +133,16 @@ _MOVED = "the chat template moved the system prompt"
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
     """The special tokens that a chat template writes."""
     tokens = {str(x) for x in tokenizer.added_tokens_decoder.values() if x.special}
-    named = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token")}
-    written = {token for name, token in named.items() if token and name in template}
-    return tuple(sorted(written | {token for token in tokens if token in template}))
+    written = {token for token in tokens if token in template}
+    named = {getattr(tokenizer, x, None) for x in ("bos_token", "eos_token") if x in template}
+    return tuple(sorted(written | named - {None, ""}))
 
 
 def _left_out(i: int, message: Mapping[str, Any], text: str) -> str:
-    """A warning where a message's reasoning is not in the text; empty where it is whole.
-
-    Raises:
-        RowError: more than that is missing.
-    """
-    calls = message.get("tool_calls") or ()
-    names = [call.get("function", call).get("name") for call in calls]
+    """A warning where a message's reasoning is not in the text; RowError: more is missing."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     content = (message.get("content") or "").strip()
-    called = all(str(name) in text for name in names)
+    called = all(str(call.get("name")) in text for call in calls)
     if called and _is_in(content, text):
         return ""
     _, reasoned, answer = content.rpartition(_REASONED)

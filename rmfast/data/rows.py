@@ -70,12 +70,10 @@ class Row:
 
     @property
     def chosen(self) -> list[Any]:
-        """The conversations of chosen answers."""
         return self.conversations[: self.preferred]
 
     @property
     def rejected(self) -> list[Any]:
-        """The conversations of rejected answers."""
         return self.conversations[self.preferred :]
 
 
@@ -97,15 +95,11 @@ class RowReader:
     empty: bool = False
 
     def read(self, record: Any, kind: str) -> Row:
-        """The row that a record holds.
-
-        Args:
-            record: a dict of columns; a RowError is raised as it is.
-            kind: a key of :data:`rmfast.data.columns.CONVENTIONS`.
+        """The row of a record, by a ``kind`` of :data:`rmfast.data.columns.CONVENTIONS`.
 
         Raises:
             RowError: a column is missing or empty, is not what it should be, or is not read though
-                it seems to belong to the prompt.
+                it seems to belong to the prompt; or the record itself, if it is a RowError.
         """
         record = check_record(record)
         if kind == "pair":
@@ -148,14 +142,9 @@ class RowReader:
         """The row of answers that were read already.
 
         Args:
-            record: its columns.
-            answers: as in :class:`Row`, and each may be a Chat.
-            preferred: as in :class:`Row`.
+            answers, preferred: as in :class:`Row`; an answer may be a Chat.
             prompt: whether there must be one (None: may be); False: the answers are whole.
             used: columns that were read.
-
-        Raises:
-            RowError: the prompt is missing, or a part of it is not where the answers have it.
         """
         given = given_by(record)
         answers = [(x, _unwrapped(x, answer, given)) for x, answer in answers]
@@ -272,14 +261,7 @@ class RowReader:
 
 
 def check_as_it_is(record: Mapping[str, Any]) -> None:
-    """See that a row means to TRL, which takes its columns as they are, what is read here.
-
-    Args:
-        record: with ``chosen`` and ``rejected``, or ``responses``.
-
-    Raises:
-        RowError: it does not, or cannot be read at all.
-    """
+    """Raise RowError unless a row means to TRL, which takes its columns as they are, the same."""
     reader = RowReader(empty=True)
     if "responses" in record:
         raw = list(record["responses"])
@@ -300,8 +282,7 @@ def check_record(record: Any) -> Mapping[str, Any]:
     if isinstance(record, RowError):
         raise record
     if not isinstance(record, Mapping):
-        kind = kind_of(record)
-        raise RowError(f"must be an object, with a value for each column, not {kind}")
+        raise RowError(f"must be an object, with a value for each column, not {kind_of(record)}")
     # pandas has arrays of Parquet's lists
     return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in record.items()}
 

@@ -44,11 +44,7 @@ def as_messages(role: str, content: str | Messages) -> Messages:
 
 
 def read_json(text: str) -> Any:
-    """The value of JSON.
-
-    Raises:
-        ValueError, RecursionError: it cannot be read; a RowError where an object has a key twice.
-    """
+    """The value of JSON; ValueError or RecursionError: it cannot be read; RowError: a key twice."""
     return json.loads(text, object_pairs_hook=_object)
 
 
@@ -62,11 +58,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
-    """The object of a line of JSON.
-
-    Raises:
-        RowError: not UTF-8, not JSON, no object, or an object with a key twice.
-    """
+    """The object of a line of JSON; RowError: not UTF-8, not JSON, no object, or a key twice."""
     try:
         value = read_json(line.decode())
     except UnicodeDecodeError as error:
@@ -122,14 +114,7 @@ def _inner(kind: Any) -> list[Any]:
 
 
 def check_number(name: str, value: Any) -> float:
-    """The value, which must be a finite number.
-
-    Args:
-        name: what the value is called in an error.
-
-    Raises:
-        RowError: the value is something else.
-    """
+    """The value, called ``name`` in an error, which must be a finite number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RowError(f"{name} must be a number, not {kind_of(value)}")
     try:
@@ -148,8 +133,7 @@ def check_text(name: str, value: Any) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        reason = f"has half a surrogate pair at character {error.start}"
-        raise RowError(f"{name} {reason}") from None
+        raise RowError(f"{name} has half a surrogate pair at character {error.start}") from None
 
 
 def kind_of(value: Any) -> str:
@@ -177,15 +161,8 @@ def cleaned(name: str, value: Any, empty: bool = False) -> str | Messages:
     """Text, or messages as chat templates take them.
 
     Keys that are null are dropped, content in parts of text is joined, and ShareGPT's names become
-    the usual ones. Only a message with ``tool_calls`` may have no content.
-
-    Args:
-        name: what the value is called in an error.
-        value: text or a list of messages.
-        empty: whether it may be empty.
-
-    Raises:
-        RowError: it is something else; the reason begins with ``name``.
+    the usual ones. Only a message with ``tool_calls`` may have no content. Anything else is a
+    RowError, which begins with ``name``, and so is what is empty but where ``empty`` allows it.
     """
     if isinstance(value, str):
         check_text(name, value)
@@ -200,8 +177,7 @@ def cleaned(name: str, value: Any, empty: bool = False) -> str | Messages:
 
 def _message(name: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        kind = kind_of(message)
-        raise RowError(f"{name} must be an object with role and content, not {kind}")
+        raise RowError(f"{name} must be an object with role and content, not {kind_of(message)}")
     null = [key for key in message if message[key] is None]
     message = without_nulls(message)
     if "role" not in message and "from" in message:
@@ -273,11 +249,7 @@ def holds(conversation: str | Messages, part: Any) -> bool:
 
 
 def dialogue(name: str, text: str) -> Messages:
-    """The messages of a dialogue; what one side says twice in a row is one message.
-
-    Raises:
-        RowError: the text is no dialogue.
-    """
+    """The messages of a dialogue; what one side says twice in a row is one message."""
     before, *parts = TURN.split(text)
     if before or not parts:
         raise RowError(
@@ -295,11 +267,7 @@ def dialogue(name: str, text: str) -> Messages:
 
 
 def begun(name: str, text: str) -> Messages:
-    """The messages of a dialogue that ends where an answer begins.
-
-    Raises:
-        RowError: the text is no dialogue, or ends within an answer.
-    """
+    """The messages of a dialogue that ends where an answer begins."""
     turns = dialogue(name, text)
     if turns[-1]["role"] == "assistant" and turns.pop()["content"]:
         raise RowError(f"{name} ends within an answer: chat=True cannot part them")
