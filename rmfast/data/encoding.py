@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,28 +58,17 @@ class Encoder:
 
     Args:
         tokenizer: None where only token ids come.
-        max_length: most tokens of a conversation; None: any number.
         on_overlong: what becomes of a longer one: ``"error"`` and ``"skip"`` make it a
             :class:`rmfast.data.RowError` of kind ``"overlong"``; ``"truncate_left"`` keeps the BOS,
             if it has one, and the last tokens.
-        system_prompt: put before messages that have none.
-        chat_template: Jinja template in place of the tokenizer's.
-        chat: how text is read. True: as turns of a chat, also dialogues that begin with
-            ``\\n\\nHuman:``. False: as plain text, a prompt with its response as one. None: as in
-            ``form``; where that is None, a prompt and its response as turns, other text as it is.
-        end_of_text: end plain text with the end of text, where it does not yet; None: as in
-            ``form``; where that is None, only the sides of preference pairs, as TRL ends them.
-        special_tokens: let messages hold special tokens that the chat template writes.
         segments: text of a prompt and its response are two segments, as encoders take them; ids of
             the second are returned plus :data:`rmfast.trie.SEGMENT`.
         form: how the model was trained.
         vocabulary: rows of the model's input embeddings, to refuse ids beyond them.
+        others: as for :class:`rmfast.Scorer`.
 
     Attributes:
         warnings: what is to know about conversations so far, and the number of them.
-
-    Raises:
-        ValueError: an unknown ``on_overlong``, or ``max_length`` below 1.
     """
 
     def __init__(
@@ -105,11 +93,10 @@ class Encoder:
         self.tokenizer, self.form = tokenizer, form
         self.max_length, self.on_overlong = max_length, on_overlong
         self.system_prompt, self.vocabulary = system_prompt, vocabulary
-        self.chat, self.end_of_text = chat, end_of_text
-        if form is not None:
-            self.chat = form.chat if chat is None else chat
-            self.end_of_text = form.ends if end_of_text is None else end_of_text
+        self.chat = form.chat if form and chat is None else chat
+        self.end_of_text = form.ends if form and end_of_text is None else end_of_text
         self.render = Renderer(tokenizer, chat_template, special_tokens)
+        self.warnings = self.render.warnings
         self.segments = segments and not self.render.source()
         self.first: set[int | None] = set()
         self.bos, self.adds_bos = None, False
@@ -118,10 +105,6 @@ class Encoder:
             self.first = {self.bos, tokenizer.cls_token_id} - {None}
             # to text; a template writes its own special tokens
             self.adds_bos = self.bos is not None and self.bos in self._ids(["a"], False)[0][:1]
-
-    @property
-    def warnings(self) -> Counter[str]:
-        return self.render.warnings
 
     def form_of_training(self) -> Form:
         """What a model that is trained on these tokens records."""
@@ -166,7 +149,7 @@ class Encoder:
         """int32 token ids of each conversation, or why it has none.
 
         Raises:
-            DataError: a tokenizer or a chat template is needed and there is none.
+            DataError: a tokenizer or a chat template is needed, and there is none.
         """
         encoded: list[Any] = []
         for conversation in conversations:

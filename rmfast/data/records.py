@@ -173,10 +173,14 @@ class Preferences:
         """Whether the answers are messages, for which a tokenizer needs a chat template."""
         return not isinstance(self.records[0].answers[0], str)
 
+    @property
+    def content(self) -> str:
+        """``"messages"`` or ``"text"``."""
+        return "messages" if self.conversational else "text"
+
     def __str__(self) -> str:
-        content = "messages" if self.conversational else "text"
         kind = self.kind if len(self) > 1 else self.kind[:-1]
-        lines = [f"{self.source}: {len(self):,} {kind} of {content}, from {self.rows:,} rows"]
+        lines = [f"{self.source}: {len(self):,} {kind} of {self.content}, from {self.rows:,} rows"]
         if isinstance(self.records[0], Group):
             sizes = [len(group.responses) for group in self.records]
             least, most = min(sizes), max(sizes)
@@ -225,11 +229,7 @@ class Preferences:
 
 
 def check_alike(first: Pair | Group, record: Pair | Group) -> None:
-    """Trainers look at the first record to see what all are.
-
-    Raises:
-        RowError: the records are of different kinds.
-    """
+    """Raise RowError for records of different kinds: trainers look at the first one alone."""
     for trait, expected in zip(_traits(record), _traits(first), strict=True):
         if trait != expected:
             raise RowError(f"{trait}, and the first one ({first.where}) {expected}")

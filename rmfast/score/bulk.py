@@ -23,7 +23,6 @@ from rmfast.data.values import Side
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
 from rmfast.packed.models import keeping_modes
-from rmfast.score.progress import progress_bar
 from rmfast.score.windows import (
     Scored,
     Stats,
@@ -32,6 +31,7 @@ from rmfast.score.windows import (
     first_error,
     gathered,
     is_text_or_messages,
+    progress_bar,
     refuse_one,
 )
 
@@ -41,13 +41,12 @@ Progress = bool | Callable[[int, int], None]
 class BulkScorer:
     """What scorers share: from conversations to rows of token ids, and from scores to results.
 
-    A scorer gives ``_scores``, and sets ``encoder``, ``_budget``, and ``_patches``: the models that
-    it runs, with the patches that it was made with.
+    A scorer gives ``_scores``, and sets these:
     """
 
     encoder: Encoder
     _budget: pieces.Budget
-    _patches: list[tuple[Any, patching.Patch]]
+    _patches: list[tuple[Any, patching.Patch]]  # its models, and how they were patched for it
 
     def __init__(self, window: int, progress: Progress) -> None:
         self.window = window
@@ -117,8 +116,6 @@ class BulkScorer:
         """
         refuse_one(rows, "rows")
         return self._windows(rows, self._progress)
-
-    # --- rows
 
     def _windows(
         self, rows: Iterable[Tagged], progress: Progress

@@ -35,16 +35,7 @@ _REASON = 1000  # characters: what a tokenizer's template says may be long
 
 
 def open_output(path: Path, source: Source, mark: int = 0) -> JsonLines | Csv | Parquet:
-    """The output of a file's format.
-
-    Args:
-        path: its name says the format.
-        mark: how much of the file stays.
-
-    Raises:
-        UserError: the file is shorter than the mark says, or cannot hold the columns.
-        DataError: a library is missing.
-    """
+    """The output of the format that a file's name says; so much of it stays as ``mark`` says."""
     kind, packed = sources.file_format(path) or ("jsonl", None)  # stdout
     if kind == "jsonl":
         return JsonLines(path, packed, source, mark)
@@ -133,11 +124,7 @@ class JsonLines(_Appended):
         self._keys = [f", {name}: ".encode() for name in names]
 
     def prepare(self, record: files.Record) -> bytes:
-        """The row's object, without its closing brace.
-
-        Raises:
-            RowError: it has text that is not Unicode.
-        """
+        """The row's object, without its closing brace."""
         if isinstance(record.raw, bytes):
             return record.raw[:-1].rstrip()
         return to_json(record.value)[:-1].encode()
@@ -163,11 +150,7 @@ class Csv(_Appended):
         self._source = source
 
     def prepare(self, record: files.Record) -> list[str]:
-        """The row's cells.
-
-        Raises:
-            RowError: a column that the header does not have, or text that is not Unicode.
-        """
+        """The row's cells."""
         self._source.check_columns(record.value)
         if isinstance(record.raw, list):
             return record.raw
@@ -197,11 +180,7 @@ def as_text(score: columns.Scores) -> str:
 
 
 def to_json(value: Any) -> str:
-    """JSON, with types that it does not have as text.
-
-    Raises:
-        RowError: text that is not Unicode, or an object that cannot be written.
-    """
+    """JSON, with types that it does not have as text."""
     try:
         return _unicode(json.dumps(value, ensure_ascii=False, default=_plain))
     except TypeError as error:

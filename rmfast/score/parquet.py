@@ -52,12 +52,7 @@ class Parquet:
         return self._folder / f"{number:06d}.parquet"
 
     def prepare(self, record: files.Record) -> pyarrow.RecordBatch:
-        """The row as a batch of one.
-
-        Raises:
-            RowError: a column that the first rows do not have, or a value that is not of its
-                column's type.
-        """
+        """The row as a batch of one."""
         import pyarrow
 
         if isinstance(record.raw, tuple):  # of a Parquet file
@@ -114,11 +109,7 @@ class Parquet:
 
 
 def schema_of(path: Path, source: Source) -> pyarrow.Schema:
-    """The schema of the input's columns.
-
-    Raises:
-        UserError: a column has values that no type of Parquet holds.
-    """
+    """The schema of the input's columns; UserError: no type of Parquet holds one's values."""
     files.need("pyarrow", str(path))
     import pyarrow
     from pyarrow import parquet
@@ -147,11 +138,7 @@ def schema_of(path: Path, source: Source) -> pyarrow.Schema:
 
 
 def _array(field: pyarrow.Field, value: Any) -> pyarrow.Array:
-    """A value of a column.
-
-    Raises:
-        RowError: the column's type does not hold it.
-    """
+    """A value of a column; RowError: the column's type does not hold it."""
     import pyarrow
 
     try:

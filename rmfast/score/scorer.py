@@ -107,7 +107,7 @@ class Scorer(BulkScorer):
         self._check(model)
         super().__init__(window, progress)
         config = getattr(model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        text = models.text_config(model)
         self._mean, self._std = _normalization(config) if normalize else (0.0, 1.0)
         self._sigmoid = sigmoid
         self.model = model

@@ -17,28 +17,16 @@ LOOK = 1000  # rows at the beginning that tell which columns there are
 
 @dataclasses.dataclass
 class Source:
-    """The input, and what is known of it beforehand.
-
-    Attributes:
-        reader: gives its records.
-        layout: which columns hold the conversations.
-        names: its columns: all of them, or those of the first rows of a file that does not list
-            them.
-        rows: the first rows that can be scored, all of Unicode; none where the file lists its
-            columns.
-    """
+    """The input, and what is known of it beforehand."""
 
     reader: files.Reader
-    layout: columns.Columns
-    names: list[str]
+    layout: columns.Columns  # which columns hold the conversations
+    names: list[str]  # its columns; of a file that does not list them, those of the first rows
+    # the first rows that can be scored, all of Unicode; none where the file lists its columns
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def conversations(self, row: dict[str, Any]) -> list[Any]:
-        """The conversations of a row.
-
-        Raises:
-            RowError: it has none that can be scored, or has a column of the scores' name.
-        """
+        """The conversations of a row; RowError: none, or it has a column of the scores' name."""
         taken = next((name for name in self.layout.added if name in row), None)
         if taken is not None:
             raise RowError(f'it has a "{taken}" already: --reward-column gives another name')
@@ -58,11 +46,7 @@ class Source:
 
 
 def look(options: ScoreOptions, reader: files.Reader) -> Source:
-    """Find the columns of the conversations.
-
-    Raises:
-        UserError: no row has what can be scored, or the names of the scores' columns are taken.
-    """
+    """Find the columns of the conversations."""
     named = {
         field: name
         for field in columns.FIELDS

@@ -11,7 +11,7 @@ from typing import Any
 from rmfast.arguments import flag
 from rmfast.data import columns, files, sources
 from rmfast.errors import RowError, UserError
-from rmfast.resume import check_paths, digest, model_identity, same_run, stored
+from rmfast.resume import check_paths, digest, model_identity, same_run, stored, write_whole
 from rmfast.score.options import ScoreOptions
 from rmfast.score.windows import Stats
 
@@ -37,6 +37,10 @@ class State:
     report: str | None = None  # where this run writes its report
     done: bool = False  # nothing is left to do
 
+    def save(self, path: Path) -> None:
+        """Put the state of an output beside it."""
+        write_whole(beside(path, "state.json"), dataclasses.asdict(self))
+
     def stats(self) -> Stats:
         return Stats(**self.totals)
 
@@ -50,11 +54,7 @@ class State:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """A file that belongs to an output; what is JSON and no row is hidden from data loaders.
-
-    Args:
-        suffix: ``"errors.jsonl"``, ``"parts"``, ``"report.json"`` or ``"state.json"``.
-    """
+    """A file that belongs to an output; what is JSON and no row is hidden from data loaders."""
     return path.with_name(f"{'.' if suffix.endswith('.json') else ''}{path.name}.{suffix}")
 
 
@@ -111,11 +111,7 @@ def settings(options: ScoreOptions, reader: files.Reader, template: str | None) 
 def first_state(path: Path, now: dict[str, Any], options: ScoreOptions) -> State:
     """The state to start from: a new one, or that of the run that ``--resume`` continues.
 
-    Args:
-        now: the settings of this run.
-
-    Raises:
-        UserError: a file is there that would be lost, or that this run cannot continue.
+    UserError: a file is there that would be lost, or that the settings ``now`` cannot continue.
     """
     report = report_path(options)
     new = State(now, report=report and str(report))
@@ -142,8 +138,8 @@ def first_state(path: Path, now: dict[str, Any], options: ScoreOptions) -> State
         )
     same_run(before.settings, now)
     if before.done and not path.exists():
-        raise UserError(f"{file} says the run is complete, and {path} is gone: --overwrite starts "
-                        "again")  # fmt: skip
+        words = "says the run is complete, and"
+        raise UserError(f"{file} {words} {path} is gone: --overwrite starts again")
     before.report = new.report
     return before
 

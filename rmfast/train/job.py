@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from rmfast.errors import UserError
 from rmfast.evaluate import show
 from rmfast.resume import (
     digest,
+    interrupted,
     locked,
     make_folder,
     model_identity,
@@ -58,20 +58,13 @@ _WEIGHTS = ("model*.safetensors*", "adapter_*")
 
 @dataclasses.dataclass
 class State:
-    """What ``--resume`` needs, beside the checkpoints.
+    """What ``--resume`` needs, beside the checkpoints."""
 
-    Attributes:
-        settings: what decides the weights, by names that users know.
-        resolved: dtype and device, where nobody gave them: what is fast is found by timing.
-        versions: of the libraries.
-        warnings: what to know of the model that came out.
-        done: nothing is left to do.
-    """
-
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # what decides the weights, by names that users know
+    # dtype and device, where nobody gave them: what is fast is found by timing
     resolved: dict[str, Any] = dataclasses.field(default_factory=dict)
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    warnings: list[str] = dataclasses.field(default_factory=list)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of the libraries
+    warnings: list[str] = dataclasses.field(default_factory=list)  # of the model that came out
     done: bool = False
 
     def save(self, folder: Path) -> None:
@@ -81,11 +74,7 @@ class State:
 
 
 def run(options: TrainOptions) -> int:
-    """``rmfast train``; returns the exit code.
-
-    Raises:
-        UserError, DataError: it cannot run; the message is for the user.
-    """
+    """``rmfast train``; returns the exit code."""
     with warnings.catch_warnings(), told_to_stop():
         warnings.simplefilter("ignore", FutureWarning)  # names that only newer libraries have
         return _run(options)
@@ -105,7 +94,11 @@ def _run(options: TrainOptions) -> int:
 
 def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
     train, held_out = rows.read(options)
-    state = _begin(folder, _settings(options, template, train, held_out), options.resume)
+    settings = _settings(options, template, train, held_out)
+    before = stored(folder / "checkpoints" / "run.json", State) if options.resume else None
+    if before is not None:
+        same_run(before.settings, settings)
+    state = before or State(settings)
     if state.done:
         print(f"already complete: {folder}")
         return 0
@@ -131,12 +124,8 @@ def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
     except KeyboardInterrupt:
         pass
     step = step_of(last_checkpoint(folder / "checkpoints"))
-    print(
-        f"\nrmfast train: interrupted, saved up to step {step:,}; the same command with --resume "
-        "goes on",
-        file=sys.stderr,
-    )
-    return 130
+    kept = f", saved up to step {step:,}; the same command with --resume goes on"
+    return interrupted("train", kept)
 
 
 def _finish(
@@ -223,9 +212,6 @@ def _resolved(options: TrainOptions) -> TrainOptions:
     )
 
 
-# --- where it begins
-
-
 def _check_folder(folder: Path, options: TrainOptions) -> None:
     """Raise UserError where something would be lost in the folder."""
     names = sorted(x.name for x in folder.iterdir() if not x.name.startswith("."))
@@ -276,18 +262,6 @@ def _settings(
 
 def _digest(records: Preferences) -> str:
     return digest([digest([x for name, x in vars(y).items() if name != "where"]) for y in records])
-
-
-def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> State:
-    """The state to start from: a new one, or that of the run that is to go on."""
-    before = stored(folder / "checkpoints" / "run.json", State) if resume else None
-    if before is None:
-        return State(settings)
-    same_run(before.settings, settings)
-    return before
-
-
-# --- training
 
 
 def _start(options: TrainOptions, template: str | None) -> begin.Started:

@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from rmfast import resume
 from rmfast.errors import UserError
 from rmfast.evaluate import measures, show
-from rmfast.resume import saving
+from rmfast.resume import saving, write_whole
 from rmfast.score.scorer import Scorer
 
 _PAUSE = 10.0  # seconds between lines of progress
@@ -32,22 +31,15 @@ COMPLETE = "complete.json"  # in a checkpoint of which nothing is missing
 class Watch(TrainerCallback):
     """Metrics, checkpoints, progress and signals of a run, which lasts as long as a ``with``.
 
-    Args:
-        folder: the run's output.
-        trainer: of which this becomes a callback.
-        held_out: rows of token ids to measure on, or None.
-        step: where the run goes on; metrics of later steps are forgotten.
-
-    Attributes:
-        stopped: a signal asked for the end.
-        summary: the last held-out figures, or None.
+    It becomes a callback of ``trainer``. Metrics after ``step``, where the run goes on, are
+    forgotten.
     """
 
     def __init__(
         self, folder: Path, trainer: Any, held_out: list[dict[str, Any]] | None, step: int
     ) -> None:
         self.folder, self.trainer = folder, trainer
-        self.stopped, self.summary = False, None
+        self.stopped, self.summary = False, None  # by a signal; the last held-out figures
         self.rows = [_sides(row) for row in held_out or ()]
         # made before accelerate wraps the model: after that only its backbone could run packed
         self.scorer = Scorer(trainer.model, trainer.processing_class) if self.rows else None
@@ -119,7 +111,7 @@ class Watch(TrainerCallback):
         for file in filter(Path.is_file, folder.rglob("*")):
             with open(file, "r+b") as opened:
                 os.fsync(opened.fileno())
-        resume.write_whole(folder / COMPLETE, {"step": state.global_step})
+        write_whole(folder / COMPLETE, {"step": state.global_step})
         # the others go when this one is whole, not before, as transformers has it
         found = _checkpoints(folder.parent)
         for step in found.keys() - {state.best_global_step, *sorted(found)[-_KEPT:]}:
@@ -247,11 +239,8 @@ def _kept_lines(path: Path, step: int) -> list[dict[str, Any]]:
                 line = json.loads(text)
                 if line["step"] <= step:
                     lines.append(line)
-    beside = path.with_name(path.name + ".tmp")
-    text = "".join(json.dumps(line) + "\n" for line in lines)
     with saving(path.parent):
-        beside.write_text(text, encoding="utf-8")
-        resume.put_in_place(beside, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
 
