@@ -72,9 +72,16 @@ def load(
             name, auto, tokenizer, remote, adapter, dtype=dtype, **labels
         )
         model = placed(model, device)
-    if check:
-        _refuse_random_scores(name, model, missing, task)
+    if check and missing:
+        kind = "reward" if task == "reward" else "language"
+        raise UserError(
+            f"{name} has no {first_names(missing)}: it would be random, and so would the scores; "
+            f"name the checkpoint of a {kind} model"
+        )
     if check and task == "reward":
+        labels = model.config.num_labels
+        if labels != 1:
+            raise UserError(f"{name} has {labels} labels: a reward model has one score")
         refuse_other_outputs(name, model, found)
     return Loaded(model, found, missing)
 
@@ -320,17 +327,4 @@ def refuse_other_outputs(
         raise UserError(
             f"{name}: the forward of {type(model).__name__} gives {given} for one conversation: "
             "let it return an output with logits [B, 1], as sequence classifiers do"
-        )
-
-
-def _refuse_random_scores(name: str, model: PreTrainedModel, missing: list[str], task: str) -> None:
-    if missing:
-        kind = "reward" if task == "reward" else "language"
-        raise UserError(
-            f"{name} has no {first_names(missing)}: it would be random, and so would the scores; "
-            f"name the checkpoint of a {kind} model"
-        )
-    if task == "reward" and model.config.num_labels != 1:
-        raise UserError(
-            f"{name} has {model.config.num_labels} labels: a reward model has one score"
         )

@@ -28,9 +28,6 @@ _FULL_DISK = ("Error while serializing", "unexpected pos", "PytorchStreamWriter 
 _MODELS = ("--model", "--ref-model", "--tokenizer")
 
 
-# --- paths
-
-
 def check_paths(inputs: dict[str, Any], outputs: dict[str, Any], overwrite: bool) -> None:
     """See that no two paths of a command meet, and that nothing is lost that exists.
 
@@ -118,9 +115,6 @@ def locked(path: Path) -> Iterator[None]:
             name.unlink(missing_ok=True)
 
 
-# --- the state of a run
-
-
 def stored(file: Path, kind: type[State]) -> State | None:
     """The dataclass that an earlier run left in ``file`` as JSON; None: there is no such file."""
     try:
@@ -181,9 +175,6 @@ def versions(*names: str) -> dict[str, str]:
         except PackageNotFoundError:  # a checkout that is not installed
             found[name] = "unknown"
     return found
-
-
-# --- writing
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ class Encoder:
         """Why two conversations cannot be compared: their ids are without what tells them apart."""
         if len(ids) != 2 or not np.array_equal(*ids) or conversations[0] == conversations[1]:
             return None
-        if not any("</think>" in str(conversation) for conversation in conversations):
+        if "</think>" not in str(conversations):
             return None
         return RowError(
             "both conversations have the same tokens: they differ in reasoning that the chat "
@@ -161,10 +161,9 @@ class Encoder:
             except RowError as error:
                 encoded.append(error)
         for templated in (False, True):
-            text = {
-                i: x[0] for i, x in enumerate(encoded) if isinstance(x, tuple) and x[1] is templated
-            }
-            for i, ids in zip(text, self._ids([*text.values()], templated), strict=True):
+            which = [i for i, x in enumerate(encoded) if isinstance(x, tuple) and x[1] is templated]
+            texts = [encoded[i][0] for i in which]
+            for i, ids in zip(which, self._ids(texts, templated), strict=True):
                 encoded[i] = ids
         return [x if isinstance(x, RowError) else self._fit(x) for x in encoded]
 

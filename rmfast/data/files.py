@@ -155,13 +155,11 @@ class _JsonLines(_Text):
             rows = [row for _, row in itertools.islice(self._rows(lines), 2)]
         if not rows or isinstance(rows[0], RowError) or not rows[0].startswith(b"["):
             return
-        if len(rows) == 1 or not rows[0].endswith(b"]"):  # else a line that is a bad row
-            self._list = self._parse_list()
-
-    def _parse_list(self) -> list[Any]:
+        if len(rows) > 1 and rows[0].endswith(b"]"):
+            return  # a line that is a bad row
         try:
             with self._opened() as (_, lines):
-                return read_json(b"".join(lines).decode())
+                self._list = read_json(b"".join(lines).decode())
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.source}: a list of JSON that cannot be read: {error}") from None
 
@@ -344,12 +342,8 @@ class _DataSet(Reader):
     def _files(self) -> list[Path]:
         """What lies in the folder and is not hidden."""
         folder = Path(self.source)
-        return [
-            file
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-            and not any(x.startswith((".", "__")) for x in file.relative_to(folder).parts)
-        ]
+        files = [(x, x.relative_to(folder).parts) for x in sorted(folder.rglob("*")) if x.is_file()]
+        return [x for x, parts in files if not any(y.startswith((".", "__")) for y in parts)]
 
     def _check_files(self, splits: dict[str, list[str]]) -> None:
         """Raise DataError where the folder has files that no split has."""

@@ -36,10 +36,8 @@ class _Record:
         """What the row gives its chat template, as columns in TRL's format; tools as JSON."""
         given = dict(self.given or {})
         tools = given.pop("tools", None)
-        return {
-            **({"tools": json.dumps(tools)} if tools else {}),
-            **({"chat_template_kwargs": given} if given else {}),
-        }
+        found = {"tools": tools and json.dumps(tools), "chat_template_kwargs": given}
+        return {name: value for name, value in found.items() if value}
 
     def question(self) -> str:
         """What all answers begin with, as a key: records of one prompt have the same."""
@@ -103,9 +101,6 @@ class Group(_Record):
         return self.responses
 
 
-# --- records from which nothing can be learnt
-
-
 def is_blank(answer: Any, prompt: Any = None) -> bool:
     """Whether an answer (text, messages or token ids) is missing: its last turn has no text."""
     if isinstance(answer, str):
@@ -134,9 +129,6 @@ def useless_group(answers: Sequence[Any], numbers: Sequence[float]) -> str:
         return "all responses tied"
     same = all(answer == answers[0] for answer in answers)
     return "all responses the same" if same else ""
-
-
-# --- many records
 
 
 @dataclass(frozen=True)

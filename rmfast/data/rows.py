@@ -232,8 +232,6 @@ class RowReader:
             check_text(f'"{name}"', subset)
         return None if subset in (None, "") else str(subset)
 
-    # --- values
-
     def conversation(self, name: str, value: Any) -> str | Messages | Chat:
         """Text or messages, called ``name`` in an error; a Chat where they come with ``tools``."""
         return read_conversation(name, value, self.empty)

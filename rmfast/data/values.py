@@ -245,9 +245,6 @@ def holds(conversation: str | Messages, part: Any) -> bool:
     return any(conversation[i : i + len(part)] == part for i in range(min(begin + 1, last)))
 
 
-# --- dialogues as in HH-RLHF
-
-
 def dialogue(name: str, text: str) -> Messages:
     """The messages of a dialogue; what one side says twice in a row is one message."""
     before, *parts = TURN.split(text)

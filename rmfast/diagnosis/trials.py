@@ -107,9 +107,6 @@ def run(case: Case) -> Iterator[Finding]:
         yield pooling(case, rows)
 
 
-# --- rows and scores
-
-
 def token_rows(case: Case) -> tuple[Rows, str]:
     """The built-in conversations as tokens, and why the last that has none was refused.
 
@@ -184,9 +181,6 @@ def fp32_scores(case: Case, rows: Rows) -> Exact:
     except Exception:  # a model that cannot be copied may score all the same
         return None
     return scores(case, twin, rows)
-
-
-# --- what the scores say
 
 
 def judge(name: str, right: bool, what: str, advice: str, figures: dict) -> Finding:
@@ -284,8 +278,6 @@ def bulk_scores(case: Case, rows: list) -> np.ndarray:  # fp32 [len(rows)]
     with patching.patched(case.model):
         return Scorer(case.model, case.tokenizer).score(rows)
 
-
-# --- pooling rules
 
 RULES = {
     "hf": "Hugging Face and TRL (the last token that is not the pad token)",

@@ -89,7 +89,7 @@ class LikelihoodScorer(Scorer):
             done = [rows[i].size for i in piece.rows]
             self._ran(piece.stop - piece.start, len(done), sum(done))
 
-        self._forward.run_pieces(trie, take, self._budget, prune=False)
+        self._patch.overrides[0].run_pieces(trie, take, self._budget, prune=False)
         return [gain[path[row.start :]].sum() for path, row in zip(paths, rows, strict=True)]
 
 

@@ -120,7 +120,10 @@ class BulkScorer:
     def _windows(
         self, rows: Iterable[Tagged], progress: Progress
     ) -> Iterator[list[tuple[Any, Scored]]]:
-        windows = map(self._encoded, gathered(rows, self.window))
+        windows = (
+            ([tag for tag, _ in window], self._encode([row for _, row in window]))
+            for window in gathered(rows, self.window)
+        )
         with contextlib.closing(ahead(windows)) as encoded:
             for tags, window in encoded:
                 with _lock_of(self):
@@ -164,10 +167,6 @@ class BulkScorer:
             return
         with progress_bar(total=count, unit=" conversations") as bar:
             yield lambda conversations, tokens: bar.update(conversations)
-
-    def _encoded(self, window: list[Tagged]) -> tuple[list[Any], list[Any]]:
-        """The tags of a window, and what :meth:`_encode` makes of its rows."""
-        return [tag for tag, _ in window], self._encode([row for _, row in window])
 
     def _encode(self, window: list[list | RowError]) -> list[Any]:
         """Rows of token ids, each a list of arrays, or the RowError that says why it has none."""
@@ -227,8 +226,6 @@ def _sides(pair: Any) -> list[Conversation] | RowError:
         return RowError(f"a pair is (chosen, rejected) or a dict of the two, not this {kind}")
     return [Side(side) if isinstance(side, str) else side for side in pair]
 
-
-# --- one thread at a time
 
 # by object: a lock that was an attribute could be neither copied nor pickled
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()

@@ -100,11 +100,10 @@ class Errors(_Appended):
         super().__init__(self._path, None, mark, sys.stderr.buffer if path == STDOUT else None)
 
     def write(self, rows: Sequence[tuple[int | str, RowError]]) -> None:
-        lines = [
-            {"line": number, "reason": str(error)[:_REASON], "kind": error.kind}
-            for number, error in rows
-        ]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = ""
+        for number, error in rows:
+            line = {"line": number, "reason": str(error)[:_REASON], "kind": error.kind}
+            text += json.dumps(line, ensure_ascii=False) + "\n"
         if text:
             self.append(text.encode("utf-8", "backslashreplace"))
 
@@ -167,9 +166,6 @@ class Csv(_Appended):
 
     def finish(self) -> None:
         self.write([])  # of an empty file, the header
-
-
-# --- values
 
 
 def as_text(score: columns.Scores) -> str:

@@ -32,26 +32,18 @@ class Source:
             raise RowError(f'it has a "{taken}" already: --reward-column gives another name')
         return self.layout.conversations(row)
 
-    def column(self, name: str) -> list[Any]:
-        """The values of a column in the first rows."""
-        return [row.get(name) for row in self.rows]
-
     def check_columns(self, row: dict[str, Any]) -> None:
         """Raise RowError if the row has a column that the first rows do not have."""
         new = next((name for name in row if name not in self.names), None)
         if new is not None:
-            raise RowError(
-                f"{json.dumps(new)} is not among the columns of the first rows: {INSTEAD}"
-            )
+            words = "is not among the columns of the first rows"
+            raise RowError(f"{json.dumps(new)} {words}: {INSTEAD}")
 
 
 def look(options: ScoreOptions, reader: files.Reader) -> Source:
     """Find the columns of the conversations."""
-    named = {
-        field: name
-        for field in columns.FIELDS
-        if (name := getattr(options, f"{field}_column")) is not None
-    }
+    named = {field: getattr(options, f"{field}_column") for field in columns.FIELDS}
+    named = {field: name for field, name in named.items() if name is not None}
     choice = {"stem": options.reward_column, "cells": reader.format == "csv"}
     source = Source(reader, columns.choose(reader.columns or (), named, **choice), [])
     names = dict.fromkeys(reader.columns or ())

@@ -79,9 +79,9 @@ def output_path(options: ScoreOptions) -> Path:
 
 
 def report_path(options: ScoreOptions) -> Path | None:
-    if options.report is None and options.output != "-":
-        return beside(Path(options.output), "report.json")
-    return None if options.report is None else Path(options.report)
+    if options.report is not None:
+        return Path(options.report)
+    return None if options.output == "-" else beside(Path(options.output), "report.json")
 
 
 def shard(options: ScoreOptions) -> tuple[int, int]:
@@ -116,7 +116,12 @@ def first_state(path: Path, now: dict[str, Any], options: ScoreOptions) -> State
     report = report_path(options)
     new = State(now, report=report and str(report))
     file = beside(path, "state.json")
-    _check_foreign(path, file)
+    for foreign in (beside(path, "errors.jsonl"), beside(path, "parts")):
+        if foreign.exists() and not file.exists():
+            words = (
+                "is there, and no run for this output wrote it: move it, or name another --output"
+            )
+            raise UserError(f"{foreign} {words}")
     before = None if options.overwrite else stored(file, State)
     if options.report is not None and new.report != (before and before.report):
         check_paths({}, {"--report": report}, options.overwrite)
@@ -142,13 +147,3 @@ def first_state(path: Path, now: dict[str, Any], options: ScoreOptions) -> State
         raise UserError(f"{file} {words} {path} is gone: --overwrite starts again")
     before.report = new.report
     return before
-
-
-def _check_foreign(path: Path, state: Path) -> None:
-    """Raise UserError for files that this output would replace, and no run for it has written."""
-    for file in (beside(path, "errors.jsonl"), beside(path, "parts")):
-        if file.exists() and not state.exists():
-            raise UserError(
-                f"{file} is there, and no run for this output wrote it: move it, or name another "
-                "--output"
-            )

@@ -53,8 +53,6 @@ class Watch(TrainerCallback):
         trainer.watch = self
         trainer.add_callback(self)
 
-    # --- signals
-
     def __enter__(self) -> Watch:
         self._before = {}
         with contextlib.suppress(ValueError):  # not the main thread, which alone hears of signals
@@ -71,8 +69,6 @@ class Watch(TrainerCallback):
             raise KeyboardInterrupt
         self.stopped = True
         self._say("stopping after this step; a second signal stops at once")
-
-    # --- what the trainer calls
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._start, self._begun = time.perf_counter(), state.global_step
@@ -98,9 +94,12 @@ class Watch(TrainerCallback):
         self._write("train", state.global_step, tokens=int(logs["num_tokens"]), **line)
         if time.perf_counter() - self._said >= _PAUSE:
             accuracy = f", accuracy {logs['accuracy']:.0%}" if "accuracy" in logs else ""
+            step, steps = state.global_step, state.max_steps
+            seconds = (time.perf_counter() - self._start) / max(step - self._begun, 1)
+            left = datetime.timedelta(seconds=round(seconds * (steps - step)))
             self._say(
-                f"step {state.global_step:,} of {state.max_steps:,}: loss {logs['loss']:.4f}"
-                f"{accuracy}{self._left(state)}"
+                f"step {step:,} of {steps:,}: loss {logs['loss']:.4f}{accuracy}, {seconds:.2f} s a "
+                f"step, {left} left"
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -172,8 +171,6 @@ class Watch(TrainerCallback):
                     judged.add(scored.scores, scored.lengths, chosen)
         return judged
 
-    # --- what is shown
-
     def _write(self, kind: str, step: int, **figures: Any) -> dict[str, Any]:
         epoch = self.trainer.state.epoch or 0.0
         line = {"kind": kind, "step": step, "epoch": epoch, **figures}
@@ -185,12 +182,6 @@ class Watch(TrainerCallback):
     def _say(self, words: str) -> None:
         self._said = time.perf_counter()
         print(f"rmfast train: {words}", file=sys.stderr, flush=True)
-
-    def _left(self, state: Any) -> str:
-        done = state.global_step - self._begun
-        seconds = (time.perf_counter() - self._start) / max(done, 1)
-        left = datetime.timedelta(seconds=round(seconds * (state.max_steps - state.global_step)))
-        return f", {seconds:.2f} s a step, {left} left"
 
     def draw(self) -> None:
         """Draw the lines so far; a picture that cannot be drawn does not stop the training."""
