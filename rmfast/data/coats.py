@@ -23,15 +23,20 @@ from rmfast.errors import RowError
 
 TURNS = ("messages", "conversations", "conversation")  # columns of turns, and what wraps messages
 ASKED = ("prompt", "question", "instruction", "query")  # columns of what the user says
-_SYSTEM = ("system", "system_prompt", "system_message")
+_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+_ANSWERS = ("response", "responses", "completion", "completions", "choices", "output", "answer")
 _UNREAD = """input inputs instructions problem user_prompt context contexts background passage
     passages document documents history chat_history conversation_history dialog dialogue functions
-    image images audio audios video videos""".split()
+    image images audio audios video videos article post ctx ctxs few_shot knowledge attachments
+    user_input user_message user_query conversation_input chat""".split()
 _PROMPT = {*TURNS, *ASKED, *_SYSTEM, *_UNREAD}
 # how text begins that is a list or an object, in JSON or in Python; and one that is a conversation
-_OPENS = re.compile(r"""[\s\["']*[\[{]\s*\\*["']\w""")
+_QUOTE = r"""(?:\\*["'“”]|&quot;|&#34;)+"""
+_OPENS = re.compile(rf"""(?:\s|[\[("'\ufeff]|array\()*[\[{{(]\s*{_QUOTE}\w""")
 _KEYS = ("role", "content", "from", "value", "tools", *_SYSTEM, *TURNS)
-_BEGINS = re.compile(rf"""[\s\["']*\{{\s*\\*["'](?:{"|".join(_KEYS)})\\*["']\s*:""")
+_BEGINS = re.compile(
+    rf"""(?:\s|[\[("'\ufeff]|array\()*\{{\s*{_QUOTE}(?:{"|".join(_KEYS)}){_QUOTE}\s*:"""
+)
 _SPEAKERS = {"user", "assistant", "human", "gpt", "prompter"}
 
 
@@ -64,6 +69,9 @@ def uncoat(name: str, value: Any) -> tuple[Any, dict[str, Any]]:
         return [value], {}
     messages, given = uncoat(f'{name} "{key}"', value[key])
     messages = cleaned(f'{name} "{key}"', messages)
+    beside = next((x for x in _ANSWERS if not is_empty(value.get(x))), None)
+    if messages[-1]["role"] == "user" and beside is not None:
+        raise RowError(f'{name} "{key}" has no answer, and "{beside}" is beside it: join them')
     (messages,) = with_parts(value, {key}, [messages], name=f"{name} ")
     return messages, given_by(value) | given
 
@@ -72,7 +80,7 @@ def _parsed(name: str | None, value: Any) -> Any:
     """The conversation that a text is; any other value as it is. Without a name, nothing raises."""
     if not isinstance(value, str) or not _OPENS.match(value):
         return value
-    parsed = parse_text(value)
+    parsed = parse_text(value.lstrip("\ufeff"))
     if isinstance(parsed, str) and parsed != value:  # JSON of JSON
         parsed = _parsed(name, parsed)
     if not isinstance(parsed, str) and is_conversation(parsed):
@@ -92,7 +100,7 @@ def _has_turns(value: Any) -> bool:
         return answered or any(_has_turns(x) for x in value.values() if isinstance(x, list))
     words: list[Any] = []
     for item in value if isinstance(value, list) else ():
-        words += item[:1] if isinstance(item, list) else ()
+        words += item[:1] if isinstance(item, (list, tuple)) else ()
         words += [*item, *item.values()] if isinstance(item, Mapping) else ()
     return any(isinstance(word, str) and word.lower() in _SPEAKERS for word in words)
 

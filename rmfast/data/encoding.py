@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rmfast.data.coats import read_conversation
 from rmfast.data.form import Form, digest
-from rmfast.data.rendering import Renderer
+from rmfast.data.rendering import REASONED, Renderer
 from rmfast.data.values import (
     TURN,
     Chat,
@@ -19,6 +19,7 @@ from rmfast.data.values import (
     Side,
     as_messages,
     begun,
+    check_answer,
     dialogue,
     holds,
     is_whole,
@@ -122,15 +123,16 @@ class Encoder:
         return told
 
     def lost(self, conversations: Sequence[Any], ids: Sequence[np.ndarray]) -> RowError | None:
-        """Why two conversations cannot be compared: their ids are without what tells them apart."""
-        if len(ids) != 2 or not np.array_equal(*ids) or conversations[0] == conversations[1]:
-            return None
-        if "</think>" not in str(conversations):
-            return None
-        return RowError(
-            "both conversations have the same tokens: they differ in reasoning that the chat "
-            "template leaves out"
-        )
+        """Why conversations cannot be compared: ids of two are without what tells them apart."""
+        first: dict[bytes, Any] = {}
+        for conversation, row in zip(conversations, ids, strict=True):
+            other = first.setdefault(row.tobytes(), conversation)
+            if other != conversation and REASONED.search(f"{other} {conversation}"):
+                return RowError(
+                    "two conversations have the same tokens: they differ in reasoning that the "
+                    "chat template leaves out"
+                )
+        return None
 
     def about(self) -> dict[str, Any]:
         """How conversations become tokens, for reports."""
@@ -242,6 +244,7 @@ class Encoder:
             if not holds(response, prompt):
                 raise RowError("the response is a whole conversation without the prompt")
             return self._render(response, given)
+        check_answer("the response", response, before)
         return self._render(before + after, given)
 
     def _render(

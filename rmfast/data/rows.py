@@ -24,6 +24,7 @@ from rmfast.data.values import (
     Chat,
     Messages,
     Side,
+    check_answer,
     check_number,
     check_text,
     holds,
@@ -192,6 +193,8 @@ class RowReader:
         """Whether the answers begin with the prompt; RowError where only some do."""
         begin = [is_whole(x) or (isinstance(before, list) and holds(x, before)) for _, x in answers]
         if not any(begin):
+            for answer, value in answers:
+                check_answer(answer, value, before)
             return False
         for (answer, value), whole in zip(answers, begin, strict=True):
             if not whole:

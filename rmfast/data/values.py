@@ -19,6 +19,8 @@ TURN = re.compile(r"\n\n(Human|Assistant):")  # where a turn of HH-RLHF's dialog
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
 ROLES |= {"human": "user", "gpt": "assistant"}  # as in ShareGPT
+# content in parts, written out
+_PARTS = re.compile(r"""\s*\[\s*\{\s*["']type["']\s*:\s*["'](text|image|image_url)["']""")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def parse_text(text: str) -> Any:
     except (ValueError, RecursionError):
         pass
     with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return ast.literal_eval(text.strip())
+        found = ast.literal_eval(text.strip())
+        return list(found) if isinstance(found, tuple) else found
     return text
 
 
@@ -179,6 +182,8 @@ def _message(name: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RowError(f"{name} must be an object with role and content, not {kind_of(message)}")
     null = [key for key in message if message[key] is None]
+    if isinstance(message.get("tool_calls"), str):
+        message = {**message, "tool_calls": parse_text(message["tool_calls"])}
     message = without_nulls(message)
     if "role" not in message and "from" in message:
         role, content = message.pop("from"), message.pop("value", None)
@@ -191,9 +196,9 @@ def _message(name: str, message: Any) -> dict[str, Any]:
         how = "null" if missing in null else "missing"
         raise RowError(f'{name}: "{missing}" must be text, is {how}')
     check_text(f'{name}: "role"', role)
-    message["role"] = ROLES.get(role, role)
-    if isinstance(message.get("tool_calls"), str):
-        message["tool_calls"] = parse_text(message["tool_calls"])
+    message["role"] = ROLES.get(role.lower(), role)
+    if isinstance(content, str) and _PARTS.match(content):
+        content = parse_text(content)
     if isinstance(content, list):
         content = message["content"] = _joined(f'{name}: "content"', content)
     if content is not None:
@@ -213,12 +218,13 @@ def _joined(name: str, parts: list[Any]) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without keys that are null, at any depth.
+    """The value without keys that are null, and without empty ``tool_calls``, at any depth.
 
     Arrow gives every message, and every object within one, the keys of all.
     """
     if isinstance(value, Mapping):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+        kept = {k: v for k, v in value.items() if v is not None and (k, v) != ("tool_calls", [])}
+        return {k: without_nulls(v) for k, v in kept.items()}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
@@ -243,6 +249,16 @@ def holds(conversation: str | Messages, part: Any) -> bool:
     begin = next((i for i, role in enumerate(roles) if role in ("user", "assistant")), len(roles))
     last = len(conversation) - len(part)  # something must come after it
     return any(conversation[i : i + len(part)] == part for i in range(min(begin + 1, last)))
+
+
+def check_answer(name: str, answer: str | Messages, prompt: str | Messages) -> None:
+    """See that messages after a prompt do not say it again: they might be a whole conversation."""
+    last = as_messages("user", prompt)[-1]
+    if isinstance(answer, list) and last["role"] == "user" and last in answer:
+        raise RowError(
+            f"{name} begins with an answer and has the prompt in it, which would be scored twice: "
+            "take the prompt away if it is a whole conversation"
+        )
 
 
 def dialogue(name: str, text: str) -> Messages:
