@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -212,21 +212,26 @@ def write_whole(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def told_to_stop() -> Iterator[None]:
+def handling(handler: Callable[..., None], *numbers: int) -> Iterator[None]:
+    """Let a function handle these signals."""
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread, which alone hears of signals
+        for number in numbers:
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, other in before.items():
+            signal.signal(number, other)
+
+
+def told_to_stop() -> contextlib.AbstractContextManager[None]:
     """Let SIGTERM end the run as Ctrl-C does."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread, the only one that receives signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return handling(stop, signal.SIGTERM)
 
 
 def interrupted(command: str, what_is_kept: str = "") -> int:

@@ -51,6 +51,16 @@ def read_conversation(name: str, value: Any, empty: bool = False) -> str | Messa
     return Chat(value, given) if given else value
 
 
+def unwrapped(name: str, value: Any, given: dict[str, Any]) -> Any:
+    """The conversation of a Chat, of which the rest is put into ``given``; others as they are."""
+    if not isinstance(value, Chat):
+        return value
+    for key, more in value.given.items():
+        if given.setdefault(key, more) != more:
+            raise RowError(f'{name} has another "{key}" than the rest of the row')
+    return value.conversation
+
+
 def uncoat(name: str, value: Any) -> tuple[Any, dict[str, Any]]:
     """A conversation without what it comes in, and what that gives the chat template.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from rmfast.data.coats import read_conversation
+from rmfast.data.coats import read_conversation, unwrapped
 from rmfast.data.form import Form, digest
 from rmfast.data.rendering import REASONED, Renderer
 from rmfast.data.values import (
@@ -324,13 +324,10 @@ class Encoder:
 
 def _uncoated(name: str, value: Any, given: dict[str, Any]) -> Any:
     """A conversation without its coat, of which the rest is put into ``given``."""
-    if isinstance(value, Chat):
-        given |= value.given
-        value = value.conversation
+    value = unwrapped(name, value, given)
     if isinstance(value, tuple):
         return value
-    found = read_conversation(name, value)
-    return _uncoated(name, found, given) if isinstance(found, Chat) else found
+    return unwrapped(name, read_conversation(name, value), given)
 
 
 def _has_turns(value: Any) -> bool:

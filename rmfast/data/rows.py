@@ -18,6 +18,7 @@ from rmfast.data.coats import (
     is_conversation,
     is_message,
     read_conversation,
+    unwrapped,
     with_parts,
 )
 from rmfast.data.values import (
@@ -148,9 +149,9 @@ class RowReader:
             used: columns that were read.
         """
         given = given_by(record)
-        answers = [(x, _unwrapped(x, answer, given)) for x, answer in answers]
+        answers = [(x, unwrapped(x, answer, given)) for x, answer in answers]
         name, before = self._prompt(record, answers, prompt)
-        before = _unwrapped(f'"{name}"', before, given)
+        before = unwrapped(f'"{name}"', before, given)
         if before is not None and self._are_whole(answers, name, before):
             before = None
         if before is None and len({isinstance(answer, str) for _, answer in answers}) > 1:
@@ -296,16 +297,6 @@ def value_of(name: str, record: Mapping[str, Any]) -> Any:
             raise RowError(f'"{name}" is missing: there are {", ".join(map(str, record))}')
         value = value[part]
     return value
-
-
-def _unwrapped(name: str, value: Any, given: dict[str, Any]) -> Any:
-    """The conversation of a Chat, of which the rest is put into ``given``; others as they are."""
-    if not isinstance(value, Chat):
-        return value
-    for key, more in value.given.items():
-        if given.setdefault(key, more) != more:
-            raise RowError(f'{name} has another "{key}" than the rest of the row')
-    return value.conversation
 
 
 def _is_blank(value: Any) -> bool:

@@ -8,9 +8,11 @@ state of the last complete checkpoint of its own: its weights are the same, to t
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from rmfast.errors import UserError
 from rmfast.evaluate import show
 from rmfast.resume import (
     digest,
+    handling,
     interrupted,
     locked,
     make_folder,
@@ -192,11 +195,8 @@ def _check(options: TrainOptions) -> None:
                 f"--report-to {', '.join(sorted(missing))}: it is not installed, or unknown to "
                 f"transformers (there is: {', '.join(there) or 'nothing'})"
             )
-    if options.lora_rank is not None:
-        try:
-            import peft  # noqa: F401 (found now, not after the data)
-        except ImportError:
-            raise UserError("--lora-rank needs PEFT: pip install peft") from None
+    if options.lora_rank is not None and importlib.util.find_spec("peft") is None:
+        raise UserError("--lora-rank needs PEFT: pip install peft")
 
 
 def _resolved(options: TrainOptions) -> TrainOptions:
@@ -292,7 +292,7 @@ def _versions(before: dict[str, str] | None) -> dict[str, str]:
 def _train(trainer: fit.Trainer, watch: Watch, folder: Path, checkpoint: str | None) -> bool:
     """Whether the training came to its end, and was not interrupted."""
     try:
-        with watch, saving(folder):
+        with handling(watch.stop, signal.SIGINT, signal.SIGTERM), saving(folder):
             fit.train(trainer, checkpoint)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -29,10 +28,9 @@ COMPLETE = "complete.json"  # in a checkpoint of which nothing is missing
 
 
 class Watch(TrainerCallback):
-    """Metrics, checkpoints, progress and signals of a run, which lasts as long as a ``with``.
+    """Metrics, checkpoints and progress of a run: a callback of ``trainer``.
 
-    It becomes a callback of ``trainer``. Metrics after ``step``, where the run goes on, are
-    forgotten.
+    Metrics after ``step``, where the run goes on, are forgotten.
     """
 
     def __init__(
@@ -53,18 +51,8 @@ class Watch(TrainerCallback):
         trainer.watch = self
         trainer.add_callback(self)
 
-    def __enter__(self) -> Watch:
-        self._before = {}
-        with contextlib.suppress(ValueError):  # not the main thread, which alone hears of signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._stop)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stop(self, *_: object) -> None:
+    def stop(self, *_: object) -> None:
+        """Stop after this step: the handler of a signal."""
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
