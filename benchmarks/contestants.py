@@ -542,10 +542,14 @@ def _rows(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
             pairs = embedded.pairs("held-out")
         else:
             pairs = data.preferences(args.data, ranks="pairs").records
-        encode = Encoder(tokenizer).pair
-        return [row for pair in pairs[: args.pairs] for row in encode(pair)]
+        encode = Encoder(tokenizer)
+        rows = [(pair.where, row) for pair in pairs[: args.pairs] for row in encode(pair.whole())]
     except errors.DataError as error:
         raise SystemExit(str(error)) from None
+    for where, row in rows:
+        if isinstance(row, errors.RowError):
+            raise SystemExit(f"{where}: {row.reason}")
+    return [row.tolist() for _, row in rows]
 
 
 # --- the table and the CSV file

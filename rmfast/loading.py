@@ -72,9 +72,16 @@ def load(
             name, auto, tokenizer, remote, adapter, dtype=dtype, **labels
         )
         model = placed(model, device)
-    if check:
-        _refuse_random_scores(name, model, missing, task)
+    if check and missing:
+        kind = "reward" if task == "reward" else "language"
+        raise UserError(
+            f"{name} has no {first_names(missing)}: it would be random, and so would the scores; "
+            f"name the checkpoint of a {kind} model"
+        )
     if check and task == "reward":
+        labels = model.config.num_labels
+        if labels != 1:
+            raise UserError(f"{name} has {labels} labels: a reward model has one score")
         refuse_other_outputs(name, model, found)
     return Loaded(model, found, missing)
 
@@ -100,16 +107,13 @@ def read_checkpoint(
     adapter: str | None,
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str], list[str]]:
-    """The model of a checkpoint or of an adapter, and its tokenizer or another.
+    """Model, tokenizer, the parameters that the checkpoint lacks, and those that are not used.
 
     Args:
         auto: one of transformers' auto classes.
         remote: ``revision`` and ``trust_remote_code``.
         adapter: what :func:`adapter_folder` gives.
         options: more of ``from_pretrained``.
-
-    Returns:
-        Model, tokenizer, the parameters that the checkpoint lacks, and those that are not used.
     """
     from transformers import AutoTokenizer
 
@@ -151,18 +155,8 @@ def load_adapter(
     """The model that a PEFT adapter was made for, with the adapter merged into it.
 
     The embeddings get as many rows as the adapter saved. A quantised model would be rounded by
-    merging: it keeps the adapter beside its weights.
-
-    Args:
-        auto: one of transformers' auto classes.
-        options: of its ``from_pretrained``.
-
-    Returns:
-        The model, parameters that neither model nor adapter has, and those of the model's
-        checkpoint that are not used.
-
-    Raises:
-        UserError: PEFT is not installed, or the adapter has what the model has no place for.
+    merging: it keeps the adapter beside its weights. Returned with it are the parameters that
+    neither model nor adapter has, and those of the model's checkpoint that are not used.
     """
     try:
         import peft
@@ -179,10 +173,7 @@ def load_adapter(
             "(base_model_name_or_path)"
         )
     base, keys = auto.from_pretrained(
-        under,
-        revision=settings.revision,
-        output_loading_info=True,
-        **options,
+        under, revision=settings.revision, output_loading_info=True, **options
     )
     Form.hand_on(folder, base.config)
     weights = peft.utils.load_peft_weights(folder, device="cpu")
@@ -222,11 +213,7 @@ def _has_part(keys: Iterable[str], names: Iterable[str]) -> bool:
 
 @contextlib.contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Say in a sentence why a model cannot be loaded, whatever a library or its own code raises.
-
-    Raises:
-        UserError: in place of any other error.
-    """
+    """Say in a sentence why a model cannot be loaded, whatever a library or its own code raises."""
     try:
         yield
     except UserError:
@@ -297,11 +284,7 @@ def placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
 
 
 def usable_device(name: str | None) -> str:
-    """The device of that name, or the default.
-
-    Raises:
-        UserError: nothing can be put on it.
-    """
+    """The device of that name, or the default; UserError: nothing can be put on it."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=name).item()
@@ -332,11 +315,7 @@ def first_names(names: list[str]) -> str:
 def refuse_other_outputs(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Refuse a checkpoint's own code that gives something else than a score.
-
-    Raises:
-        UserError: what it gives instead.
-    """
+    """Refuse a checkpoint's own code that gives something else than a score."""
     if not type(model).__module__.startswith("transformers_modules."):
         return
     inputs = tokenizer("one, two, three", return_tensors="pt").to(model.device)
@@ -348,17 +327,4 @@ def refuse_other_outputs(
         raise UserError(
             f"{name}: the forward of {type(model).__name__} gives {given} for one conversation: "
             "let it return an output with logits [B, 1], as sequence classifiers do"
-        )
-
-
-def _refuse_random_scores(name: str, model: PreTrainedModel, missing: list[str], task: str) -> None:
-    if missing:
-        kind = "reward" if task == "reward" else "language"
-        raise UserError(
-            f"{name} has no {first_names(missing)}: it would be random, and so would the scores; "
-            f"name the checkpoint of a {kind} model"
-        )
-    if task == "reward" and model.config.num_labels != 1:
-        raise UserError(
-            f"{name} has {model.config.num_labels} labels: a reward model has one score"
         )

@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -28,9 +28,6 @@ _FULL_DISK = ("Error while serializing", "unexpected pos", "PytorchStreamWriter 
 _MODELS = ("--model", "--ref-model", "--tokenizer")
 
 
-# --- paths
-
-
 def check_paths(inputs: dict[str, Any], outputs: dict[str, Any], overwrite: bool) -> None:
     """See that no two paths of a command meet, and that nothing is lost that exists.
 
@@ -38,10 +35,6 @@ def check_paths(inputs: dict[str, Any], outputs: dict[str, Any], overwrite: bool
         inputs, outputs: paths by the names of their options, ``"--input"``; None: not given. An
             input may be a pattern, several paths with commas between them, or a name on the hub.
         overwrite: outputs may be there: they may be replaced, or are checked elsewhere.
-
-    Raises:
-        UserError: an output is an input or another output, lies in the folder of an input, or is
-            there already.
     """
     places = [(name, place) for name, value in inputs.items() for place in _places(value)]
     for name, value in outputs.items():
@@ -91,10 +84,7 @@ def make_folder(folder: Path, inputs: dict[str, Any]) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Keep other processes from writing an output, a file or a folder that is there.
 
-    The lock ends with its process, however that ends.
-
-    Raises:
-        UserError: another process has it.
+    The lock ends with its process, however that ends. UserError: another process has it.
     """
     name = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     with saving(path):
@@ -108,9 +98,8 @@ def locked(path: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError, FileNotFoundError):
             is_ours = False  # not found: another run has ended, and deleted it, just now
         except (OSError, ImportError) as error:
-            print(
-                f"! {path} cannot be locked ({error}): let no other run write it", file=sys.stderr
-            )
+            warning = f"! {path} cannot be locked ({error}): let no other run write it"
+            print(warning, file=sys.stderr)
             is_ours = True
         if not is_ours:
             file.seek(0)
@@ -126,15 +115,8 @@ def locked(path: Path) -> Iterator[None]:
             name.unlink(missing_ok=True)
 
 
-# --- the state of a run
-
-
 def stored(file: Path, kind: type[State]) -> State | None:
-    """The state that an earlier run left in ``file``; None: there is no such file.
-
-    Args:
-        kind: a dataclass, whose fields the file holds as JSON.
-    """
+    """The dataclass that an earlier run left in ``file`` as JSON; None: there is no such file."""
     try:
         return kind(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -195,9 +177,6 @@ def versions(*names: str) -> dict[str, str]:
     return found
 
 
-# --- writing
-
-
 @contextlib.contextmanager
 def saving(path: Path, advice: str = "; --resume continues from what is saved") -> Iterator[None]:
     """Turn an error of the disk into a UserError that names the file, or else ``path``."""
@@ -224,28 +203,38 @@ def put_in_place(beside: Path, path: Path) -> None:
 
 
 def write_whole(path: Path, value: Any) -> None:
-    """Replace a file by this JSON, at one moment."""
+    """Replace a file by this text, or by this value as JSON, at one moment."""
+    if not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    beside.write_text(value, encoding="utf-8")
     put_in_place(beside, path)
 
 
-# --- signals
-
-
 @contextlib.contextmanager
-def told_to_stop() -> Iterator[None]:
+def handling(handler: Callable[..., None], *numbers: int) -> Iterator[None]:
+    """Let a function handle these signals."""
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread, which alone hears of signals
+        for number in numbers:
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, other in before.items():
+            signal.signal(number, other)
+
+
+def told_to_stop() -> contextlib.AbstractContextManager[None]:
     """Let SIGTERM end the run as Ctrl-C does."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread, the only one that receives signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return handling(stop, signal.SIGTERM)
+
+
+def interrupted(command: str, what_is_kept: str = "") -> int:
+    """Say that a command was interrupted; returns its exit code."""
+    print(f"\nrmfast {command}: interrupted{what_is_kept}", file=sys.stderr)
+    return 130

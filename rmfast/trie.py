@@ -177,11 +177,15 @@ def _check(lengths: np.ndarray, tokens: np.ndarray, positions: np.ndarray | None
             raise ValueError(f"row {row} has {name} id {ids[bad]}; need 0 <= id < 2**31")
 
 
+def shared_length(rows: Sequence[np.ndarray]) -> int:
+    """How many tokens all rows begin with."""
+    least = min(row.size for row in rows)
+    differ = [row[:least] != rows[0][:least] for row in rows]
+    return int(np.append(np.any(differ, 0), True).argmax())
+
+
 def _sort(
-    tokens: np.ndarray,
-    positions: np.ndarray | None,
-    offsets: np.ndarray,
-    lengths: np.ndarray,
+    tokens: np.ndarray, positions: np.ndarray | None, offsets: np.ndarray, lengths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lexicographic order of the rows, and how many tokens each shares with the row before it."""
     # Any order that puts equal prefixes together will do, so rows are compared as raw bytes.

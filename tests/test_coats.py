@@ -68,6 +68,13 @@ COATS: dict[str, Callable[[list], Any]] = {
     "ShareGPT's roles": renamed,
     "parts": in_parts,
     "parts as JSON": lambda x: json.dumps(in_parts(x)),
+    "parts written out": lambda x: [
+        {**m, "content": json.dumps(in_parts([m])[0]["content"])} for m in x
+    ],
+    "roles in capitals": lambda x: [{**message, "role": message["role"].title()} for message in x],
+    "a byte order mark": lambda x: "\ufeff" + json.dumps(x),
+    "a tuple": lambda x: repr(tuple(x)),
+    "no calls": lambda x: [{**message, "tool_calls": []} for message in x],
     "nulls": lambda x: [{**message, "name": None, "tool_calls": None} for message in x],
     "nulls as Python": lambda x: repr([{"refusal": None, **message} for message in x]),
 }
@@ -170,6 +177,11 @@ def test_text_that_cannot_be_messages_is_text(text):
         ("[['user', 'x'], ['assistant', 'y']]", "seems to be a conversation"),
         ('{"turns": [{"human": "x", "bot": "y"}]}', "seems to be a conversation"),
         ('{"prompt": "x", "response": "y"}', "seems to be a conversation"),
+        ("array([{'role': 'user', 'content': 'x'}], dtype=object)", "seems to be a conversation"),
+        ('[{""role"": ""user"", ""content"": ""x""}]', "seems to be a conversation"),  # CSV of CSV
+        ("[{&quot;role&quot;: &quot;user&quot;}]", "seems to be a conversation"),
+        ("(('user', 'x'), ('assistant', 'y'))", "seems to be a conversation"),
+        ({"messages": [ASK], "choices": [{"message": YES}]}, '"messages" has no answer, and "cho'),
         ('[{"role": "user"}]', '"chosen" message 0: "content" must be text, is missing'),
         ('[{"role": "user", "content": 3}]', '"chosen" message 0: "content" must be text, is a n'),
         ([{"from": "gpt", "value": None}], 'message 0: "content" must be text, is missing'),
@@ -277,6 +289,9 @@ def test_a_system_prompt_comes_before_whole_conversations():
     "record, column",
     [
         ({"prompt": "p", "context": "c"}, "context"),
+        ({"prompt": "p", "Article": "c"}, "Article"),
+        ({"user_query": "p"}, "user_query"),
+        ({"chat": [ASK]}, "chat"),
         ({"prompt": "p", "History": [["a", "b"]]}, "History"),
         ({"prompt": "p", "images": ["x.png"]}, "images"),
         ({"prompt": "p", "documents": [{"text": "d"}]}, "documents"),
@@ -316,8 +331,12 @@ def test_a_prompt_beside_whole_conversations_must_be_in_them():
                 RowReader().read({"prompt": prompt, **sides}, "pair")
         with pytest.raises(RowError, match='"rejected" is no whole conversation'):
             RowReader().read({"prompt": "is it", **sides, "rejected": [NO]}, "pair")
-    goes_on = {"prompt": [ASK], "chosen": [YES, ASK, NO], "rejected": [NO, ASK, NO]}
-    assert every_reader(goes_on)[0] == ([ASK], [YES, ASK, NO])
+    more = says("user", "more")
+    goes_on = {"prompt": [ASK], "chosen": [YES, more, NO], "rejected": [NO, more, NO]}
+    assert every_reader(goes_on)[0] == ([ASK], [YES, more, NO])
+    for prompt in (ASK["content"], [ASK], [SYSTEM, ASK]):
+        with pytest.raises(RowError, match='"chosen" begins with an answer and has the prompt'):
+            RowReader().read({"prompt": prompt, "chosen": [YES, ASK, NO], "rejected": [NO]}, "pair")
     text = {"prompt": "\n\nHuman: q\n\nAssistant:", "rejected": "\n\nHuman: q\n\nAssistant: b"}
     row = RowReader().read({**text, "chosen": "\n\nHuman: q\n\nAssistant: a"}, "pair")
     assert row.prompt is None

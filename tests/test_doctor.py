@@ -586,7 +586,7 @@ def test_half_precision_is_held_against_fp32(sound, dtype):
 
 
 def test_no_room_for_an_fp32_copy(sound, monkeypatch):
-    monkeypatch.setattr(trials, "free_memory", lambda model: 0)
+    monkeypatch.setattr(trials.memory, "free_bytes", lambda device: 0)
     found = rmfast.doctor(copy.deepcopy(sound).bfloat16(), tokenizer())
     for name in ("parity", "padding"):
         assert named(found, name).status == "note"

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import tiny
-from rmfast.data import Pair
 from rmfast.data.encoding import Encoder
 from rmfast.data.form import Form, digest
 from rmfast.data.values import Side
@@ -162,25 +161,6 @@ def test_text_that_is_tokenised():
     assert encode.text(letters("plain")) == "plain"
     with pytest.raises(RowError):
         encode.text("")
-
-
-# --- preference pairs
-
-
-def test_pairs():
-    encode = Encoder(tiny.tokenizer(adds_bos=True)).pair
-    assert encode(Pair("yes", "no", "hé")) == tuple([BOS, *letters(x)] for x in ("héyes", "héno"))
-    chosen, rejected = encode(Pair(TALK[1:], [*TALK, *TALK], TALK[:1]))
-    assert chosen == [BOS, *tiny.tokenizer().apply_chat_template(TALK)["input_ids"]]
-    assert len(rejected) > len(chosen)
-
-
-def test_a_pair_that_cannot_be_encoded_is_named():
-    with pytest.raises(DataError, match=r"^pairs\.jsonl:3: .* no chat template .*--chat-template"):
-        Encoder(tiny.tokenizer(template=False)).pair(Pair(TALK, TALK, where="pairs.jsonl:3"))
-    robot = [{"role": "robot", "content": "x"}]
-    with pytest.raises(DataError, match=r'^x:1: "rejected": the chat template refuses .*no such'):
-        Encoder(tiny.tokenizer()).pair(Pair(TALK, robot, where="x:1"))
 
 
 # --- the form of a training

@@ -89,10 +89,60 @@ def test_two_answers_that_differ_in_lost_reasoning_are_not_compared():
     sides = [turns(("user", "2?"), ("assistant", f"<think>{x}</think>Yes.")) for x in "ab"]
     assert "reasoning" in encode.lost(sides, encode(sides)).reason
     assert encode.lost(sides[:1] * 2, encode(sides[:1] * 2)) is None  # a tie
+    several = [turns(("user", "2?"), ("assistant", "No.")), *sides]
+    assert "reasoning" in encode.lost(several, encode(several)).reason
     assert encode.lost(["a", "b"], encode(["a", "b"])) is None
     assert encode.told() == [
-        "the chat template left out the reasoning before </think>: 4 conversations"
+        "the chat template left out the reasoning before </think>: 6 conversations"
     ]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_that_has_a_key_of_its_own(key):
+    tokenizer = tiny.tokenizer()
+    sides = [[*turns(("user", "2?")), {**SHORT[1], key: f"well {x}"}] for x in "ab"]
+    encode = Encoder(tokenizer)
+    assert "reasoning" in encode.lost(sides, encode(sides)).reason
+    assert encode.told() == [
+        "the chat template left out the reasoning of a message: 2 conversations"
+    ]
+    tokenizer.chat_template = TURNS.replace("m.content", f"m.{key} }}}}{{{{ m.content")
+    encode = Encoder(tokenizer)
+    assert encode.lost(sides, encode(sides)) is None and encode.told() == []
+
+
+MARKS = {
+    "of the role": TURNS.replace("<{{ m.role }}>", "{{ '<|' + m.role + '|>' }}") + "</s>",
+    "[INST]": "{{ bos_token }}{% for m in messages %}"
+    "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content }}{% endfor %}",
+    "Alpaca's": "{% for m in messages %}### {{ 'Input' if m.role == 'user' else 'Response' }}:\n"
+    "{{ m.content }}\n\n{% endfor %}",
+    "Vicuna's": "Be kind. " + TURNS.replace("<{{ m.role }}>", "{{ m.role | upper }}: "),
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_text_that_was_templated_already(name):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = MARKS[name]
+    templated = tokenizer.apply_chat_template(SHORT[:1], tokenize=False).removeprefix("<s>")
+    templated = templated.removeprefix("Be kind. ") + {
+        "Alpaca's": "### Response:",
+        "Vicuna's": "ASSISTANT:",
+    }.get(name, "")
+    refused, fine = Encoder(tokenizer)([(templated, "so"), ("see [INST] or USER: ### Input", "so")])
+    assert "which the chat template writes itself" in refused.reason
+    assert not isinstance(fine, RowError)
+    for options in ({"special_tokens": True}, {"chat": False}):
+        assert not isinstance(Encoder(tokenizer, **options)([(templated, "so")])[0], RowError)
+
+
+def test_special_tokens_in_a_call():
+    call = {"function": {"name": "f", "arguments": {"x": "</s>"}}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    (refused,) = Encoder(tiny.tokenizer())([[*SHORT[:1], turn]])
+    assert 'turn 1 (assistant) has "</s>"' in refused.reason
 
 
 @pytest.mark.parametrize("token", ["<s>", "</s>", "<|end|>"])

@@ -12,6 +12,7 @@ from rmfast.packed import step as packed_step
 from rmfast.train import batches as train_batches
 from rmfast.train import objective as train_objective
 from rmfast.train import sampler as train_sampler
+from rmfast.trie import shared_length
 
 IDS = st.lists(st.integers(1, 4), min_size=1, max_size=9)
 
@@ -149,7 +150,7 @@ def test_an_example_over_budget_is_named():
 
 def test_common_prefix():
     rows = [np.array(row) for row in ([1, 2, 3], [1, 2, 4], [1, 2], [5])]
-    assert [train_batches.shared_length(rows[0], row) for row in rows] == [3, 2, 2, 0]
+    assert [shared_length([rows[0], row]) for row in rows] == [3, 2, 2, 0]
 
 
 # --- the loss of a packed batch

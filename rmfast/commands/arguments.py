@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import sys
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rmfast.arguments import Options, flag, kind_of
+from rmfast.resume import interrupted
 
 # an option may be written with _ for -, as RewardBench has them
 SETTINGS = {"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 100}
@@ -53,8 +53,7 @@ def interruptible(name: str, work: Callable[[], int | None]) -> int | None:
     try:
         return work()
     except KeyboardInterrupt:  # typer would say nothing
-        print(f"\nrmfast {name}: interrupted", file=sys.stderr)
-        return 130
+        return interrupted(name)
 
 
 def parameter(options: type[Options], field: dataclasses.Field) -> inspect.Parameter:

@@ -23,37 +23,42 @@ from rmfast.errors import RowError
 
 TURNS = ("messages", "conversations", "conversation")  # columns of turns, and what wraps messages
 ASKED = ("prompt", "question", "instruction", "query")  # columns of what the user says
-_SYSTEM = ("system", "system_prompt", "system_message")
+_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+_ANSWERS = ("response", "responses", "completion", "completions", "choices", "output", "answer")
 _UNREAD = """input inputs instructions problem user_prompt context contexts background passage
     passages document documents history chat_history conversation_history dialog dialogue functions
-    image images audio audios video videos""".split()
+    image images audio audios video videos article post ctx ctxs few_shot knowledge attachments
+    user_input user_message user_query conversation_input chat""".split()
 _PROMPT = {*TURNS, *ASKED, *_SYSTEM, *_UNREAD}
 # how text begins that is a list or an object, in JSON or in Python; and one that is a conversation
-_OPENS = re.compile(r"""[\s\["']*[\[{]\s*\\*["']\w""")
+_QUOTE = r"""(?:\\*["'“”]|&quot;|&#34;)+"""
+_OPENS = re.compile(rf"""(?:\s|[\[("'\ufeff]|array\()*[\[{{(]\s*{_QUOTE}\w""")
 _KEYS = ("role", "content", "from", "value", "tools", *_SYSTEM, *TURNS)
-_BEGINS = re.compile(rf"""[\s\["']*\{{\s*\\*["'](?:{"|".join(_KEYS)})\\*["']\s*:""")
+_BEGINS = re.compile(
+    rf"""(?:\s|[\[("'\ufeff]|array\()*\{{\s*{_QUOTE}(?:{"|".join(_KEYS)}){_QUOTE}\s*:"""
+)
 _SPEAKERS = {"user", "assistant", "human", "gpt", "prompter"}
 
 
 def read_conversation(name: str, value: Any, empty: bool = False) -> str | Messages | Chat:
     """Text, or messages as chat templates take them, of a conversation in any coat.
 
-    Coats are those that :func:`uncoat` takes off; see :func:`rmfast.data.values.cleaned`, too.
-
-    Args:
-        name: what the value is called in an error.
-        value: as it is in a row.
-        empty: whether it may be empty.
-
-    Returns:
-        A :class:`Chat` where its coat has ``tools`` or ``chat_template_kwargs``.
-
-    Raises:
-        RowError: it is something else; the reason begins with ``name``.
+    A :class:`Chat` where its coat has ``tools`` or ``chat_template_kwargs``. Coats are those that
+    :func:`uncoat` takes off; for the other arguments see :func:`rmfast.data.values.cleaned`.
     """
     value, given = uncoat(name, value)
     value = cleaned(name, value, empty)
     return Chat(value, given) if given else value
+
+
+def unwrapped(name: str, value: Any, given: dict[str, Any]) -> Any:
+    """The conversation of a Chat, of which the rest is put into ``given``; others as they are."""
+    if not isinstance(value, Chat):
+        return value
+    for key, more in value.given.items():
+        if given.setdefault(key, more) != more:
+            raise RowError(f'{name} has another "{key}" than the rest of the row')
+    return value.conversation
 
 
 def uncoat(name: str, value: Any) -> tuple[Any, dict[str, Any]]:
@@ -61,10 +66,8 @@ def uncoat(name: str, value: Any) -> tuple[Any, dict[str, Any]]:
 
     Messages may be text (JSON, or as Python writes them), all or each; one may stand alone; and
     an object with ``messages`` or ``conversations`` may be around them, with ``tools``,
-    ``chat_template_kwargs`` and ``system`` beside. Other values stay as they are.
-
-    Raises:
-        RowError: it seems to be a conversation that cannot be read.
+    ``chat_template_kwargs`` and ``system`` beside. Other values stay as they are; what seems to be
+    a conversation and cannot be read is a RowError.
     """
     value = _parsed(name, value)
     if isinstance(value, list):
@@ -76,6 +79,9 @@ def uncoat(name: str, value: Any) -> tuple[Any, dict[str, Any]]:
         return [value], {}
     messages, given = uncoat(f'{name} "{key}"', value[key])
     messages = cleaned(f'{name} "{key}"', messages)
+    beside = next((x for x in _ANSWERS if not is_empty(value.get(x))), None)
+    if messages[-1]["role"] == "user" and beside is not None:
+        raise RowError(f'{name} "{key}" has no answer, and "{beside}" is beside it: join them')
     (messages,) = with_parts(value, {key}, [messages], name=f"{name} ")
     return messages, given_by(value) | given
 
@@ -84,7 +90,7 @@ def _parsed(name: str | None, value: Any) -> Any:
     """The conversation that a text is; any other value as it is. Without a name, nothing raises."""
     if not isinstance(value, str) or not _OPENS.match(value):
         return value
-    parsed = parse_text(value)
+    parsed = parse_text(value.lstrip("\ufeff"))
     if isinstance(parsed, str) and parsed != value:  # JSON of JSON
         parsed = _parsed(name, parsed)
     if not isinstance(parsed, str) and is_conversation(parsed):
@@ -104,7 +110,7 @@ def _has_turns(value: Any) -> bool:
         return answered or any(_has_turns(x) for x in value.values() if isinstance(x, list))
     words: list[Any] = []
     for item in value if isinstance(value, list) else ():
-        words += item[:1] if isinstance(item, list) else ()
+        words += item[:1] if isinstance(item, (list, tuple)) else ()
         words += [*item, *item.values()] if isinstance(item, Mapping) else ()
     return any(isinstance(word, str) and word.lower() in _SPEAKERS for word in words)
 
@@ -138,19 +144,13 @@ def with_parts(
     prompt: bool = False,
     name: str = "",
 ) -> list[Any]:
-    """Conversations with what other columns have of their prompt.
+    """Conversations with what the columns of ``record``, but those ``used``, have of their prompt.
 
-    A system prompt is put before them. Any other part must be in all of them already.
+    A system prompt is put before them. Any other part must be in all of them already, else it is a
+    RowError, which begins with ``name``.
 
     Args:
-        record: the columns.
-        used: those that were read.
-        conversations: text or messages.
         prompt: whether these are prompts, and the answers are elsewhere.
-        name: how an error begins.
-
-    Raises:
-        RowError: a column seems to belong to the prompt, and is not in it.
     """
     for column, value in record.items():
         part = str(column).lower()
@@ -187,11 +187,7 @@ def _with_system(text: str, conversation: str | Messages, prompt: bool) -> str |
 
 
 def given_by(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``tools`` and ``chat_template_kwargs`` of a row give its chat template.
-
-    Raises:
-        RowError: they are something else than a list of objects and an object.
-    """
+    """What ``tools`` and ``chat_template_kwargs`` of a row give its chat template."""
     columns = {str(name).lower(): value for name, value in record.items()}
     given = dict(_given(columns, "chat_template_kwargs", dict, "an object"))
     tools = _given(columns, "tools", list, "a list of objects")

@@ -21,11 +21,7 @@ CONVENTIONS = {
     "text": ("text",),
 }
 FIELDS = tuple(dict.fromkeys(field for fields in CONVENTIONS.values() for field in fields))
-_ALSO_CALLED = {
-    "response": ("completion",),
-    "responses": ("completions",),
-    "prompt": ASKED[1:],
-}
+_ALSO_CALLED = {"response": ("completion",), "responses": ("completions",), "prompt": ASKED[1:]}
 Scores = np.float32 | np.ndarray  # a column's value in one row: a number, or several
 
 
@@ -53,13 +49,7 @@ class Columns:
         return [f"{self.stem}s"] if self.kind == "responses" else [self.stem]
 
     def conversations(self, row: Mapping[str, Any]) -> list[Any]:
-        """What is to be scored: one conversation; chosen and rejected; or each of the responses.
-
-        A conversation is text, a list of messages, or a tuple of prompt and response.
-
-        Raises:
-            RowError: see :meth:`rmfast.data.rows.RowReader.read`.
-        """
+        """What is to be scored: one conversation; chosen and rejected; or each of the responses."""
         return RowReader(self.names, cells=self.cells).read(row, self.kind).conversations
 
     def scores(self, scores: np.ndarray) -> list[Scores]:  # scores: fp32 [k]
@@ -74,16 +64,11 @@ def choose(
     stem: str = "reward",
     cells: bool = False,
 ) -> Columns | None:
-    """The first convention that these columns fit, or None.
+    """The first convention that the columns ``present`` fit, or None.
 
     Args:
-        present: the columns that are there.
         named: columns that the user named, by field; only conventions with all of these count.
-        stem: see :class:`Columns`.
-        cells: see :class:`Columns`.
-
-    Raises:
-        UserError: no convention has all the fields in ``named``.
+        stem, cells: see :class:`Columns`.
     """
     named = named or {}
     fields = {**CONVENTIONS, "pair": (*CONVENTIONS["pair"], "prompt")}

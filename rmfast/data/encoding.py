@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from rmfast.data.coats import read_conversation
+from rmfast.data.coats import read_conversation, unwrapped
 from rmfast.data.form import Form, digest
-from rmfast.data.records import Pair
-from rmfast.data.rendering import Renderer
+from rmfast.data.rendering import REASONED, Renderer
 from rmfast.data.values import (
     TURN,
     Chat,
@@ -21,6 +19,7 @@ from rmfast.data.values import (
     Side,
     as_messages,
     begun,
+    check_answer,
     dialogue,
     holds,
     is_whole,
@@ -43,11 +42,7 @@ ON_OVERLONG = ("error", "skip", "truncate_left")
 
 
 def read_template(path: str | None) -> str | None:
-    """The chat template in a file, as ``--chat-template`` names it; None where nothing is named.
-
-    Raises:
-        UserError: there is no such file, or it is not text.
-    """
+    """The chat template in a file, as ``--chat-template`` names it; None where nothing is named."""
     if path is None:
         return None
     try:
@@ -64,28 +59,17 @@ class Encoder:
 
     Args:
         tokenizer: None where only token ids come.
-        max_length: most tokens of a conversation; None: any number.
         on_overlong: what becomes of a longer one: ``"error"`` and ``"skip"`` make it a
             :class:`rmfast.data.RowError` of kind ``"overlong"``; ``"truncate_left"`` keeps the BOS,
             if it has one, and the last tokens.
-        system_prompt: put before messages that have none.
-        chat_template: Jinja template in place of the tokenizer's.
-        chat: how text is read. True: as turns of a chat, also dialogues that begin with
-            ``\\n\\nHuman:``. False: as plain text, a prompt with its response as one. None: as in
-            ``form``; where that is None, a prompt and its response as turns, other text as it is.
-        end_of_text: end plain text with the end of text, where it does not yet; None: as in
-            ``form``; where that is None, only the sides of preference pairs, as TRL ends them.
-        special_tokens: let messages hold special tokens that the chat template writes.
         segments: text of a prompt and its response are two segments, as encoders take them; ids of
             the second are returned plus :data:`rmfast.trie.SEGMENT`.
         form: how the model was trained.
         vocabulary: rows of the model's input embeddings, to refuse ids beyond them.
+        others: as for :class:`rmfast.Scorer`.
 
     Attributes:
         warnings: what is to know about conversations so far, and the number of them.
-
-    Raises:
-        ValueError: an unknown ``on_overlong``, or ``max_length`` below 1.
     """
 
     def __init__(
@@ -110,11 +94,10 @@ class Encoder:
         self.tokenizer, self.form = tokenizer, form
         self.max_length, self.on_overlong = max_length, on_overlong
         self.system_prompt, self.vocabulary = system_prompt, vocabulary
-        self.chat, self.end_of_text = chat, end_of_text
-        if form is not None:
-            self.chat = form.chat if chat is None else chat
-            self.end_of_text = form.ends if end_of_text is None else end_of_text
+        self.chat = form.chat if form and chat is None else chat
+        self.end_of_text = form.ends if form and end_of_text is None else end_of_text
         self.render = Renderer(tokenizer, chat_template, special_tokens)
+        self.warnings = self.render.warnings
         self.segments = segments and not self.render.source()
         self.first: set[int | None] = set()
         self.bos, self.adds_bos = None, False
@@ -123,10 +106,6 @@ class Encoder:
             self.first = {self.bos, tokenizer.cls_token_id} - {None}
             # to text; a template writes its own special tokens
             self.adds_bos = self.bos is not None and self.bos in self._ids(["a"], False)[0][:1]
-
-    @property
-    def warnings(self) -> Counter[str]:
-        return self.render.warnings
 
     def form_of_training(self) -> Form:
         """What a model that is trained on these tokens records."""
@@ -144,15 +123,18 @@ class Encoder:
         return told
 
     def lost(self, conversations: Sequence[Any], ids: Sequence[np.ndarray]) -> RowError | None:
-        """Why two conversations cannot be compared: their ids are without what tells them apart."""
-        if len(ids) != 2 or not np.array_equal(*ids) or conversations[0] == conversations[1]:
-            return None
-        if not any("</think>" in str(conversation) for conversation in conversations):
-            return None
-        return RowError(
-            "both conversations have the same tokens: they differ in reasoning that the chat "
-            "template leaves out"
-        )
+        """Why conversations cannot be compared: ids of two are without what tells them apart."""
+        first: dict[bytes, Any] = {}
+        for conversation, row in zip(conversations, ids, strict=True):
+            other = first.setdefault(row.tobytes(), conversation)
+            if other is conversation or not REASONED.search(f"{other} {conversation}"):
+                continue  # token ids, too, which cannot be compared as a whole
+            if other != conversation:
+                return RowError(
+                    "two conversations have the same tokens: they differ in reasoning that the "
+                    "chat template leaves out"
+                )
+        return None
 
     def about(self) -> dict[str, Any]:
         """How conversations become tokens, for reports."""
@@ -171,7 +153,7 @@ class Encoder:
         """int32 token ids of each conversation, or why it has none.
 
         Raises:
-            DataError: a tokenizer or a chat template is needed and there is none.
+            DataError: a tokenizer or a chat template is needed, and there is none.
         """
         encoded: list[Any] = []
         for conversation in conversations:
@@ -183,20 +165,14 @@ class Encoder:
             except RowError as error:
                 encoded.append(error)
         for templated in (False, True):
-            text = {
-                i: x[0] for i, x in enumerate(encoded) if isinstance(x, tuple) and x[1] is templated
-            }
-            for i, ids in zip(text, self._ids([*text.values()], templated), strict=True):
+            which = [i for i, x in enumerate(encoded) if isinstance(x, tuple) and x[1] is templated]
+            texts = [encoded[i][0] for i in which]
+            for i, ids in zip(which, self._ids(texts, templated), strict=True):
                 encoded[i] = ids
         return [x if isinstance(x, RowError) else self._fit(x) for x in encoded]
 
     def text(self, conversation: Conversation) -> str:
-        """What is tokenised of text or messages, or decoded from token ids.
-
-        Raises:
-            RowError: there is none.
-            DataError: as for calls.
-        """
+        """What is tokenised of text or messages, or decoded from token ids; RowError: nothing."""
         prepared = self._prepare(conversation)
         if isinstance(prepared, tuple):
             return prepared[0]
@@ -204,14 +180,7 @@ class Encoder:
         return self.tokenizer.decode(prepared % SEGMENT if self.segments else prepared)
 
     def prompt(self, prompt: str | Messages, given: Mapping[str, Any] | None = None) -> np.ndarray:
-        """int32 token ids of a pair's prompt, up to where the response begins; nothing is cut.
-
-        Args:
-            given: see :class:`rmfast.data.values.Chat`.
-
-        Raises:
-            RowError, DataError: as above.
-        """
+        """int32 token ids of a pair's prompt, up to where the response begins; nothing is cut."""
         given = dict(given or {})
         prompt = _uncoated("the prompt", prompt, given)
         if isinstance(prompt, str) and self.chat is False:
@@ -219,21 +188,6 @@ class Encoder:
         else:
             text, templated = self._render(self._turns(prompt), given, True)
         return self._ids([text], templated)[0]
-
-    def pair(self, pair: Pair) -> tuple[list[int], list[int]]:
-        """Token ids of chosen and of rejected, text prompts put before text as it is.
-
-        Raises:
-            DataError: why not, with the place that the pair is from.
-        """
-        try:
-            sides = self(pair.whole())
-        except DataError as error:
-            raise DataError(f"{pair.where}: {error}") from None
-        for name, ids in zip(("chosen", "rejected"), sides, strict=True):
-            if isinstance(ids, RowError):
-                raise DataError(f'{pair.where}: "{name}": {ids.reason}')
-        return sides[0].tolist(), sides[1].tolist()
 
     def _prepare(self, conversation: Any) -> tuple[str, bool] | np.ndarray:
         """Text and whether a template wrote it; or token ids."""
@@ -292,6 +246,7 @@ class Encoder:
             if not holds(response, prompt):
                 raise RowError("the response is a whole conversation without the prompt")
             return self._render(response, given)
+        check_answer("the response", response, before)
         return self._render(before + after, given)
 
     def _render(
@@ -371,13 +326,10 @@ class Encoder:
 
 def _uncoated(name: str, value: Any, given: dict[str, Any]) -> Any:
     """A conversation without its coat, of which the rest is put into ``given``."""
-    if isinstance(value, Chat):
-        given |= value.given
-        value = value.conversation
+    value = unwrapped(name, value, given)
     if isinstance(value, tuple):
         return value
-    found = read_conversation(name, value)
-    return _uncoated(name, found, given) if isinstance(found, Chat) else found
+    return unwrapped(name, read_conversation(name, value), given)
 
 
 def _has_turns(value: Any) -> bool:

@@ -35,15 +35,13 @@ class Record(NamedTuple):
     Attributes:
         number: 1-based: the line it begins at (JSON lines, CSV), else the row; of several files
             ``"FILE:NUMBER"``.
-        value: its columns, or why it cannot be read.
-        position: how far the reader is, of ``Reader.total``; None where that is unknown.
         raw: its source: a line of JSON (stripped), the cells of a CSV row, a
             ``(RecordBatch, index)``; None for a data set and where ``value`` is an error.
     """
 
     number: int | str
-    value: dict[str, Any] | RowError
-    position: int | None
+    value: dict[str, Any] | RowError  # its columns, or why it cannot be read
+    position: int | None  # how far the reader is, of Reader.total
     raw: Any = None
 
 
@@ -59,22 +57,15 @@ class Reader:
         limit: stop after so many rows.
         shard: ``(i, n)``: of these rows, i and each n-th after it, counted from 0.
 
-    Attributes:
-        format: ``"jsonl"``, ``"csv"``, ``"parquet"`` or ``"dataset"``.
-        columns: names of the columns, if they are known before the first row, else None.
-        schema: Arrow schema of a Parquet file, and of a data set where it is known; else None.
-        total: what ``Record.position`` goes up to, or None.
-        unit: of ``total`` and ``position``: ``"B"`` of the file as it is on disk, or ``"row"``.
-
     Raises:
         DataError: the file or data set does not exist, or cannot be opened.
     """
 
-    format: str
-    columns: list[str] | None = None
-    schema: pyarrow.Schema | None = None
-    total: int | None = None
-    unit = "row"
+    format: str  # jsonl, csv, parquet or dataset
+    columns: list[str] | None = None  # None: not known before the first row
+    schema: pyarrow.Schema | None = None  # of Parquet, and of a data set where it is known
+    total: int | None = None  # what Record.position goes up to
+    unit = "row"  # of total and position; or "B", bytes of the file as it is on disk
 
     def __new__(cls, source: str | Path, **_: Any) -> Reader:
         found = ["-.jsonl"] if str(source) == "-" else sources.find(str(source))
@@ -164,16 +155,13 @@ class _JsonLines(_Text):
             rows = [row for _, row in itertools.islice(self._rows(lines), 2)]
         if not rows or isinstance(rows[0], RowError) or not rows[0].startswith(b"["):
             return
-        if len(rows) == 1 or not rows[0].endswith(b"]"):  # else a line that is a bad row
-            self._list = self._parse_list()
-
-    def _parse_list(self) -> list[Any]:
+        if len(rows) > 1 and rows[0].endswith(b"]"):
+            return  # a line that is a bad row
         try:
             with self._opened() as (_, lines):
-                return read_json(b"".join(lines).decode())
+                self._list = read_json(b"".join(lines).decode())
         except (ValueError, RecursionError) as error:
-            problem = f"a list of JSON that cannot be read: {error}"
-            raise DataError(f"{self.source}: {problem}") from None
+            raise DataError(f"{self.source}: a list of JSON that cannot be read: {error}") from None
 
     def _records(self, skip: int) -> Iterator[Record]:
         if self._list is None:
@@ -267,8 +255,7 @@ class _Parquet(Reader):
                                 raw = None if isinstance(value, RowError) else (batch, i)
                                 yield Record(number, value, number, raw)
                 except (pyarrow.ArrowException, OSError) as error:
-                    reason = f"damaged after row {number}: {error}"
-                    raise DataError(f"{self.source}: {reason}") from None
+                    raise DataError(f"{self.source}: damaged after row {number}: {error}") from None
 
 
 def _values(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | RowError]:
@@ -355,12 +342,8 @@ class _DataSet(Reader):
     def _files(self) -> list[Path]:
         """What lies in the folder and is not hidden."""
         folder = Path(self.source)
-        return [
-            file
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-            and not any(x.startswith((".", "__")) for x in file.relative_to(folder).parts)
-        ]
+        files = [(x, x.relative_to(folder).parts) for x in sorted(folder.rglob("*")) if x.is_file()]
+        return [x for x, parts in files if not any(y.startswith((".", "__")) for y in parts)]
 
     def _check_files(self, splits: dict[str, list[str]]) -> None:
         """Raise DataError where the folder has files that no split has."""

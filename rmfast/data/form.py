@@ -1,7 +1,6 @@
 """The form of the conversations that a model was trained on, kept in its config.
 
-A reward model's score means something for tokens made as its training made them. ``rmfast train``
-records how; whatever scores with the model does the same, or is told otherwise by name.
+``rmfast train`` records it; whatever scores with the model obeys, or is told otherwise by name.
 """
 
 from __future__ import annotations
@@ -40,11 +39,7 @@ class Form:
 
     @classmethod
     def of(cls, model: Any) -> Form | None:
-        """The form that the model's config records, or None.
-
-        Raises:
-            ValueError: the record is not one that this version can read.
-        """
+        """The form that the model's config records, or None; ValueError where it cannot be read."""
         found = getattr(getattr(model, "config", None), _KEY, None)
         try:
             return None if found is None else cls(**found)

@@ -164,11 +164,7 @@ class _Reader:
                 raise ValueError(f"{name} must be one of {', '.join(SHAPES)}, got {value!r}")
 
     def read(self, record: Any, where: str) -> tuple[list[Any], list[str]]:
-        """The records of a row, none if it is dropped, and the reason of everything dropped.
-
-        Raises:
-            RowError: the row is not understood, or has something wrong in it.
-        """
+        """The records of a row, none if it is dropped, and the reason of everything dropped."""
         cells = self.row_reader.cells
         record = {
             k: v for k, v in check_record(record).items() if not (v is None or (cells and v == ""))
@@ -269,8 +265,6 @@ class _Reader:
         if number is None:
             raise RowError(f'"{name}" item 0 has none of {", ".join(known)} that is a number')
         return text, number
-
-    # --- text and turns
 
     def _turns(self, row: Row, rated: bool = False) -> tuple[Any, list[Any]]:
         """The prompt, or None, and the answers; all of text or all of messages."""

@@ -36,10 +36,8 @@ class _Record:
         """What the row gives its chat template, as columns in TRL's format; tools as JSON."""
         given = dict(self.given or {})
         tools = given.pop("tools", None)
-        return {
-            **({"tools": json.dumps(tools)} if tools else {}),
-            **({"chat_template_kwargs": given} if given else {}),
-        }
+        found = {"tools": tools and json.dumps(tools), "chat_template_kwargs": given}
+        return {name: value for name, value in found.items() if value}
 
     def question(self) -> str:
         """What all answers begin with, as a key: records of one prompt have the same."""
@@ -103,9 +101,6 @@ class Group(_Record):
         return self.responses
 
 
-# --- records from which nothing can be learnt
-
-
 def is_blank(answer: Any, prompt: Any = None) -> bool:
     """Whether an answer (text, messages or token ids) is missing: its last turn has no text."""
     if isinstance(answer, str):
@@ -134,9 +129,6 @@ def useless_group(answers: Sequence[Any], numbers: Sequence[float]) -> str:
         return "all responses tied"
     same = all(answer == answers[0] for answer in answers)
     return "all responses the same" if same else ""
-
-
-# --- many records
 
 
 @dataclass(frozen=True)
@@ -173,10 +165,14 @@ class Preferences:
         """Whether the answers are messages, for which a tokenizer needs a chat template."""
         return not isinstance(self.records[0].answers[0], str)
 
+    @property
+    def content(self) -> str:
+        """``"messages"`` or ``"text"``."""
+        return "messages" if self.conversational else "text"
+
     def __str__(self) -> str:
-        content = "messages" if self.conversational else "text"
         kind = self.kind if len(self) > 1 else self.kind[:-1]
-        lines = [f"{self.source}: {len(self):,} {kind} of {content}, from {self.rows:,} rows"]
+        lines = [f"{self.source}: {len(self):,} {kind} of {self.content}, from {self.rows:,} rows"]
         if isinstance(self.records[0], Group):
             sizes = [len(group.responses) for group in self.records]
             least, most = min(sizes), max(sizes)
@@ -225,11 +221,7 @@ class Preferences:
 
 
 def check_alike(first: Pair | Group, record: Pair | Group) -> None:
-    """Trainers look at the first record to see what all are.
-
-    Raises:
-        RowError: the records are of different kinds.
-    """
+    """Raise RowError for records of different kinds: trainers look at the first one alone."""
     for trait, expected in zip(_traits(record), _traits(first), strict=True):
         if trait != expected:
             raise RowError(f"{trait}, and the first one ({first.where}) {expected}")

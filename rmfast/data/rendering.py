@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 _SYSTEM = {"system", "developer"}  # a template may write it into another turn
 _REASONED = "</think>"  # templates leave out what comes before it
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of it
+REASONED = re.compile(rf"</think>|'({'|'.join(_REASONING)})': ")  # in messages written out
 _OURS = {"tokenize", "add_generation_prompt", "chat_template", "conversation", "return_dict"}
 
 
@@ -40,7 +44,7 @@ class Renderer:
     ) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.warnings: Counter[str] = Counter()
-        self._special = None if not special_tokens else ()
+        self._special = ((), "", "") if special_tokens else None
         self._probed: dict[Any, str] = {}
 
     def source(self, given: Mapping[str, Any] | None = None) -> str | None:
@@ -55,10 +59,7 @@ class Renderer:
     def __call__(
         self, messages: Messages, given: Mapping[str, Any], add_generation_prompt: bool = False
     ) -> str:
-        """Text of messages.
-
-        Args:
-            given: what the template gets beside them: ``tools``, and variables of its own.
+        """Text of messages; ``given`` is what the template gets beside them, such as ``tools``.
 
         Raises:
             RowError: the template refuses them, or does not write all of them once and in order.
@@ -88,19 +89,13 @@ class Renderer:
         return text
 
     def _apply(self, messages: Messages, given: Mapping[str, Any], prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            chat_template=self.template,
-            add_generation_prompt=prompt,
-            **given,
-        )
+        how = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": self.template}
+        return self.tokenizer.apply_chat_template(messages, **how, **given)
 
     def _probe(self, messages: Messages, given: Mapping[str, Any]) -> str:
-        """What the template does with messages of these roles, whatever their content.
+        """What is wrong with the template for messages of these roles, or a warning.
 
-        Returns:
-            What is wrong, or a warning; empty: it writes each message once, in order.
+        Empty: it writes each message once, in order.
         """
         marks = {i: f"turn-{i}-content" for i, m in enumerate(messages) if m.get("content")}
         marked = [{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)]
@@ -124,41 +119,57 @@ class Renderer:
 
     def _refuse_special_tokens(self, messages: Messages, template: str) -> None:
         if self._special is None:
-            self._special = _special_tokens(self.tokenizer, template)
+            self._special = self._written(template)
+        tokens, opens, closes = self._special
         for i, message in enumerate(messages):
-            for token in self._special:
-                if token in (message.get("content") or ""):
-                    raise RowError(
-                        f'turn {i} ({message["role"]}) has "{token}", which the chat template '
-                        "writes itself: pass messages without it, --no-chat (chat=False) for text "
-                        "that was templated already, or --special-tokens (special_tokens=True) to "
-                        "take it as it is"
-                    )
+            whole, content = str(message), (message.get("content") or "").lstrip()
+            found = next((token for token in tokens if token in whole), None)
+            if (
+                found is None
+                and message["role"] == "user"
+                and closes in content
+                and any(content.startswith(opens[k:]) for k in range(len(opens) - 2))
+            ):
+                found = closes
+            if found:
+                raise RowError(
+                    f'turn {i} ({message["role"]}) has "{found}", which the chat template '
+                    "writes itself: pass messages without it, --no-chat (chat=False) for text "
+                    "that was templated already, or --special-tokens (special_tokens=True) to "
+                    "take it as it is"
+                )
+
+    def _written(self, template: str) -> tuple[tuple[str, ...], str, str]:
+        """Special tokens that a template writes, and what it puts before and after what users say.
+
+        What is after is on one line; empty: it puts nothing there.
+        """
+        turns = [{"role": "user", "content": "{asked}"}, {"role": "assistant", "content": "{said}"}]
+        texts = []
+        for more in ([], [{"role": "system", "content": "-"}]):
+            with contextlib.suppress(Exception):  # of the template's own code
+                texts.append(self._apply([*more, *turns], {}))
+        tokens = {str(x) for x in self.tokenizer.added_tokens_decoder.values() if x.special}
+        named = {name: getattr(self.tokenizer, name, None) for name in ("bos_token", "eos_token")}
+        written = {token for name, token in named.items() if token and name in template}
+        written |= {x for x in tokens if any(x in text for text in (template, *texts))}
+        before, _, after = "".join(texts[:1]).partition("{asked}")
+        between = after.partition("{said}")[0].strip()
+        opens, closes = before.strip()[-40:], between.partition("\n")[0]
+        return tuple(sorted(written)), opens if closes else "", closes
 
 
 _MOVED = "the chat template moved the system prompt"
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
-    """The special tokens that a chat template writes."""
-    tokens = {str(x) for x in tokenizer.added_tokens_decoder.values() if x.special}
-    named = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token")}
-    written = {token for name, token in named.items() if token and name in template}
-    return tuple(sorted(written | {token for token in tokens if token in template}))
-
-
 def _left_out(i: int, message: Mapping[str, Any], text: str) -> str:
-    """A warning where a message's reasoning is not in the text; empty where it is whole.
-
-    Raises:
-        RowError: more than that is missing.
-    """
-    calls = message.get("tool_calls") or ()
-    names = [call.get("function", call).get("name") for call in calls]
+    """A warning where a message's reasoning is not in the text; RowError: more is missing."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     content = (message.get("content") or "").strip()
-    called = all(str(name) in text for name in names)
+    called = all(str(call.get("name")) in text for call in calls)
     if called and _is_in(content, text):
-        return ""
+        left = any(not _is_in(str(message.get(key, "")).strip(), text) for key in _REASONING)
+        return "the chat template left out the reasoning of a message" if left else ""
     _, reasoned, answer = content.rpartition(_REASONED)
     if called and reasoned and message["role"] == "assistant" and _is_in(answer.strip(), text):
         return "the chat template left out the reasoning before </think>"

@@ -18,12 +18,14 @@ from rmfast.data.coats import (
     is_conversation,
     is_message,
     read_conversation,
+    unwrapped,
     with_parts,
 )
 from rmfast.data.values import (
     Chat,
     Messages,
     Side,
+    check_answer,
     check_number,
     check_text,
     holds,
@@ -70,12 +72,10 @@ class Row:
 
     @property
     def chosen(self) -> list[Any]:
-        """The conversations of chosen answers."""
         return self.conversations[: self.preferred]
 
     @property
     def rejected(self) -> list[Any]:
-        """The conversations of rejected answers."""
         return self.conversations[self.preferred :]
 
 
@@ -97,15 +97,11 @@ class RowReader:
     empty: bool = False
 
     def read(self, record: Any, kind: str) -> Row:
-        """The row that a record holds.
-
-        Args:
-            record: a dict of columns; a RowError is raised as it is.
-            kind: a key of :data:`rmfast.data.columns.CONVENTIONS`.
+        """The row of a record, by a ``kind`` of :data:`rmfast.data.columns.CONVENTIONS`.
 
         Raises:
             RowError: a column is missing or empty, is not what it should be, or is not read though
-                it seems to belong to the prompt.
+                it seems to belong to the prompt; or the record itself, if it is a RowError.
         """
         record = check_record(record)
         if kind == "pair":
@@ -148,19 +144,14 @@ class RowReader:
         """The row of answers that were read already.
 
         Args:
-            record: its columns.
-            answers: as in :class:`Row`, and each may be a Chat.
-            preferred: as in :class:`Row`.
+            answers, preferred: as in :class:`Row`; an answer may be a Chat.
             prompt: whether there must be one (None: may be); False: the answers are whole.
             used: columns that were read.
-
-        Raises:
-            RowError: the prompt is missing, or a part of it is not where the answers have it.
         """
         given = given_by(record)
-        answers = [(x, _unwrapped(x, answer, given)) for x, answer in answers]
+        answers = [(x, unwrapped(x, answer, given)) for x, answer in answers]
         name, before = self._prompt(record, answers, prompt)
-        before = _unwrapped(f'"{name}"', before, given)
+        before = unwrapped(f'"{name}"', before, given)
         if before is not None and self._are_whole(answers, name, before):
             before = None
         if before is None and len({isinstance(answer, str) for _, answer in answers}) > 1:
@@ -203,6 +194,8 @@ class RowReader:
         """Whether the answers begin with the prompt; RowError where only some do."""
         begin = [is_whole(x) or (isinstance(before, list) and holds(x, before)) for _, x in answers]
         if not any(begin):
+            for answer, value in answers:
+                check_answer(answer, value, before)
             return False
         for (answer, value), whole in zip(answers, begin, strict=True):
             if not whole:
@@ -243,8 +236,6 @@ class RowReader:
             check_text(f'"{name}"', subset)
         return None if subset in (None, "") else str(subset)
 
-    # --- values
-
     def conversation(self, name: str, value: Any) -> str | Messages | Chat:
         """Text or messages, called ``name`` in an error; a Chat where they come with ``tools``."""
         return read_conversation(name, value, self.empty)
@@ -272,14 +263,7 @@ class RowReader:
 
 
 def check_as_it_is(record: Mapping[str, Any]) -> None:
-    """See that a row means to TRL, which takes its columns as they are, what is read here.
-
-    Args:
-        record: with ``chosen`` and ``rejected``, or ``responses``.
-
-    Raises:
-        RowError: it does not, or cannot be read at all.
-    """
+    """Raise RowError unless a row means to TRL, which takes its columns as they are, the same."""
     reader = RowReader(empty=True)
     if "responses" in record:
         raw = list(record["responses"])
@@ -300,8 +284,7 @@ def check_record(record: Any) -> Mapping[str, Any]:
     if isinstance(record, RowError):
         raise record
     if not isinstance(record, Mapping):
-        kind = kind_of(record)
-        raise RowError(f"must be an object, with a value for each column, not {kind}")
+        raise RowError(f"must be an object, with a value for each column, not {kind_of(record)}")
     # pandas has arrays of Parquet's lists
     return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in record.items()}
 
@@ -314,16 +297,6 @@ def value_of(name: str, record: Mapping[str, Any]) -> Any:
             raise RowError(f'"{name}" is missing: there are {", ".join(map(str, record))}')
         value = value[part]
     return value
-
-
-def _unwrapped(name: str, value: Any, given: dict[str, Any]) -> Any:
-    """The conversation of a Chat, of which the rest is put into ``given``; others as they are."""
-    if not isinstance(value, Chat):
-        return value
-    for key, more in value.given.items():
-        if given.setdefault(key, more) != more:
-            raise RowError(f'{name} has another "{key}" than the rest of the row')
-    return value.conversation
 
 
 def _is_blank(value: Any) -> bool:

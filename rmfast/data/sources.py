@@ -33,11 +33,7 @@ def file_format(path: str | Path) -> tuple[str, str | None] | None:
 
 
 def need(library: str, purpose: str) -> None:
-    """Check that an optional library is installed.
-
-    Raises:
-        DataError: it is not; the message says how to install it.
-    """
+    """Raise DataError where an optional library is not installed."""
     import importlib.util
 
     if importlib.util.find_spec(library) is None:
@@ -45,11 +41,7 @@ def need(library: str, purpose: str) -> None:
 
 
 def find(source: str) -> list[str]:
-    """The files that a source names; none: it is a folder, or a name on the hub.
-
-    Raises:
-        DataError: a file is not there, of no known kind, or of another kind than the first.
-    """
+    """The files that a source names, all of one kind; none: a folder, or a name on the hub."""
     if os.path.isdir(source):
         return []
     found: list[str] = []
@@ -87,11 +79,7 @@ def spooled() -> Any:
 
 
 def lines(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """The lines of an open file, unpacked, without a byte order mark.
-
-    Raises:
-        RowError: the file is damaged.
-    """
+    """The lines of an open file, unpacked, without a byte order mark; RowError: it is damaged."""
     try:
         for number, line in enumerate(_unpacked(file, path)):
             yield line if number else line.removeprefix(codecs.BOM_UTF8)

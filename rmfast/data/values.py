@@ -19,6 +19,8 @@ TURN = re.compile(r"\n\n(Human|Assistant):")  # where a turn of HH-RLHF's dialog
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
 ROLES |= {"human": "user", "gpt": "assistant"}  # as in ShareGPT
+# content in parts, written out
+_PARTS = re.compile(r"""\s*\[\s*\{\s*["']type["']\s*:\s*["'](text|image|image_url)["']""")
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,7 @@ def as_messages(role: str, content: str | Messages) -> Messages:
 
 
 def read_json(text: str) -> Any:
-    """The value of JSON.
-
-    Raises:
-        ValueError, RecursionError: it cannot be read; a RowError where an object has a key twice.
-    """
+    """The value of JSON; ValueError or RecursionError: it cannot be read; RowError: a key twice."""
     return json.loads(text, object_pairs_hook=_object)
 
 
@@ -62,11 +60,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
-    """The object of a line of JSON.
-
-    Raises:
-        RowError: not UTF-8, not JSON, no object, or an object with a key twice.
-    """
+    """The object of a line of JSON; RowError: not UTF-8, not JSON, no object, or a key twice."""
     try:
         value = read_json(line.decode())
     except UnicodeDecodeError as error:
@@ -91,7 +85,8 @@ def parse_text(text: str) -> Any:
     except (ValueError, RecursionError):
         pass
     with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return ast.literal_eval(text.strip())
+        found = ast.literal_eval(text.strip())
+        return list(found) if isinstance(found, tuple) else found
     return text
 
 
@@ -122,14 +117,7 @@ def _inner(kind: Any) -> list[Any]:
 
 
 def check_number(name: str, value: Any) -> float:
-    """The value, which must be a finite number.
-
-    Args:
-        name: what the value is called in an error.
-
-    Raises:
-        RowError: the value is something else.
-    """
+    """The value, called ``name`` in an error, which must be a finite number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RowError(f"{name} must be a number, not {kind_of(value)}")
     try:
@@ -148,8 +136,7 @@ def check_text(name: str, value: Any) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        reason = f"has half a surrogate pair at character {error.start}"
-        raise RowError(f"{name} {reason}") from None
+        raise RowError(f"{name} has half a surrogate pair at character {error.start}") from None
 
 
 def kind_of(value: Any) -> str:
@@ -177,15 +164,8 @@ def cleaned(name: str, value: Any, empty: bool = False) -> str | Messages:
     """Text, or messages as chat templates take them.
 
     Keys that are null are dropped, content in parts of text is joined, and ShareGPT's names become
-    the usual ones. Only a message with ``tool_calls`` may have no content.
-
-    Args:
-        name: what the value is called in an error.
-        value: text or a list of messages.
-        empty: whether it may be empty.
-
-    Raises:
-        RowError: it is something else; the reason begins with ``name``.
+    the usual ones. Only a message with ``tool_calls`` may have no content. Anything else is a
+    RowError, which begins with ``name``, and so is what is empty but where ``empty`` allows it.
     """
     if isinstance(value, str):
         check_text(name, value)
@@ -200,9 +180,10 @@ def cleaned(name: str, value: Any, empty: bool = False) -> str | Messages:
 
 def _message(name: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        kind = kind_of(message)
-        raise RowError(f"{name} must be an object with role and content, not {kind}")
+        raise RowError(f"{name} must be an object with role and content, not {kind_of(message)}")
     null = [key for key in message if message[key] is None]
+    if isinstance(message.get("tool_calls"), str):
+        message = {**message, "tool_calls": parse_text(message["tool_calls"])}
     message = without_nulls(message)
     if "role" not in message and "from" in message:
         role, content = message.pop("from"), message.pop("value", None)
@@ -215,9 +196,9 @@ def _message(name: str, message: Any) -> dict[str, Any]:
         how = "null" if missing in null else "missing"
         raise RowError(f'{name}: "{missing}" must be text, is {how}')
     check_text(f'{name}: "role"', role)
-    message["role"] = ROLES.get(role, role)
-    if isinstance(message.get("tool_calls"), str):
-        message["tool_calls"] = parse_text(message["tool_calls"])
+    message["role"] = ROLES.get(role.lower(), role)
+    if isinstance(content, str) and _PARTS.match(content):
+        content = parse_text(content)
     if isinstance(content, list):
         content = message["content"] = _joined(f'{name}: "content"', content)
     if content is not None:
@@ -237,12 +218,13 @@ def _joined(name: str, parts: list[Any]) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without keys that are null, at any depth.
+    """The value without keys that are null, and without empty ``tool_calls``, at any depth.
 
     Arrow gives every message, and every object within one, the keys of all.
     """
     if isinstance(value, Mapping):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+        kept = {k: v for k, v in value.items() if v is not None and (k, v) != ("tool_calls", [])}
+        return {k: without_nulls(v) for k, v in kept.items()}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
@@ -269,15 +251,18 @@ def holds(conversation: str | Messages, part: Any) -> bool:
     return any(conversation[i : i + len(part)] == part for i in range(min(begin + 1, last)))
 
 
-# --- dialogues as in HH-RLHF
+def check_answer(name: str, answer: str | Messages, prompt: str | Messages) -> None:
+    """See that messages after a prompt do not say it again: they might be a whole conversation."""
+    last = as_messages("user", prompt)[-1]
+    if isinstance(answer, list) and last["role"] == "user" and last in answer:
+        raise RowError(
+            f"{name} begins with an answer and has the prompt in it, which would be scored twice: "
+            "take the prompt away if it is a whole conversation"
+        )
 
 
 def dialogue(name: str, text: str) -> Messages:
-    """The messages of a dialogue; what one side says twice in a row is one message.
-
-    Raises:
-        RowError: the text is no dialogue.
-    """
+    """The messages of a dialogue; what one side says twice in a row is one message."""
     before, *parts = TURN.split(text)
     if before or not parts:
         raise RowError(
@@ -295,11 +280,7 @@ def dialogue(name: str, text: str) -> Messages:
 
 
 def begun(name: str, text: str) -> Messages:
-    """The messages of a dialogue that ends where an answer begins.
-
-    Raises:
-        RowError: the text is no dialogue, or ends within an answer.
-    """
+    """The messages of a dialogue that ends where an answer begins."""
     turns = dialogue(name, text)
     if turns[-1]["role"] == "assistant" and turns.pop()["content"]:
         raise RowError(f"{name} ends within an answer: chat=True cannot part them")

@@ -50,11 +50,7 @@ not mention its name was left out."""
 
 
 def run(options: DemoOptions) -> None:
-    """The whole demo, with the options of ``rmfast demo``; prints to stdout.
-
-    Raises:
-        UserError, DataError: what the user gave cannot be used; the message is for them.
-    """
+    """The whole demo, with the options of ``rmfast demo``; prints to stdout."""
     with warnings.catch_warnings(), _output(options):
         warnings.simplefilter("ignore", FutureWarning)  # names that only newer libraries have
         _run(options)
@@ -123,9 +119,6 @@ def _start(options: DemoOptions, device: str, dtype: str) -> tuple[begin.Started
     return started, rows
 
 
-# --- what the user gave
-
-
 @contextlib.contextmanager
 def _output(options: DemoOptions) -> Iterator[None]:
     """Keep the output's folder for this run; raise UserError where something would be lost."""
@@ -163,9 +156,6 @@ def _machine(device: str) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-# --- the model at work
-
-
 class _Lines(TrainerCallback):
     """A line of progress for each log."""
 
@@ -176,12 +166,7 @@ class _Lines(TrainerCallback):
 
 
 def _trainer(
-    options: DemoOptions,
-    device: str,
-    dtype: str,
-    started: begin.Started,
-    rows: Rows,
-    folder: str,
+    options: DemoOptions, device: str, dtype: str, started: begin.Started, rows: Rows, folder: str
 ) -> RewardTrainer:
     args = RewardConfig(
         output_dir=folder,

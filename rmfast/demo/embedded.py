@@ -75,19 +75,12 @@ def pairs(split: str) -> list[Pair]:
 
     Chosen is the beginning of its docstring, rejected that of a sibling in the same class or
     module. Each question comes twice, and every text is chosen as often as it is rejected. An easy
-    task on purpose, to be learnt in a minute.
-
-    Args:
-        split: ``"train"`` or ``"held-out"``, from different modules with no text in common.
-
-    Raises:
-        KeyError: another split.
+    task on purpose, to be learnt in a minute. The ``split`` is ``"train"`` or ``"held-out"``, from
+    different modules with no text in common.
     """
     if split not in ("train", "held-out"):
         raise KeyError(split)
     with gzip.open(Path(__file__).with_name("pairs.jsonl.gz"), "rt", encoding="utf-8") as file:
         rows = [row for row in map(json.loads, file) if row["split"] == split]
-    return [
-        Pair(row["chosen"], row["rejected"], where=f"documentation of {row['name']}")
-        for row in rows
-    ]
+    where = "documentation of"
+    return [Pair(x["chosen"], x["rejected"], where=f"{where} {x['name']}") for x in rows]

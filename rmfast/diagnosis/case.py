@@ -43,17 +43,12 @@ class Finding:
 
 @dataclasses.dataclass
 class Case:
-    """A model under examination.
-
-    Attributes:
-        source: the checkpoint's folder or hub name; None: not known.
-        missing: parameters that the checkpoint lacks, as the loader lists them; None: not known.
-    """
+    """A model under examination."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None = None
-    source: str | None = None
-    missing: list[str] | None = None
+    source: str | None = None  # the checkpoint's folder or hub name; None: not known
+    missing: list[str] | None = None  # parameters that it lacks; None: not known
 
     @functools.cached_property
     def classifier(self) -> PreTrainedModel | None:
@@ -75,8 +70,7 @@ class Case:
     @functools.cached_property
     def config(self) -> Any:
         """The text part of the configuration; None for a model without one."""
-        config = getattr(self.classifier or self.base or self.model, "config", None)
-        return config.get_text_config() if hasattr(config, "get_text_config") else config
+        return models.text_config(self.classifier or self.base or self.model)
 
     @property
     def pad(self) -> int | None:

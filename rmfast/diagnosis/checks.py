@@ -38,9 +38,6 @@ def run(case: Case) -> Iterator[Finding]:
         yield Finding("tokenizer", NOTE, problem, "Pass it: rmfast.doctor(model, tokenizer).")
 
 
-# --- the model
-
-
 def model(case: Case) -> Verdicts:
     from transformers import PreTrainedModel
 
@@ -151,9 +148,6 @@ def dtype(case: Case) -> Verdicts:
         yield NOTE, f"Dtypes are mixed: {names}."
     else:
         yield OK, f"{names or 'No weights are floating-point numbers'}."
-
-
-# --- the tokenizer
 
 
 def pad_ids(case: Case) -> Verdicts:

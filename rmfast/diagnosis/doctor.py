@@ -114,17 +114,11 @@ def _full_precision() -> Iterator[None]:
 
 
 def run(args: DoctorOptions) -> int:
-    """``rmfast doctor``; returns the exit code, 1 where scores would be wrong.
-
-    Raises:
-        UserError: the model cannot be loaded.
-    """
+    """``rmfast doctor``; returns the exit code, 1 where scores would be wrong."""
     loading.silence_transformers()  # transformers' warning of a missing head is one of the findings
-    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    name, as_json = options.pop("model"), options.pop("json")
-    loaded = loading.load(name, check=False, **options)
-    source = loading.adapter_folder(name, args.revision) or name
+    loaded = loading.load(args.model, check=False, **args.for_loading())
+    source = loading.adapter_folder(args.model, args.revision) or args.model
     found = doctor(loaded.model, loaded.tokenizer, source=source, missing=loaded.missing)
-    found.source = name
-    print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if as_json else found)
+    found.source = args.model
+    print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if args.json else found)
     return int(found.wrong)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from rmfast.data.encoding import Encoder
 from rmfast.diagnosis.case import NOTE, OK, WARNING, WRONG, Case, Finding, conversation
 from rmfast.errors import DataError, RowError, UserError
 from rmfast.packed import models, patching
+from rmfast.score import memory
 from rmfast.score.scorer import Scorer
 
 Rows = list[list[int]]
@@ -107,9 +107,6 @@ def run(case: Case) -> Iterator[Finding]:
         yield pooling(case, rows)
 
 
-# --- rows and scores
-
-
 def token_rows(case: Case) -> tuple[Rows, str]:
     """The built-in conversations as tokens, and why the last that has none was refused.
 
@@ -176,26 +173,14 @@ def pair_score(case: Case, prompt: str, response: str) -> Tensor:  # fp64 [1]
 def fp32_scores(case: Case, rows: Rows) -> Exact:
     """Scores of an fp32 copy; None where memory has no room for it and a fifth of it for work."""
     needed = 1.2 * 4 * sum(p.numel() for p in case.model.parameters())
-    if needed > free_memory(case.model):
+    free = memory.free_bytes(models.device(case.model))
+    if free is not None and needed > free:
         return None
     try:
         twin = copy.deepcopy(case.model).float()
     except Exception:  # a model that cannot be copied may score all the same
         return None
     return scores(case, twin, rows)
-
-
-def free_memory(model: nn.Module) -> float:  # bytes
-    device = models.device(model)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, AttributeError):  # this system does not say
-        return math.inf
-
-
-# --- what the scores say
 
 
 def judge(name: str, right: bool, what: str, advice: str, figures: dict) -> Finding:
@@ -293,8 +278,6 @@ def bulk_scores(case: Case, rows: list) -> np.ndarray:  # fp32 [len(rows)]
     with patching.patched(case.model):
         return Scorer(case.model, case.tokenizer).score(rows)
 
-
-# --- pooling rules
 
 RULES = {
     "hf": "Hugging Face and TRL (the last token that is not the pad token)",

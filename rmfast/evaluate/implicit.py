@@ -22,7 +22,7 @@ from rmfast.errors import RowError
 from rmfast.losses import check_beta, implicit_reward
 from rmfast.packed import forward, models, patching, pieces
 from rmfast.score.scorer import Scorer, evaluating
-from rmfast.trie import pack
+from rmfast.trie import pack, shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ class LikelihoodScorer(Scorer):
             done = [rows[i].size for i in piece.rows]
             self._ran(piece.stop - piece.start, len(done), sum(done))
 
-        self._forward.run_pieces(trie, take, self._budget, prune=False)
+        self._patch.overrides[0].run_pieces(trie, take, self._budget, prune=False)
         return [gain[path[row.start :]].sum() for path, row in zip(paths, rows, strict=True)]
 
 
@@ -160,7 +160,7 @@ class ImplicitScorer(LikelihoodScorer):
             encoder = copy.copy(self.encoder)
             encoder.max_length = None
             whole = encoder(row)
-        answers, shared = [], _common(whole)
+        answers, shared = [], shared_length(whole)
         same = itertools.groupby(zip(map(_prompt, row), whole, kept, strict=True), lambda x: x[0])
         for prompt, group in same:  # a prompt is tokenised once
             try:
@@ -168,7 +168,7 @@ class ImplicitScorer(LikelihoodScorer):
             except RowError as error:
                 return error
             for _, uncut, ids in group:
-                start = shared if prompt is None else _common([uncut, before])
+                start = shared if prompt is None else shared_length([uncut, before])
                 answers.append(Answer(ids, max(1, start - (uncut.size - ids.size))))
         return answers
 
@@ -184,13 +184,6 @@ def _prompt(conversation: Any) -> tuple[str | list, Any] | None:
     whole = isinstance(response, list) and is_whole(response)
     # an int: token ids
     return None if whole or isinstance(prompt, (int, np.integer)) else (prompt, given)
-
-
-def _common(rows: list[np.ndarray]) -> int:
-    """How many tokens all rows begin with."""
-    least = min(row.size for row in rows)
-    differ = [row[:least] != rows[0][:least] for row in rows]
-    return int(np.append(np.any(differ, 0), True).argmax())
 
 
 def _log_probs(model: nn.Module, hidden: Tensor, before: Tensor, tokens: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmfast import loading
+from rmfast.arguments import flag
 from rmfast.data.encoding import read_template
 from rmfast.data.files import Reader
 from rmfast.data.rows import Row, RowReader
@@ -19,9 +21,8 @@ from rmfast.errors import RowError, UserError
 from rmfast.evaluate import measures, published, show
 from rmfast.evaluate.options import EvalOptions
 from rmfast.evaluate.output import RowFiles, all_paths, first_state
-from rmfast.resume import check_paths, locked, saving, told_to_stop, versions
-from rmfast.score.progress import progress_bar
-from rmfast.score.windows import memory_told
+from rmfast.resume import check_paths, interrupted, locked, saving, told_to_stop, versions
+from rmfast.score.windows import memory_told, progress_bar
 
 if TYPE_CHECKING:
     from rmfast.data.encoding import Conversation
@@ -43,14 +44,7 @@ _LISTED = 100  # errors in the JSON
 
 
 def run(args: EvalOptions) -> int:
-    """The command, with the options of ``rmfast eval``.
-
-    Returns:
-        0; 1 if there are rows that could not be scored.
-
-    Raises:
-        UserError, DataError: it cannot run; the message is for people.
-    """
+    """``rmfast eval``; returns the exit code, 1 if there are rows that could not be scored."""
     loading.silence_transformers()
     _read_rewardbench_names(args)
     template = _check(args)
@@ -69,12 +63,8 @@ def _run(args: EvalOptions, template: str | None) -> int:
     except KeyboardInterrupt:
         if args.scores is None:
             raise
-        print(
-            f"\nrmfast eval: interrupted, {state.rows:,} rows are in {args.scores}; the same "
-            "command with --resume continues",
-            file=sys.stderr,
-        )
-        return 130
+        kept = f", {state.rows:,} rows are in {args.scores}"
+        return interrupted("eval", f"{kept}; the same command with --resume continues")
 
 
 def _evaluate(args: EvalOptions, template: str | None, source: _Source, state: State) -> int:
@@ -104,7 +94,7 @@ def _evaluate(args: EvalOptions, template: str | None, source: _Source, state: S
         for window in memory_told(windows, advice):
             for tag, scored in window:
                 take(tag, scored)
-            state.totals = (before + scorer.stats).as_dict()
+            state.totals = dataclasses.asdict(before + scorer.stats)
             state.max_tokens = scorer.max_tokens
             files.save(len(window))
         if not len(judged):
@@ -113,7 +103,7 @@ def _evaluate(args: EvalOptions, template: str | None, source: _Source, state: S
         summary = {"headline": published.headline(judged), **measures.summarise(judged)}
         bar.close()
         paths = files.finish(summary)
-    run = {**state.stats().as_dict(), **scorer.about()}
+    run = {**dataclasses.asdict(state.stats()), **scorer.about()}
     _print(args, run, summary, left_out)
     paths += _write(args, run, summary, left_out)
     for path in paths:
@@ -147,7 +137,7 @@ def _check(args: EvalOptions) -> str | None:
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise UserError(f"--{name} {path}: there is no such folder")
     names = ("input", "model", "ref_model", "tokenizer", "chat_template")
-    inputs = {"--" + name.replace("_", "-"): getattr(args, name) for name in names}
+    inputs = {flag(name): getattr(args, name) for name in names}
     check_paths(inputs, all_paths(args), overwrite=True)
     if args.figure is not None:
         show.check(args.figure)
@@ -179,9 +169,6 @@ def _scorer(args: EvalOptions, options: dict[str, Any]) -> Scorer:
         raise UserError(str(error)) from None
 
 
-# --- rows
-
-
 class _Source:
     """Rows for a scorer, each with its number and what it was read as."""
 
@@ -201,9 +188,6 @@ class _Source:
                 yield (record.number, None, None), error
             else:
                 yield (record.number, row, benchmark), [*row.chosen, *row.rejected]
-
-
-# --- results
 
 
 class _LeftOut:

@@ -27,19 +27,12 @@ def interval(right: int, total: int) -> tuple[float, float]:
 
 
 class Judged:
-    """Scores and lengths of rows, collected at 16 bytes an answer.
-
-    Attributes:
-        subsets: name of each row's subset, or None.
-        benchmarks: the benchmarks that the columns of the rows are those of, see
-            :func:`rmfast.evaluate.published.read`.
-        ids: what a benchmark calls each row, or None.
-    """
+    """Scores and lengths of rows, collected at 16 bytes an answer."""
 
     def __init__(self) -> None:
         self.subsets: list[str | None] = []
-        self.benchmarks: set[str | None] = set()
-        self.ids: list[Any] = []
+        self.benchmarks: set[str | None] = set()  # those that the columns of the rows tell
+        self.ids: list[Any] = []  # what a benchmark calls each row
         self._scores, self._lengths = array("d"), array("q")
         self._chosen, self._sizes = array("q"), array("q")
 

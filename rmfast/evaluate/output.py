@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rmfast.arguments import flag
 from rmfast.errors import RowError, UserError
 from rmfast.evaluate import rewardbench
 from rmfast.evaluate.options import EvalOptions
-from rmfast.resume import model_identity, same_run, saving, stored, write_whole
+from rmfast.resume import model_identity, same_run, saving, stored
 from rmfast.score.output import _Appended as Appended
 from rmfast.score.start import State, beside, settings
 from rmfast.score.windows import Scored, Tagged
@@ -30,21 +30,16 @@ _OUTPUTS, _SUMMARY, _ALL = "MODEL_outputs.jsonl", "MODEL.json", "MODEL_all.jsonl
 
 
 def first_state(args: EvalOptions, reader: Reader, template: str | None) -> State:
-    """The state to start from: a new one, or that of the run that ``--resume`` continues.
-
-    Raises:
-        UserError: ``--scores`` is there and would be lost, or is of another run.
-    """
+    """The state to start from: a new one, or that of the run that ``--resume`` continues."""
     if args.scores is None:
         if args.resume:
             raise UserError("--resume continues what is in --scores: give it, too")
         return State({})
     now = settings(args, reader, template)
     for name in ("tokenizer", "subset_column", "ref_model", "beta"):
-        now["--" + name.replace("_", "-")] = getattr(args, name)
+        now[flag(name)] = getattr(args, name)
     if args.ref_model is not None:
-        files = model_identity(args.ref_model).get("a file of --model")
-        now["a file of --ref-model"] = files
+        now["a file of --ref-model"] = model_identity(args.ref_model).get("a file of --model")
     path = Path(args.scores)
     file = beside(path, "state.json")
     before = None if args.overwrite else stored(file, State)
@@ -141,10 +136,9 @@ class RowFiles(contextlib.ExitStack):
             self.lines[name].clear()
         self.state.rows += new
         if _SCORES in self.files:
-            path = self.paths[_SCORES]
             self.state.output = self.files[_SCORES].mark()
-            with self._saving(path):
-                write_whole(beside(path, "state.json"), dataclasses.asdict(self.state))
+            with self._saving(self.paths[_SCORES]):
+                self.state.save(self.paths[_SCORES])
 
     def finish(self, summary: dict[str, Any]) -> list[Path]:
         """Write RewardBench's summary, and return the paths of all files."""

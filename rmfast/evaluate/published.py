@@ -71,18 +71,10 @@ _JUDGE_BENCH = {
 _TIES = re.compile(r"(ref|tied):(\d+)")
 
 
-# --- rows
-
-
 def read(record: Any, columns: Mapping[str, str]) -> tuple[str | None, Any]:
     """The benchmark of a record, or None, and the record in the columns that rows are read from.
 
-    Args:
-        record: a dict of columns; anything else comes back as it is.
-        columns: see :class:`rmfast.data.rows.RowReader`.
-
-    Raises:
-        RowError: the label of a JudgeBench row does not say which answer is better.
+    For ``columns`` see :class:`rmfast.data.rows.RowReader`.
     """
     name = None
     if isinstance(record, Mapping):
@@ -101,24 +93,20 @@ def read(record: Any, columns: Mapping[str, str]) -> tuple[str | None, Any]:
     return name, rest | {x: record[column] for x, column in sources.items()}
 
 
-# --- figures
-
-
 def headline(judged: Judged) -> dict[str, Any] | None:
     """The published figure of a benchmark, ready for JSON; None where the rows are none's.
 
-    ``score`` is the figure, ``parts`` are what it is made of, and a whole benchmark has ``of``
-    parts.
+    ``parts`` are what ``score`` is made of; a whole benchmark has ``of`` parts.
     """
     if len(judged.benchmarks) != 1 or None in judged.subsets:
         return None
     name = next(iter(judged.benchmarks)) or "RewardBench"
-    compute, about = _FORMULAS[name]
+    compute, of, formula, paper = _FORMULAS[name]
     found = compute(judged, measures.by_subset(judged.subsets))
     if found is None:
         return None
-    score, parts = found
-    return {"benchmark": name, "n": len(judged), "score": score, "parts": parts, **about}
+    about = {"of": of, "formula": formula, "paper": paper}
+    return {"benchmark": name, "n": len(judged), "score": found[0], "parts": found[1], **about}
 
 
 def _mean(parts: Parts) -> tuple[float, Parts]:
@@ -166,10 +154,8 @@ def _ties(answers: dict[tuple[str, int], tuple[list[float], list[float]]]) -> fl
     """The score of the subset Ties; None where no prompt is there with one and with all answers.
 
     ``ref:N`` is prompt N with one right answer, ``tied:N`` with several: all should be better than
-    every wrong one, and by more than they differ among themselves.
-
-    Args:
-        answers: scores of right and of wrong answers, by ``ref`` or ``tied`` and N.
+    every wrong one, and by more than they differ among themselves. ``answers`` has the scores of
+    right and of wrong ones.
     """
     gaps = {key: min(right) - max(wrong) for key, (right, wrong) in answers.items()}
     both = [n for kind, n in answers if kind == "tied" and ("ref", n) in answers]
@@ -209,37 +195,24 @@ def _judge_bench(judged: Judged, subsets: Subsets) -> tuple[float, Parts] | None
     return float(right.mean()), parts
 
 
+# how it is computed, of how many parts, in words, and where it was published
 _FORMULAS = {
     "RewardBench": (
-        _reward_bench,
-        {
-            "of": 4,
-            "formula": "mean of the sections, without prior sets; a tie is wrong",
-            "paper": "arXiv 2403.13787",
-        },
+        _reward_bench, 4, "mean of the sections, without prior sets; a tie is wrong",
+        "arXiv 2403.13787",
     ),
     "RewardBench 2": (
-        _reward_bench_2,
-        {
-            "of": 6,
-            "formula": "mean of the subsets; equal scores share the credit; Ties by its own rule",
-            "paper": "arXiv 2506.01937",
-        },
+        _reward_bench_2, 6,
+        "mean of the subsets; equal scores share the credit; Ties by its own rule",
+        "arXiv 2506.01937",
     ),
     "RM-Bench": (
-        _rm_bench,
-        {
-            "of": 4,
-            "formula": "mean of the domains, of which safety-refuse and safety-response are one",
-            "paper": "arXiv 2410.16184",
-        },
+        _rm_bench, 4,
+        "mean of the domains, of which safety-refuse and safety-response are one",
+        "arXiv 2410.16184",
     ),
     "JudgeBench": (
-        _judge_bench,
-        {
-            "of": 4,
-            "formula": "share of the pairs, each in both orders; a tie is wrong",
-            "paper": "arXiv 2410.12784",
-        },
+        _judge_bench, 4, "share of the pairs, each in both orders; a tie is wrong",
+        "arXiv 2410.12784",
     ),
-}
+}  # fmt: skip

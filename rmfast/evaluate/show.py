@@ -131,9 +131,6 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-# --- the picture
-
-
 def check(path: str) -> None:
     """Raise UserError where :func:`figure` cannot be made, or not saved under this name."""
     try:

@@ -251,14 +251,18 @@ def position_limit(config: Any) -> float:
     return min(length for length in lengths if length)
 
 
+def text_config(model: nn.Module) -> Any:
+    """The text part of a model's config; None for a model without one."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def pad_token(model: nn.Module) -> int | None:
     """The pad token of the config; None where there is none that has an embedding.
 
     A token without one is in no conversation, and cannot fill a batch.
     """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    pad, rows = getattr(text, "pad_token_id", None), vocabulary(model)
+    pad, rows = getattr(text_config(model), "pad_token_id", None), vocabulary(model)
     return pad if pad is not None and 0 <= pad < (rows or math.inf) else None
 
 

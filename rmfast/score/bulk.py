@@ -23,7 +23,6 @@ from rmfast.data.values import Side
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
 from rmfast.packed.models import keeping_modes
-from rmfast.score.progress import progress_bar
 from rmfast.score.windows import (
     Scored,
     Stats,
@@ -32,6 +31,7 @@ from rmfast.score.windows import (
     first_error,
     gathered,
     is_text_or_messages,
+    progress_bar,
     refuse_one,
 )
 
@@ -41,13 +41,12 @@ Progress = bool | Callable[[int, int], None]
 class BulkScorer:
     """What scorers share: from conversations to rows of token ids, and from scores to results.
 
-    A scorer gives ``_scores``, and sets ``encoder``, ``_budget``, and ``_patches``: the models that
-    it runs, with the patches that it was made with.
+    A scorer gives ``_scores``, and sets these:
     """
 
     encoder: Encoder
     _budget: pieces.Budget
-    _patches: list[tuple[Any, patching.Patch]]
+    _patches: list[tuple[Any, patching.Patch]]  # its models, and how they were patched for it
 
     def __init__(self, window: int, progress: Progress) -> None:
         self.window = window
@@ -118,12 +117,13 @@ class BulkScorer:
         refuse_one(rows, "rows")
         return self._windows(rows, self._progress)
 
-    # --- rows
-
     def _windows(
         self, rows: Iterable[Tagged], progress: Progress
     ) -> Iterator[list[tuple[Any, Scored]]]:
-        windows = map(self._encoded, gathered(rows, self.window))
+        windows = (
+            ([tag for tag, _ in window], self._encode([row for _, row in window]))
+            for window in gathered(rows, self.window)
+        )
         with contextlib.closing(ahead(windows)) as encoded:
             for tags, window in encoded:
                 with _lock_of(self):
@@ -167,10 +167,6 @@ class BulkScorer:
             return
         with progress_bar(total=count, unit=" conversations") as bar:
             yield lambda conversations, tokens: bar.update(conversations)
-
-    def _encoded(self, window: list[Tagged]) -> tuple[list[Any], list[Any]]:
-        """The tags of a window, and what :meth:`_encode` makes of its rows."""
-        return [tag for tag, _ in window], self._encode([row for _, row in window])
 
     def _encode(self, window: list[list | RowError]) -> list[Any]:
         """Rows of token ids, each a list of arrays, or the RowError that says why it has none."""
@@ -230,8 +226,6 @@ def _sides(pair: Any) -> list[Conversation] | RowError:
         return RowError(f"a pair is (chosen, rejected) or a dict of the two, not this {kind}")
     return [Side(side) if isinstance(side, str) else side for side in pair]
 
-
-# --- one thread at a time
 
 # by object: a lock that was an attribute could be neither copied nor pickled
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()

@@ -20,14 +20,13 @@ from rmfast import loading
 from rmfast.data import files
 from rmfast.data.encoding import read_template
 from rmfast.errors import DataError, RowError, UserError
-from rmfast.resume import locked, saving, told_to_stop, write_whole
+from rmfast.resume import interrupted, locked, saving, told_to_stop, write_whole
 from rmfast.score import output, parquet, start
 from rmfast.score.options import ScoreOptions
-from rmfast.score.progress import progress_bar
 from rmfast.score.report import as_text, report
 from rmfast.score.source import Source, look
-from rmfast.score.start import STDOUT, State, beside
-from rmfast.score.windows import memory_told
+from rmfast.score.start import STDOUT, State
+from rmfast.score.windows import memory_told, progress_bar
 
 if TYPE_CHECKING:
     from rmfast.score.scorer import Scorer
@@ -40,10 +39,6 @@ def run(options: ScoreOptions, make_scorer: Callable[..., Any] | None = None) ->
     Args:
         make_scorer: called with ``options`` and the keyword arguments of :class:`rmfast.Scorer`;
             when not given, the model is loaded.
-
-    Raises:
-        UserError, DataError: it cannot run, or ``--strict`` met a bad row; the message is for the
-            user.
     """
     loading.silence_transformers()
     path = start.output_path(options)
@@ -75,10 +70,8 @@ def _run(options: ScoreOptions, make_scorer: Callable[..., Any], path: Path) -> 
             found = report(scorer.about(), state, options)
             job.finish(found, start.report_path(options))
     except KeyboardInterrupt:
-        done = f"{state.rows:,} rows are done"
         go_on = "" if path == STDOUT else "; the same command with --resume continues"
-        print(f"\nrmfast score: interrupted, {done}{go_on}", file=sys.stderr)
-        return 130
+        return interrupted("score", f", {state.rows:,} rows are done{go_on}")
     parquet.clean(path)
     print(as_text(found, path), file=sys.stderr if path == STDOUT else None)
     return state.exit_code()
@@ -117,33 +110,27 @@ class Job:
 
     def save(self) -> None:
         if self.path != STDOUT:
-            write_whole(beside(self.path, "state.json"), dataclasses.asdict(self.state))
+            self.state.save(self.path)
 
     def score(self, scorer: Scorer) -> None:
         """Score the rows that are left. Of the scorer: ``windows``, ``max_tokens``, ``stats``."""
-        state, before = self.state, self.state.stats()
-        begun = time.perf_counter() - state.seconds
-        with self.progress(), contextlib.closing(scorer.windows(self.rows())) as windows:
+        state, before, reader = self.state, self.state.stats(), self.source.reader
+        begun, self.tokens = time.perf_counter() - state.seconds, before.tokens
+        scale = {"unit": reader.unit, "unit_scale": True, "initial": state.position or 0}
+        with (
+            progress_bar(total=reader.total, **scale) as self.bar,
+            contextlib.closing(scorer.windows(self.rows())) as windows,
+        ):
             advice = "; --resume continues after the last window"
             for window in memory_told(windows, advice):
-                state.totals = (before + scorer.stats).as_dict()
+                state.totals = dataclasses.asdict(before + scorer.stats)
                 state.max_tokens = scorer.max_tokens
                 state.seconds = time.perf_counter() - begun
                 with self.saving():
                     self.write(window)
                 self.show()
 
-    @contextlib.contextmanager
-    def progress(self) -> Iterator[None]:
-        """A bar of the input that is read, with the rows and the tokens beside it."""
-        reader, self.tokens = self.source.reader, self.state.stats().tokens
-        scale = {"unit": reader.unit, "unit_scale": True}
-        with progress_bar(total=reader.total, initial=self.state.position or 0, **scale) as bar:
-            self.bar = bar
-            yield
-
     def ran(self, conversations: int, tokens: int) -> None:
-        """Show a micro-batch."""
         self.tokens += tokens
         self.show()
 

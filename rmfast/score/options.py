@@ -18,8 +18,8 @@ FILES = (
 
 
 @dataclasses.dataclass(kw_only=True)
-class ScoringOptions(Options):
-    """How conversations are read and scored."""
+class LoadingOptions(Options):
+    """How a model is loaded."""
 
     # fmt: off
     model: str = option("Score with this reward model: a folder or a name on the hub.")
@@ -28,6 +28,25 @@ class ScoringOptions(Options):
         "Load the weights in this dtype; auto: the checkpoint's.", "auto", group=MODEL)
     device: str | None = option(
         "Run on cpu, cuda or cuda:N (default: a GPU if there is one).", None, MODEL)
+    revision: str | None = option(
+        "Take this branch, tag or commit of a model on the hub.", None, MODEL)
+    tokenizer: str | None = option(
+        "Use this tokenizer, a folder or hub name (default: the model's).",
+        None, metavar="NAME", group=MODEL)
+    trust_remote_code: bool = option("Run code that comes with the model.", False, MODEL)
+    # fmt: on
+
+    def for_loading(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`rmfast.loading.load` for ``--model``."""
+        names = ("dtype", "device", "revision", "tokenizer", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScoringOptions(LoadingOptions):
+    """How conversations are read and scored."""
+
+    # fmt: off
     attention: Literal["auto", "triton", "sdpa", "flex", "flash"] = option(
         "Choose the attention backend; auto: triton on a GPU where it can, else sdpa.",
         "auto", group=MODEL)
@@ -36,12 +55,6 @@ class ScoringOptions(Options):
         "Choose the token that carries the score; hf: the last that is not the pad token, as in "
         "Hugging Face; mask: the last one (default: hf, or as the model was trained).",
         None, group=MODEL)
-    revision: str | None = option(
-        "Take this branch, tag or commit of a model on the hub.", None, MODEL)
-    tokenizer: str | None = option(
-        "Use this tokenizer, a folder or hub name (default: the model's).",
-        None, metavar="NAME", group=MODEL)
-    trust_remote_code: bool = option("Run code that comes with the model.", False, MODEL)
 
     system_prompt: str | None = option(
         "Put this before messages that have no system prompt.",
@@ -79,11 +92,6 @@ class ScoringOptions(Options):
         "Share prefixes among this many conversations.", 1024, metavar="N", least=1, group=RUN)
     strict: bool = option("Stop at the first row that cannot be scored.", False, RUN)
     # fmt: on
-
-    def for_loading(self) -> dict[str, Any]:
-        """Keyword arguments of :func:`rmfast.loading.load` for ``--model``."""
-        names = ("dtype", "device", "revision", "tokenizer", "trust_remote_code")
-        return {name: getattr(self, name) for name in names}
 
     def for_scorer(self, template: str | None) -> dict[str, Any]:
         """Keyword arguments of a scorer, with the text of ``--chat-template``."""

@@ -35,16 +35,7 @@ _REASON = 1000  # characters: what a tokenizer's template says may be long
 
 
 def open_output(path: Path, source: Source, mark: int = 0) -> JsonLines | Csv | Parquet:
-    """The output of a file's format.
-
-    Args:
-        path: its name says the format.
-        mark: how much of the file stays.
-
-    Raises:
-        UserError: the file is shorter than the mark says, or cannot hold the columns.
-        DataError: a library is missing.
-    """
+    """The output of the format that a file's name says; so much of it stays as ``mark`` says."""
     kind, packed = sources.file_format(path) or ("jsonl", None)  # stdout
     if kind == "jsonl":
         return JsonLines(path, packed, source, mark)
@@ -109,11 +100,10 @@ class Errors(_Appended):
         super().__init__(self._path, None, mark, sys.stderr.buffer if path == STDOUT else None)
 
     def write(self, rows: Sequence[tuple[int | str, RowError]]) -> None:
-        lines = [
-            {"line": number, "reason": str(error)[:_REASON], "kind": error.kind}
-            for number, error in rows
-        ]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = ""
+        for number, error in rows:
+            line = {"line": number, "reason": str(error)[:_REASON], "kind": error.kind}
+            text += json.dumps(line, ensure_ascii=False) + "\n"
         if text:
             self.append(text.encode("utf-8", "backslashreplace"))
 
@@ -133,11 +123,7 @@ class JsonLines(_Appended):
         self._keys = [f", {name}: ".encode() for name in names]
 
     def prepare(self, record: files.Record) -> bytes:
-        """The row's object, without its closing brace.
-
-        Raises:
-            RowError: it has text that is not Unicode.
-        """
+        """The row's object, without its closing brace."""
         if isinstance(record.raw, bytes):
             return record.raw[:-1].rstrip()
         return to_json(record.value)[:-1].encode()
@@ -163,11 +149,7 @@ class Csv(_Appended):
         self._source = source
 
     def prepare(self, record: files.Record) -> list[str]:
-        """The row's cells.
-
-        Raises:
-            RowError: a column that the header does not have, or text that is not Unicode.
-        """
+        """The row's cells."""
         self._source.check_columns(record.value)
         if isinstance(record.raw, list):
             return record.raw
@@ -186,9 +168,6 @@ class Csv(_Appended):
         self.write([])  # of an empty file, the header
 
 
-# --- values
-
-
 def as_text(score: columns.Scores) -> str:
     """The shortest decimal that gives the same fp32; several as a list of JSON."""
     if isinstance(score, np.ndarray):
@@ -197,11 +176,7 @@ def as_text(score: columns.Scores) -> str:
 
 
 def to_json(value: Any) -> str:
-    """JSON, with types that it does not have as text.
-
-    Raises:
-        RowError: text that is not Unicode, or an object that cannot be written.
-    """
+    """JSON, with types that it does not have as text."""
     try:
         return _unicode(json.dumps(value, ensure_ascii=False, default=_plain))
     except TypeError as error:

@@ -52,12 +52,7 @@ class Parquet:
         return self._folder / f"{number:06d}.parquet"
 
     def prepare(self, record: files.Record) -> pyarrow.RecordBatch:
-        """The row as a batch of one.
-
-        Raises:
-            RowError: a column that the first rows do not have, or a value that is not of its
-                column's type.
-        """
+        """The row as a batch of one."""
         import pyarrow
 
         if isinstance(record.raw, tuple):  # of a Parquet file
@@ -110,15 +105,8 @@ class Parquet:
         """Nothing is open: parts are closed when they are written."""
 
 
-# --- types
-
-
 def schema_of(path: Path, source: Source) -> pyarrow.Schema:
-    """The schema of the input's columns.
-
-    Raises:
-        UserError: a column has values that no type of Parquet holds.
-    """
+    """The schema of the input's columns; UserError: no type of Parquet holds one's values."""
     files.need("pyarrow", str(path))
     import pyarrow
     from pyarrow import parquet
@@ -134,7 +122,7 @@ def schema_of(path: Path, source: Source) -> pyarrow.Schema:
     fields = []
     for name in source.names:
         try:
-            field = pyarrow.field(name, pyarrow.array(source.column(name)).type)
+            field = pyarrow.field(name, pyarrow.array([row.get(name) for row in source.rows]).type)
             # Parquet has no place for objects without fields
             parquet.ParquetWriter(io.BytesIO(), pyarrow.schema([field])).close()
         except (pyarrow.ArrowException, OverflowError, NotImplementedError) as error:
@@ -147,11 +135,7 @@ def schema_of(path: Path, source: Source) -> pyarrow.Schema:
 
 
 def _array(field: pyarrow.Field, value: Any) -> pyarrow.Array:
-    """A value of a column.
-
-    Raises:
-        RowError: the column's type does not hold it.
-    """
+    """A value of a column; RowError: the column's type does not hold it."""
     import pyarrow
 
     try:
@@ -162,8 +146,8 @@ def _array(field: pyarrow.Field, value: Any) -> pyarrow.Array:
         raise RowError("it has half a surrogate pair, which only JSON lines can keep") from None
     except (pyarrow.ArrowException, OverflowError, TypeError, ValueError):
         pass
-    raise RowError(f'"{field.name}" is {kind_of(value)} that is not of the column\'s type '
-                   f"{field.type}: {INSTEAD}")  # fmt: skip
+    what = f"{kind_of(value)} that is not of the column's type {field.type}"
+    raise RowError(f'"{field.name}" is {what}: {INSTEAD}')
 
 
 def _same(value: Any, kept: Any) -> bool:
@@ -175,9 +159,6 @@ def _same(value: Any, kept: Any) -> bool:
     if isinstance(value, bool) != isinstance(kept, bool):
         return False
     return value == kept or (value != value and kept != kept)
-
-
-# --- parts
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -107,7 +107,7 @@ class Scorer(BulkScorer):
         self._check(model)
         super().__init__(window, progress)
         config = getattr(model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        text = models.text_config(model)
         self._mean, self._std = _normalization(config) if normalize else (0.0, 1.0)
         self._sigmoid = sigmoid
         self.model = model
@@ -119,9 +119,10 @@ class Scorer(BulkScorer):
         self._pooling = self._patch.options.pooling
         self._pad = models.pad_token(model)
         self._position_limit = models.position_limit(text)
+        limits = (form and form.max_length, getattr(text, "max_position_embeddings", None))
         self.encoder = Encoder(
             tokenizer,
-            max_length=max_length or _most_tokens(form, text),
+            max_length=max_length or min(filter(None, limits), default=None),
             on_overlong=on_overlong,
             system_prompt=system_prompt,
             chat_template=chat_template,
@@ -177,8 +178,6 @@ class Scorer(BulkScorer):
             "fallbacks": dict(report.fallbacks),
         }
 
-    # --- sequences
-
     def _scores(self, rows: list[np.ndarray]) -> np.ndarray:  # fp32 [len(rows)]
         lengths = self._count(rows)
         if self._patch.level == "trie" and self._pooling == "hf":  # where rmfast pools
@@ -220,27 +219,24 @@ class Scorer(BulkScorer):
             if module not in inside and (module._forward_hooks or module._forward_pre_hooks):
                 raise Unservable("forward hooks on the model or on what wraps it")
 
-    @property
-    def _forward(self) -> Any:
-        return self._patch.overrides[0]
-
     def _run_trie(
         self, rows: list[np.ndarray], which: np.ndarray, lengths: np.ndarray, raw: Tensor
     ) -> None:
         """Put into ``raw`` the scores of the rows ``which``, each node of their trie run once."""
         trie = pack([rows[i] for i in which])
         self.stats.nodes += len(trie)
+        forward = self._patch.overrides[0]
 
         def take(piece: pieces.Piece, hidden: Tensor) -> None:
             done = which[piece.rows]
             if done.size:
                 # a node once: a matmul may round equal rows differently, and equal is a tie
                 nodes, place = piece.trie.pool_index.unique(return_inverse=True)
-                scores = self._forward.scores(hidden, nodes - piece.carried)
+                scores = forward.scores(hidden, nodes - piece.carried)
                 raw[done] = scores[place, 0].cpu().double()
             self._ran(piece.stop - piece.start, done.size, int(lengths[done].sum()))
 
-        self._forward.run_pieces(trie, take, self._budget)
+        forward.run_pieces(trie, take, self._budget)
 
     def _run_padded(self, rows: list[np.ndarray], which: np.ndarray, raw: Tensor) -> None:
         """The same for rows that cannot run packed: sorted by length, or by shared prefixes."""
@@ -298,11 +294,6 @@ def alike(keys: Mapping[int, Hashable]) -> dict[int, list[int]]:
     for row, key in keys.items():
         found.setdefault(key, []).append(row)
     return {rows[0]: rows for rows in found.values()}
-
-
-def _most_tokens(form: Form | None, config: Any) -> int | None:
-    limits = (form and form.max_length, getattr(config, "max_position_embeddings", None))
-    return min(filter(None, limits), default=None)
 
 
 def _normalization(config: Any) -> tuple[float, float]:

@@ -17,57 +17,33 @@ LOOK = 1000  # rows at the beginning that tell which columns there are
 
 @dataclasses.dataclass
 class Source:
-    """The input, and what is known of it beforehand.
-
-    Attributes:
-        reader: gives its records.
-        layout: which columns hold the conversations.
-        names: its columns: all of them, or those of the first rows of a file that does not list
-            them.
-        rows: the first rows that can be scored, all of Unicode; none where the file lists its
-            columns.
-    """
+    """The input, and what is known of it beforehand."""
 
     reader: files.Reader
-    layout: columns.Columns
-    names: list[str]
+    layout: columns.Columns  # which columns hold the conversations
+    names: list[str]  # its columns; of a file that does not list them, those of the first rows
+    # the first rows that can be scored, all of Unicode; none where the file lists its columns
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def conversations(self, row: dict[str, Any]) -> list[Any]:
-        """The conversations of a row.
-
-        Raises:
-            RowError: it has none that can be scored, or has a column of the scores' name.
-        """
+        """The conversations of a row; RowError: none, or it has a column of the scores' name."""
         taken = next((name for name in self.layout.added if name in row), None)
         if taken is not None:
             raise RowError(f'it has a "{taken}" already: --reward-column gives another name')
         return self.layout.conversations(row)
 
-    def column(self, name: str) -> list[Any]:
-        """The values of a column in the first rows."""
-        return [row.get(name) for row in self.rows]
-
     def check_columns(self, row: dict[str, Any]) -> None:
         """Raise RowError if the row has a column that the first rows do not have."""
         new = next((name for name in row if name not in self.names), None)
         if new is not None:
-            raise RowError(
-                f"{json.dumps(new)} is not among the columns of the first rows: {INSTEAD}"
-            )
+            words = "is not among the columns of the first rows"
+            raise RowError(f"{json.dumps(new)} {words}: {INSTEAD}")
 
 
 def look(options: ScoreOptions, reader: files.Reader) -> Source:
-    """Find the columns of the conversations.
-
-    Raises:
-        UserError: no row has what can be scored, or the names of the scores' columns are taken.
-    """
-    named = {
-        field: name
-        for field in columns.FIELDS
-        if (name := getattr(options, f"{field}_column")) is not None
-    }
+    """Find the columns of the conversations."""
+    named = {field: getattr(options, f"{field}_column") for field in columns.FIELDS}
+    named = {field: name for field, name in named.items() if name is not None}
     choice = {"stem": options.reward_column, "cells": reader.format == "csv"}
     source = Source(reader, columns.choose(reader.columns or (), named, **choice), [])
     names = dict.fromkeys(reader.columns or ())

@@ -11,7 +11,7 @@ from typing import Any
 from rmfast.arguments import flag
 from rmfast.data import columns, files, sources
 from rmfast.errors import RowError, UserError
-from rmfast.resume import check_paths, digest, model_identity, same_run, stored
+from rmfast.resume import check_paths, digest, model_identity, same_run, stored, write_whole
 from rmfast.score.options import ScoreOptions
 from rmfast.score.windows import Stats
 
@@ -37,6 +37,10 @@ class State:
     report: str | None = None  # where this run writes its report
     done: bool = False  # nothing is left to do
 
+    def save(self, path: Path) -> None:
+        """Put the state of an output beside it."""
+        write_whole(beside(path, "state.json"), dataclasses.asdict(self))
+
     def stats(self) -> Stats:
         return Stats(**self.totals)
 
@@ -50,11 +54,7 @@ class State:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """A file that belongs to an output; what is JSON and no row is hidden from data loaders.
-
-    Args:
-        suffix: ``"errors.jsonl"``, ``"parts"``, ``"report.json"`` or ``"state.json"``.
-    """
+    """A file that belongs to an output; what is JSON and no row is hidden from data loaders."""
     return path.with_name(f"{'.' if suffix.endswith('.json') else ''}{path.name}.{suffix}")
 
 
@@ -79,9 +79,9 @@ def output_path(options: ScoreOptions) -> Path:
 
 
 def report_path(options: ScoreOptions) -> Path | None:
-    if options.report is None and options.output != "-":
-        return beside(Path(options.output), "report.json")
-    return None if options.report is None else Path(options.report)
+    if options.report is not None:
+        return Path(options.report)
+    return None if options.output == "-" else beside(Path(options.output), "report.json")
 
 
 def shard(options: ScoreOptions) -> tuple[int, int]:
@@ -111,16 +111,17 @@ def settings(options: ScoreOptions, reader: files.Reader, template: str | None) 
 def first_state(path: Path, now: dict[str, Any], options: ScoreOptions) -> State:
     """The state to start from: a new one, or that of the run that ``--resume`` continues.
 
-    Args:
-        now: the settings of this run.
-
-    Raises:
-        UserError: a file is there that would be lost, or that this run cannot continue.
+    UserError: a file is there that would be lost, or that the settings ``now`` cannot continue.
     """
     report = report_path(options)
     new = State(now, report=report and str(report))
     file = beside(path, "state.json")
-    _check_foreign(path, file)
+    for foreign in (beside(path, "errors.jsonl"), beside(path, "parts")):
+        if foreign.exists() and not file.exists():
+            words = (
+                "is there, and no run for this output wrote it: move it, or name another --output"
+            )
+            raise UserError(f"{foreign} {words}")
     before = None if options.overwrite else stored(file, State)
     if options.report is not None and new.report != (before and before.report):
         check_paths({}, {"--report": report}, options.overwrite)
@@ -142,17 +143,7 @@ def first_state(path: Path, now: dict[str, Any], options: ScoreOptions) -> State
         )
     same_run(before.settings, now)
     if before.done and not path.exists():
-        raise UserError(f"{file} says the run is complete, and {path} is gone: --overwrite starts "
-                        "again")  # fmt: skip
+        words = "says the run is complete, and"
+        raise UserError(f"{file} {words} {path} is gone: --overwrite starts again")
     before.report = new.report
     return before
-
-
-def _check_foreign(path: Path, state: Path) -> None:
-    """Raise UserError for files that this output would replace, and no run for it has written."""
-    for file in (beside(path, "errors.jsonl"), beside(path, "parts")):
-        if file.exists() and not state.exists():
-            raise UserError(
-                f"{file} is there, and no run for this output wrote it: move it, or name another "
-                "--output"
-            )

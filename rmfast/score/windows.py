@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import queue
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from rmfast.data.records import Pair
 from rmfast.errors import RowError, UserError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # what the caller knows a row by, and its conversations or why it has none
 Tagged = tuple[Any, Sequence[Any] | RowError]
@@ -66,9 +70,6 @@ class Stats:
     def saved(self) -> float:
         """The share of the tokens that did not run; 0 where the model runs padded batches."""
         return max(0.0, 1 - self.tokens_run / self.tokens) if self.tokens else 0.0
-
-    def as_dict(self) -> dict[str, int | float]:
-        return dataclasses.asdict(self)
 
 
 def refuse_one(given: Any, name: str = "conversations") -> None:
@@ -169,3 +170,11 @@ def memory_told(windows: Iterable, advice: str = "") -> Iterator:
         yield from windows
     except MemoryError as error:
         raise UserError(f"{error}{advice}") from None
+
+
+def progress_bar(**options: Any) -> tqdm:
+    """A bar on stderr, with tqdm's options; every 10 seconds where stderr is no terminal."""
+    from tqdm import tqdm
+
+    pause = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(desc="scoring", mininterval=pause, miniters=0, **options)

@@ -147,10 +147,3 @@ def first_of(batch: Batch, scores: Tensor, count: int) -> tuple[Batch, Tensor]:
     pairs = batch["pairs"][batch["pairs"][:, 0] < end]
     kept = {"ranks": batch["ranks"][:end], "offsets": offsets, "pairs": pairs}
     return {**kept, "largest": batch["largest"], "count": count}, scores[:end]
-
-
-def shared_length(left: np.ndarray, right: np.ndarray) -> int:
-    """How many tokens two sequences both begin with."""
-    size = min(left.size, right.size)
-    differ = left[:size] != right[:size]
-    return int(differ.argmax()) if differ.any() else size

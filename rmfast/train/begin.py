@@ -39,26 +39,15 @@ _READ_AS_BF16 = ("fp8", "mxfp4")
 
 @dataclass(frozen=True)
 class Start:
-    """What a reward model is when training begins.
+    """What a reward model is when training begins."""
 
-    Attributes:
-        name: the checkpoint.
-        new: parameters of the head that the checkpoint lacks; none: it was a reward model already,
-            and keeps its head.
-        std: standard deviation that the new head was drawn with, or None.
-        unused: parameters of the checkpoint that a reward model has no use for.
-        pad: the pad token and its id.
-        pad_from: where the pad token is from.
-        warnings: what to know before training.
-    """
-
-    name: str
-    new: list[str]
-    std: float | None
-    unused: list[str]
-    pad: tuple[str, int]
+    name: str  # the checkpoint
+    new: list[str]  # parameters of the head that it lacks; none: it was a reward model already
+    std: float | None  # standard deviation that the new head was drawn with
+    unused: list[str]  # parameters of the checkpoint that a reward model has no use for
+    pad: tuple[str, int]  # token and id
     pad_from: str
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # what to know before training
 
     def __str__(self) -> str:
         head = (

@@ -155,7 +155,7 @@ def write(run: Finished, folder: Path) -> None:
         head="new" if run.started.start.new else "kept",
         count=len(run.rows.train),
         records=run.records,
-        of="text" if run.is_text else "messages",
+        of=run.rows.source.content,
         data=public.data,
         method=method,
         loss=_LOSSES[run.loss],

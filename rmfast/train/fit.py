@@ -64,11 +64,7 @@ class Trainer(RewardTrainer):
 def make_trainer(
     options: TrainOptions, folder: Path, started: Started, rows: Rows, is_new: bool
 ) -> Trainer:
-    """The trainer of a run that begins, or goes on from a checkpoint.
-
-    Raises:
-        UserError: options that do not go with the data.
-    """
+    """The trainer of a run that begins, or goes on from a checkpoint."""
     use_cache = getattr(started.model.config, "use_cache", None)
     begun = _weights(started.model)
     rows.form.record(started.model.config)
@@ -177,11 +173,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
 
 
 def rehearse(trainer: Trainer, folder: Path) -> None:
-    """Save and merge once before the first step, so that nothing fails after the work.
-
-    Raises:
-        UserError: what would be trained cannot be saved.
-    """
+    """Save and merge once before the first step, so that nothing fails after the work."""
     at = folder / "checkpoints" / "rehearsal"
     try:
         if not keeps_adapter(trainer.model) and hasattr(trainer.model, "merge_adapter"):

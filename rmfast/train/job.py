@@ -8,10 +8,11 @@ state of the last complete checkpoint of its own: its weights are the same, to t
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
-import sys
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from rmfast.errors import UserError
 from rmfast.evaluate import show
 from rmfast.resume import (
     digest,
+    handling,
+    interrupted,
     locked,
     make_folder,
     model_identity,
@@ -58,20 +61,13 @@ _WEIGHTS = ("model*.safetensors*", "adapter_*")
 
 @dataclasses.dataclass
 class State:
-    """What ``--resume`` needs, beside the checkpoints.
+    """What ``--resume`` needs, beside the checkpoints."""
 
-    Attributes:
-        settings: what decides the weights, by names that users know.
-        resolved: dtype and device, where nobody gave them: what is fast is found by timing.
-        versions: of the libraries.
-        warnings: what to know of the model that came out.
-        done: nothing is left to do.
-    """
-
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # what decides the weights, by names that users know
+    # dtype and device, where nobody gave them: what is fast is found by timing
     resolved: dict[str, Any] = dataclasses.field(default_factory=dict)
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    warnings: list[str] = dataclasses.field(default_factory=list)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of the libraries
+    warnings: list[str] = dataclasses.field(default_factory=list)  # of the model that came out
     done: bool = False
 
     def save(self, folder: Path) -> None:
@@ -81,11 +77,7 @@ class State:
 
 
 def run(options: TrainOptions) -> int:
-    """``rmfast train``; returns the exit code.
-
-    Raises:
-        UserError, DataError: it cannot run; the message is for the user.
-    """
+    """``rmfast train``; returns the exit code."""
     with warnings.catch_warnings(), told_to_stop():
         warnings.simplefilter("ignore", FutureWarning)  # names that only newer libraries have
         return _run(options)
@@ -105,7 +97,11 @@ def _run(options: TrainOptions) -> int:
 
 def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
     train, held_out = rows.read(options)
-    state = _begin(folder, _settings(options, template, train, held_out), options.resume)
+    settings = _settings(options, template, train, held_out)
+    before = stored(folder / "checkpoints" / "run.json", State) if options.resume else None
+    if before is not None:
+        same_run(before.settings, settings)
+    state = before or State(settings)
     if state.done:
         print(f"already complete: {folder}")
         return 0
@@ -131,12 +127,8 @@ def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
     except KeyboardInterrupt:
         pass
     step = step_of(last_checkpoint(folder / "checkpoints"))
-    print(
-        f"\nrmfast train: interrupted, saved up to step {step:,}; the same command with --resume "
-        "goes on",
-        file=sys.stderr,
-    )
-    return 130
+    kept = f", saved up to step {step:,}; the same command with --resume goes on"
+    return interrupted("train", kept)
 
 
 def _finish(
@@ -203,11 +195,8 @@ def _check(options: TrainOptions) -> None:
                 f"--report-to {', '.join(sorted(missing))}: it is not installed, or unknown to "
                 f"transformers (there is: {', '.join(there) or 'nothing'})"
             )
-    if options.lora_rank is not None:
-        try:
-            import peft  # noqa: F401 (found now, not after the data)
-        except ImportError:
-            raise UserError("--lora-rank needs PEFT: pip install peft") from None
+    if options.lora_rank is not None and importlib.util.find_spec("peft") is None:
+        raise UserError("--lora-rank needs PEFT: pip install peft")
 
 
 def _resolved(options: TrainOptions) -> TrainOptions:
@@ -221,9 +210,6 @@ def _resolved(options: TrainOptions) -> TrainOptions:
         lora_alpha=options.lora_alpha or (2.0 * options.lora_rank if lora else None),
         learning_rate=options.learning_rate or (1e-4 if lora else 1e-5),
     )
-
-
-# --- where it begins
 
 
 def _check_folder(folder: Path, options: TrainOptions) -> None:
@@ -278,18 +264,6 @@ def _digest(records: Preferences) -> str:
     return digest([digest([x for name, x in vars(y).items() if name != "where"]) for y in records])
 
 
-def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> State:
-    """The state to start from: a new one, or that of the run that is to go on."""
-    before = stored(folder / "checkpoints" / "run.json", State) if resume else None
-    if before is None:
-        return State(settings)
-    same_run(before.settings, settings)
-    return before
-
-
-# --- training
-
-
 def _start(options: TrainOptions, template: str | None) -> begin.Started:
     started = begin.load_to_train(
         options.model,
@@ -318,7 +292,7 @@ def _versions(before: dict[str, str] | None) -> dict[str, str]:
 def _train(trainer: fit.Trainer, watch: Watch, folder: Path, checkpoint: str | None) -> bool:
     """Whether the training came to its end, and was not interrupted."""
     try:
-        with watch, saving(folder):
+        with handling(watch.stop, signal.SIGINT, signal.SIGTERM), saving(folder):
             fit.train(trainer, checkpoint)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(

@@ -25,14 +25,8 @@ _CHUNK = 1024  # records tokenised together
 
 def read(options: TrainOptions) -> tuple[Preferences, Preferences | None]:
     """What to train on, and what is held out."""
-    how = {
-        "name": options.name,
-        "limit": options.limit,
-        "chat": options.chat,
-        "ratings": options.ratings,
-        "ranks": options.ranks,
-        "margins": options.margin == "ratings",
-    }
+    how = {x: getattr(options, x) for x in ("name", "limit", "chat", "ratings", "ranks")}
+    how["margins"] = options.margin == "ratings"
     train = data.preferences(options.data, split=options.split, **how)
     print(train)
     if options.margin == "none" and train.kind == "pairs":
@@ -43,7 +37,7 @@ def read(options: TrainOptions) -> tuple[Preferences, Preferences | None]:
     how["limit"] = None
     held_out = data.preferences(options.eval_data, split=options.eval_data_split, **how)
     print(f"held out: {held_out}")
-    for mine, other in ((train.kind, held_out.kind), (_form(train), _form(held_out))):
+    for mine, other in ((train.kind, held_out.kind), (train.content, held_out.content)):
         if mine != other:
             raise DataError(
                 f"{options.eval_data}: it has {other}, and {options.data} has {mine}: both "
@@ -53,10 +47,6 @@ def read(options: TrainOptions) -> tuple[Preferences, Preferences | None]:
     if both:
         print(f"! {both:,} questions of --eval-data are in --data, too: figures will flatter")
     return train, held_out
-
-
-def _form(records: Preferences) -> str:
-    return "messages" if records.conversational else "text"
 
 
 def hold_out(
@@ -85,11 +75,7 @@ def hold_out(
 
 
 def tokens(records: Preferences, encoder: Encoder) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Rows as trainers take them, and why others were dropped.
-
-    Raises:
-        DataError: a record cannot be tokenised; the message begins with its place.
-    """
+    """Rows as trainers take them, and why others were dropped."""
     rows: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for at in range(0, len(records), _CHUNK):
@@ -133,31 +119,19 @@ def _row(record: Pair | Group, ids: list[np.ndarray | RowError]) -> dict[str, An
 
 
 class Rows(NamedTuple):
-    """What to train on and what is held out, as token ids.
-
-    Attributes:
-        train: rows of ``chosen_ids`` and ``rejected_ids``, or ``responses_ids`` and ``ranks``.
-        held_out: the same; None: nothing is held out.
-        source: what ``train`` was made of.
-        form: how conversations became tokens.
-        example: a conversation that was trained on.
-    """
+    """What to train on and what is held out, as rows for :class:`rmfast.train.batches.Collator`."""
 
     train: list[dict[str, Any]]
     held_out: list[dict[str, Any]] | None
-    source: Preferences
+    source: Preferences  # what ``train`` was made of
     form: Form
-    example: Any
+    example: Any  # a conversation that was trained on
 
 
 def tokenised(
     started: Started, train: Preferences, held_out: Preferences | None, max_length: int
 ) -> Rows:
-    """Preferences as token ids; prints what was dropped.
-
-    Raises:
-        UserError, DataError: they cannot be tokenised, or none is short enough.
-    """
+    """Preferences as token ids; prints what was dropped."""
     tokenizer, model = started.tokenizer, started.model
     if train.conversational and not tokenizer.chat_template:
         raise UserError(

@@ -28,11 +28,12 @@ from rmfast.data.values import check_number, without_nulls
 from rmfast.errors import RowError
 from rmfast.packed import models, patching
 from rmfast.packed import step as packed_step
-from rmfast.train.batches import Collator, first_of, shared_length
+from rmfast.train.batches import Collator, first_of
 from rmfast.train.config import RewardConfig, option_of, refuse
 from rmfast.train.metrics import BatchMetrics
 from rmfast.train.objective import KINDS, LARGEST_GROUP, Objective
 from rmfast.train.sampler import TokenBudgetSampler
+from rmfast.trie import shared_length
 
 _log = logging.getLogger(__name__)
 
@@ -380,8 +381,7 @@ def _why_not_tokens(row: dict[str, Any], place: int, max_length: int | None) -> 
 
 def _count(row: dict[str, Any], collator: Collator, first: np.ndarray) -> dict[str, int]:
     """Trie nodes of an example, and how many tokens all its sequences share with ``first``."""
-    shared = min(shared_length(first, x) for x in collator.rows(row))
-    return {"nodes": collator.nodes(row), "common": shared}
+    return {"nodes": collator.nodes(row), "common": shared_length([first, *collator.rows(row)])}
 
 
 def _name_of(model: Any) -> str:

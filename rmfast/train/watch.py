@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,10 +17,9 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from rmfast import resume
 from rmfast.errors import UserError
 from rmfast.evaluate import measures, show
-from rmfast.resume import saving
+from rmfast.resume import saving, write_whole
 from rmfast.score.scorer import Scorer
 
 _PAUSE = 10.0  # seconds between lines of progress
@@ -30,24 +28,16 @@ COMPLETE = "complete.json"  # in a checkpoint of which nothing is missing
 
 
 class Watch(TrainerCallback):
-    """Metrics, checkpoints, progress and signals of a run, which lasts as long as a ``with``.
+    """Metrics, checkpoints and progress of a run: a callback of ``trainer``.
 
-    Args:
-        folder: the run's output.
-        trainer: of which this becomes a callback.
-        held_out: rows of token ids to measure on, or None.
-        step: where the run goes on; metrics of later steps are forgotten.
-
-    Attributes:
-        stopped: a signal asked for the end.
-        summary: the last held-out figures, or None.
+    Metrics after ``step``, where the run goes on, are forgotten.
     """
 
     def __init__(
         self, folder: Path, trainer: Any, held_out: list[dict[str, Any]] | None, step: int
     ) -> None:
         self.folder, self.trainer = folder, trainer
-        self.stopped, self.summary = False, None
+        self.stopped, self.summary = False, None  # by a signal; the last held-out figures
         self.rows = [_sides(row) for row in held_out or ()]
         # made before accelerate wraps the model: after that only its backbone could run packed
         self.scorer = Scorer(trainer.model, trainer.processing_class) if self.rows else None
@@ -61,26 +51,12 @@ class Watch(TrainerCallback):
         trainer.watch = self
         trainer.add_callback(self)
 
-    # --- signals
-
-    def __enter__(self) -> Watch:
-        self._before = {}
-        with contextlib.suppress(ValueError):  # not the main thread, which alone hears of signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._stop)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stop(self, *_: object) -> None:
+    def stop(self, *_: object) -> None:
+        """Stop after this step: the handler of a signal."""
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
         self._say("stopping after this step; a second signal stops at once")
-
-    # --- what the trainer calls
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._start, self._begun = time.perf_counter(), state.global_step
@@ -106,9 +82,12 @@ class Watch(TrainerCallback):
         self._write("train", state.global_step, tokens=int(logs["num_tokens"]), **line)
         if time.perf_counter() - self._said >= _PAUSE:
             accuracy = f", accuracy {logs['accuracy']:.0%}" if "accuracy" in logs else ""
+            step, steps = state.global_step, state.max_steps
+            seconds = (time.perf_counter() - self._start) / max(step - self._begun, 1)
+            left = datetime.timedelta(seconds=round(seconds * (steps - step)))
             self._say(
-                f"step {state.global_step:,} of {state.max_steps:,}: loss {logs['loss']:.4f}"
-                f"{accuracy}{self._left(state)}"
+                f"step {step:,} of {steps:,}: loss {logs['loss']:.4f}{accuracy}, {seconds:.2f} s a "
+                f"step, {left} left"
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -119,7 +98,7 @@ class Watch(TrainerCallback):
         for file in filter(Path.is_file, folder.rglob("*")):
             with open(file, "r+b") as opened:
                 os.fsync(opened.fileno())
-        resume.write_whole(folder / COMPLETE, {"step": state.global_step})
+        write_whole(folder / COMPLETE, {"step": state.global_step})
         # the others go when this one is whole, not before, as transformers has it
         found = _checkpoints(folder.parent)
         for step in found.keys() - {state.best_global_step, *sorted(found)[-_KEPT:]}:
@@ -180,8 +159,6 @@ class Watch(TrainerCallback):
                     judged.add(scored.scores, scored.lengths, chosen)
         return judged
 
-    # --- what is shown
-
     def _write(self, kind: str, step: int, **figures: Any) -> dict[str, Any]:
         epoch = self.trainer.state.epoch or 0.0
         line = {"kind": kind, "step": step, "epoch": epoch, **figures}
@@ -193,12 +170,6 @@ class Watch(TrainerCallback):
     def _say(self, words: str) -> None:
         self._said = time.perf_counter()
         print(f"rmfast train: {words}", file=sys.stderr, flush=True)
-
-    def _left(self, state: Any) -> str:
-        done = state.global_step - self._begun
-        seconds = (time.perf_counter() - self._start) / max(done, 1)
-        left = datetime.timedelta(seconds=round(seconds * (state.max_steps - state.global_step)))
-        return f", {seconds:.2f} s a step, {left} left"
 
     def draw(self) -> None:
         """Draw the lines so far; a picture that cannot be drawn does not stop the training."""
@@ -247,11 +218,8 @@ def _kept_lines(path: Path, step: int) -> list[dict[str, Any]]:
                 line = json.loads(text)
                 if line["step"] <= step:
                     lines.append(line)
-    beside = path.with_name(path.name + ".tmp")
-    text = "".join(json.dumps(line) + "\n" for line in lines)
     with saving(path.parent):
-        beside.write_text(text, encoding="utf-8")
-        resume.put_in_place(beside, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
 
