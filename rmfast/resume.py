@@ -42,7 +42,7 @@ def check_paths(inputs: dict[str, Any], outputs: dict[str, Any], overwrite: bool
             continue
         path = os.path.realpath(value)
         for other, place in places:
-            if _meet(path, place):
+            if _meet(path, place, other in inputs):
                 known = other.removeprefix("--")
                 raise UserError(f"{name} {value} is the {known}: give it another name")
             inside = os.path.isdir(place) and Path(place) in Path(path).parents
@@ -63,10 +63,11 @@ def _places(value: Any) -> list[str]:
     return list(map(os.path.realpath, found))
 
 
-def _meet(path: str, other: str) -> bool:
+def _meet(path: str, other: str, is_input: bool) -> bool:
     if os.path.exists(path) and os.path.exists(other):
         return os.path.samefile(path, other)
-    return PurePath(path).match(other)
+    patterns = (other, other.replace("**/", "")) if is_input and not os.path.exists(other) else ()
+    return path == other or any(PurePath(path).match(pattern) for pattern in patterns)
 
 
 def make_folder(folder: Path, inputs: dict[str, Any]) -> None:
@@ -86,7 +87,8 @@ def locked(path: Path) -> Iterator[None]:
 
     The lock ends with its process, however that ends. UserError: another process has it.
     """
-    name = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    at = Path(os.path.realpath(path))  # of a link, what it leads to
+    name = at / ".lock" if at.is_dir() else at.with_name(f".{at.name}.lock")
     with saving(path):
         file = open(name, "ab+", buffering=0)  # noqa: SIM115 (closed below)
     with file:

@@ -173,10 +173,12 @@ def test_text_that_cannot_be_messages_is_text(text):
         ("[{'role': 'user', 'content': 'x'}\n {'role': 'user'}]", "seems to be a"),  # NumPy
         ("{'messages': array([{'role': 'user'}])}", "seems to be a conversation"),
         ('[{"role": "user", "content": "a", "content": "b"}]', "seems to be a conversation"),
-        ('[{"speaker": "human", "text": "x"}]', "seems to be a conversation"),
+        (
+            '[{"speaker": "human", "text": "x"}, {"speaker": "bot", "text": "y"}]',
+            "seems to be a conversation",
+        ),
         ("[['user', 'x'], ['assistant', 'y']]", "seems to be a conversation"),
         ('{"turns": [{"human": "x", "bot": "y"}]}', "seems to be a conversation"),
-        ('{"prompt": "x", "response": "y"}', "seems to be a conversation"),
         ("array([{'role': 'user', 'content': 'x'}], dtype=object)", "seems to be a conversation"),
         ('[{""role"": ""user"", ""content"": ""x""}]', "seems to be a conversation"),  # CSV of CSV
         ("[{&quot;role&quot;: &quot;user&quot;}]", "seems to be a conversation"),
@@ -298,8 +300,7 @@ def test_a_system_prompt_comes_before_whole_conversations():
         ({"prompt": "p", "question": "q"}, "question"),
         ({"instruction": "p", "input": "i"}, "input"),  # joined in more than one way
         ({"prompt": [SYSTEM, ASK], "system": "be rude"}, "system"),
-        ({"prompt": "\n\nHuman: q\n\nAssistant:", "system": "s"}, "system"),
-        ({"prompt": "be kind p", "system": "be kind"}, "system"),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "system": "of s"}, "system"),
         ({"prompt": "p", "system": ["s"]}, "system"),
         ({"system": "s"}, "system"),
         ({"passage": "s"}, "passage"),

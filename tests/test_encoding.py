@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tiny
-from rmfast.data.encoding import Encoder
+from rmfast.data.encoding import Encoder, counted
 from rmfast.data.form import Form, digest
 from rmfast.data.values import Side
 from rmfast.errors import DataError, RowError
@@ -212,13 +212,13 @@ def test_the_form_is_told_otherwise_by_name():
 def test_another_tokenizer_than_in_training_is_told():
     encode = Encoder(tiny.tokenizer(), form=form(chat=True))
     encode(["text"])
-    assert encode.told() == [
+    assert counted(encode.warnings) == [
         "text was scored as it is, and the model was trained on messages: 1 conversation"
     ]
     other = Encoder(tiny.tokenizer(adds_bos=True, writes_bos=True), form=form(chat=True))
-    bos, template = other.told()
+    bos, template = other.differences()
     assert "put no BOS before text, and this one puts one" in bos and "template is not" in template
-    assert Encoder(None, form=form(chat=True)).told() == []
+    assert Encoder(None, form=form(chat=True)).differences() == []
 
 
 def test_the_form_is_kept_in_the_config(tmp_path):

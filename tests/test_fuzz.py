@@ -16,6 +16,7 @@ import tiny
 from rmfast import Scorer
 from rmfast.score import job
 from rmfast.score.options import ScoreOptions
+from rmfast.score.windows import Stats
 
 NULLS = {"name": None, "tool_calls": None, "audio": None}
 NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -114,6 +115,7 @@ def test_the_same_scores_or_a_refusal(data, scorer, tmp_path, capsys):
     source, output = tmp_path / f"in{suffix}", tmp_path / "out.jsonl"
     write(source, rows_of(kind, whole, coats))
     options = ScoreOptions(model="m", input=str(source), output=str(output), overwrite=True)
+    scorer.stats = Stats()
     job.run(options, lambda *_: scorer)
 
     read = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from rmfast.data.encoding import Encoder
+from rmfast.data.encoding import Encoder, counted
 from rmfast.data.rendering import Renderer
 from rmfast.data.values import Chat
 from rmfast.errors import DataError, RowError
@@ -37,6 +37,7 @@ def test_all_is_written(messages):
     assert text.count("<") == len(messages) and not warnings
 
 
+CALLS = [{"type": "function", "function": {"name": "get", "arguments": {}}}]
 WRONG = {
     "a role": (
         TURNS.replace("m in messages", "m in messages if m.role != 'developer'"), DEVELOPER,
@@ -54,8 +55,8 @@ WRONG = {
         TURNS.replace("messages %", "messages[::-1] %"), SHORT,
         r"turn 1 \(assistant\) of 2 before turn 0"),
     "a refusal": ("{{ raise_exception('not I') }}", SHORT, "refuses the messages: not I"),
-    "a tool call": (TURNS, [*LONG[:1], {**LONG[1], "tool_calls": [
-        {"type": "function", "function": {"name": "get", "arguments": {}}}]}], "part of turn 1"),
+    "a tool call": (TURNS, [LONG[0], {**LONG[1], "tool_calls": CALLS}],
+                    r"leaves out tool calls of turn 1 \(assistant\) of 2"),
 }  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def test_two_answers_that_differ_in_lost_reasoning_are_not_compared():
     several = [turns(("user", "2?"), ("assistant", "No.")), *sides]
     assert "reasoning" in encode.lost(several, encode(several)).reason
     assert encode.lost(["a", "b"], encode(["a", "b"])) is None
-    assert encode.told() == [
+    assert counted(encode.warnings) == [
         "the chat template left out the reasoning before </think>: 6 conversations"
     ]
 
@@ -103,12 +104,12 @@ def test_reasoning_that_has_a_key_of_its_own(key):
     sides = [[*turns(("user", "2?")), {**SHORT[1], key: f"well {x}"}] for x in "ab"]
     encode = Encoder(tokenizer)
     assert "reasoning" in encode.lost(sides, encode(sides)).reason
-    assert encode.told() == [
+    assert counted(encode.warnings) == [
         "the chat template left out the reasoning of a message: 2 conversations"
     ]
     tokenizer.chat_template = TURNS.replace("m.content", f"m.{key} }}}}{{{{ m.content")
     encode = Encoder(tokenizer)
-    assert encode.lost(sides, encode(sides)) is None and encode.told() == []
+    assert encode.lost(sides, encode(sides)) is None and not encode.warnings
 
 
 MARKS = {

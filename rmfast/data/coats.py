@@ -37,7 +37,7 @@ _KEYS = ("role", "content", "from", "value", "tools", *_SYSTEM, *TURNS)
 _BEGINS = re.compile(
     rf"""(?:\s|[\[("'\ufeff]|array\()*\{{\s*{_QUOTE}(?:{"|".join(_KEYS)}){_QUOTE}\s*:"""
 )
-_SPEAKERS = {"user", "assistant", "human", "gpt", "prompter"}
+_USERS, _ASSISTANTS = {"user", "human", "prompter"}, {"assistant", "gpt", "bot", "model"}
 
 
 def read_conversation(name: str, value: Any, empty: bool = False) -> str | Messages | Chat:
@@ -104,15 +104,15 @@ def _parsed(name: str | None, value: Any) -> Any:
 
 
 def _has_turns(value: Any) -> bool:
-    """Whether a parsed text seems to be turns in a notation that is not read."""
+    """Whether a parsed text seems to be turns in a notation that is not read: of both speakers."""
     if isinstance(value, Mapping):
-        answered = "prompt" in value and ("response" in value or "completion" in value)
-        return answered or any(_has_turns(x) for x in value.values() if isinstance(x, list))
-    words: list[Any] = []
+        return any(_has_turns(x) for x in value.values() if isinstance(x, list))
+    words: set[Any] = set()
     for item in value if isinstance(value, list) else ():
-        words += item[:1] if isinstance(item, (list, tuple)) else ()
-        words += [*item, *item.values()] if isinstance(item, Mapping) else ()
-    return any(isinstance(word, str) and word.lower() in _SPEAKERS for word in words)
+        parts = item[:1] if isinstance(item, (list, tuple)) else ()
+        parts = [*item, *item.values()] if isinstance(item, Mapping) else parts
+        words |= {word.lower() for word in parts if isinstance(word, str)}
+    return bool(words & _USERS) and bool(words & _ASSISTANTS)
 
 
 def is_conversation(value: Any) -> bool:
@@ -120,11 +120,17 @@ def is_conversation(value: Any) -> bool:
     if isinstance(value, str):
         return not isinstance(_parsed(None, value), str)
     if isinstance(value, list):
-        return any(map(is_conversation, value))
+        return any(is_conversation(x) or begins_as_message(x) for x in value)
     if not isinstance(value, Mapping):
         return False
     wraps = any(is_conversation(value[key]) for key in TURNS if key in value)
     return wraps or is_message(value)
+
+
+def begins_as_message(value: Any) -> bool:
+    """Whether an item of a list begins with its role, whatever else it has."""
+    name, role = next(iter(value.items()), ("", "")) if isinstance(value, Mapping) else ("", "")
+    return name in ("role", "from") and str(role).lower() in ROLES
 
 
 def is_message(value: Any) -> bool:
@@ -132,9 +138,10 @@ def is_message(value: Any) -> bool:
     value = _parsed(None, value)
     if not isinstance(value, Mapping):
         return False
-    if {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys():
-        return True
-    return any(str(value.get(key)).lower() in ROLES for key in ("role", "from"))
+    return any(
+        str(value.get(role)).lower() in ROLES and not value.keys().isdisjoint(content)
+        for role, content in (("role", ("content", "tool_calls")), ("from", ("value",)))
+    )
 
 
 def with_parts(
@@ -156,8 +163,13 @@ def with_parts(
         part = str(column).lower()
         if part not in _PROMPT or column in used or is_empty(value):
             continue
+        if part in TURNS and not is_conversation(value):
+            continue  # such as a number of the conversation
         if part in TURNS or part in ASKED:
             value = cleaned(f'"{column}"', uncoat(f'"{column}"', value)[0])
+        if part in TURNS and prompt:  # with an answer, as UltraFeedback has the chosen one
+            value = value[:-1] if value[-1]["role"] == "assistant" else value
+            value = value[0]["content"] if value == as_messages("user", conversations[0]) else value
         if part in _SYSTEM and isinstance(value, str):
             found = [_with_system(value, x, prompt) for x in conversations]
         else:
@@ -166,7 +178,7 @@ def with_parts(
         if None in found:
             raise RowError(
                 f'{name}has "{column}", which seems to belong to the prompt and is not read: put '
-                'it into "prompt", or take the column away'
+                'it into "prompt", or pass over it by name (--ignore-columns)'
             )
         conversations = found
     return conversations
@@ -178,7 +190,7 @@ def _with_system(text: str, conversation: str | Messages, prompt: bool) -> str |
     if isinstance(conversation, str):
         if prompt and said not in conversation and not is_whole(conversation):
             return as_messages("system", text) + as_messages("user", conversation)
-        return conversation if said in conversation and not prompt else None
+        return conversation if said in conversation else None
     first = [x.get("content", "") for x in conversation if x["role"] in ("system", "developer")]
     if first:
         return conversation if any(said in content for content in first) else None

@@ -33,13 +33,14 @@ class Columns:
         kind: a key of CONVENTIONS.
         names: column of each field that is used; of the prompt only where the user named it.
         stem: name of the scores' columns, or what it is made of.
-        cells: see :class:`rmfast.data.rows.RowReader`.
+        cells, ignored: see :class:`rmfast.data.rows.RowReader`.
     """
 
     kind: str
     names: Mapping[str, str]
     stem: str = "reward"
     cells: bool = False
+    ignored: Collection[str] = ()
 
     @property
     def added(self) -> list[str]:
@@ -50,7 +51,8 @@ class Columns:
 
     def conversations(self, row: Mapping[str, Any]) -> list[Any]:
         """What is to be scored: one conversation; chosen and rejected; or each of the responses."""
-        return RowReader(self.names, cells=self.cells).read(row, self.kind).conversations
+        reader = RowReader(self.names, cells=self.cells, ignored=self.ignored)
+        return reader.read(row, self.kind).conversations
 
     def scores(self, scores: np.ndarray) -> list[Scores]:  # scores: fp32 [k]
         """A row's scores, as values of the columns :attr:`added`."""
@@ -63,12 +65,13 @@ def choose(
     *,
     stem: str = "reward",
     cells: bool = False,
+    ignored: Collection[str] = (),
 ) -> Columns | None:
     """The first convention that the columns ``present`` fit, or None.
 
     Args:
         named: columns that the user named, by field; only conventions with all of these count.
-        stem, cells: see :class:`Columns`.
+        stem, cells, ignored: see :class:`Columns`.
     """
     named = named or {}
     fields = {**CONVENTIONS, "pair": (*CONVENTIONS["pair"], "prompt")}
@@ -81,11 +84,11 @@ def choose(
         if all(names[field] is not None for field in (*CONVENTIONS[kind], *named)):
             if "prompt" not in named:  # a row may have it in another column than the first ones
                 names.pop("prompt", None)
-            return Columns(kind, names, stem, cells)
+            return Columns(kind, names, stem, cells, ignored)
     turns = next((name for name in TURNS if name in present), None)
     if named or turns is None:
         return None
-    return Columns("messages", {"messages": turns}, stem, cells)
+    return Columns("messages", {"messages": turns}, stem, cells, ignored)
 
 
 def _find(field: str, present: Collection[str], named: Mapping[str, str]) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,10 @@ _ENDED = (
     "text of preference pairs was given the end of text, as TRL trains, for the model does not say "
     "how it was trained (--no-end-of-text, end_of_text=False leaves text as it is)"
 )
+_TEMPLATED = (
+    "text of preference pairs has special tokens already, and was taken as it is, without the end "
+    "of text (--end-of-text, end_of_text=True puts it there)"
+)
 ON_OVERLONG = ("error", "skip", "truncate_left")
 
 
@@ -52,6 +58,11 @@ def read_template(path: str | None) -> str | None:
             f"--chat-template {path}: not a text file with a Jinja template (names of FastChat's "
             f"templates are not known here): {error}"
         ) from None
+
+
+def counted(warnings: Mapping[str, int]) -> list[str]:
+    """Warnings with the number of their conversations, for people."""
+    return [f"{what}: {n:,} conversation{'s' * (n > 1)}" for what, n in warnings.items()]
 
 
 class Encoder:
@@ -100,8 +111,9 @@ class Encoder:
         self.warnings = self.render.warnings
         self.segments = segments and not self.render.source()
         self.first: set[int | None] = set()
-        self.bos, self.adds_bos = None, False
+        self.bos, self.adds_bos, self.special = None, False, []
         if tokenizer is not None:
+            self.special = [str(x) for x in tokenizer.added_tokens_decoder.values() if x.special]
             self.bos = tokenizer.bos_token_id
             self.first = {self.bos, tokenizer.cls_token_id} - {None}
             # to text; a template writes its own special tokens
@@ -115,12 +127,11 @@ class Encoder:
             self.chat, ends, self.adds_bos, digest(template), self.max_length, self.segments
         )
 
-    def told(self) -> list[str]:
-        """Warnings, for people."""
-        told = [f"{what}: {n:,} conversation{'s' * (n > 1)}" for what, n in self.warnings.items()]
-        if self.form is not None and self.tokenizer is not None:
-            told += self.form.differences(self.adds_bos, self.render.source())
-        return told
+    def differences(self) -> list[str]:
+        """Warnings about the tokenizer: it is another one than in the model's training."""
+        if self.form is None or self.tokenizer is None:
+            return []
+        return list(self.form.differences(self.adds_bos, self.render.source()))
 
     def lost(self, conversations: Sequence[Any], ids: Sequence[np.ndarray]) -> RowError | None:
         """Why conversations cannot be compared: ids of two are without what tells them apart."""
@@ -146,7 +157,7 @@ class Encoder:
             "bos": self.adds_bos,
             "max_length": self.max_length,
             "as_recorded_in_training": self.form is not None,
-            "warnings": self.told(),
+            "warnings": self.differences(),
         }
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[np.ndarray | RowError]:
@@ -173,7 +184,7 @@ class Encoder:
 
     def text(self, conversation: Conversation) -> str:
         """What is tokenised of text or messages, or decoded from token ids; RowError: nothing."""
-        prepared = self._prepare(conversation)
+        prepared = self._uncounted()._prepare(conversation)
         if isinstance(prepared, tuple):
             return prepared[0]
         self._need_tokenizer()
@@ -186,8 +197,15 @@ class Encoder:
         if isinstance(prompt, str) and self.chat is False:
             text, templated = prompt, False
         else:
-            text, templated = self._render(self._turns(prompt), given, True)
+            text, templated = self._uncounted()._render(self._turns(prompt), given, True)
         return self._ids([text], templated)[0]
+
+    def _uncounted(self) -> Encoder:
+        """The same with warnings of its own: what is looked at again is not counted again."""
+        other = copy.copy(self)
+        other.render = copy.copy(self.render)
+        other.warnings = other.render.warnings = Counter()
+        return other
 
     def _prepare(self, conversation: Any) -> tuple[str, bool] | np.ndarray:
         """Text and whether a template wrote it; or token ids."""
@@ -211,15 +229,22 @@ class Encoder:
     def _plain(
         self, text: str, given: Mapping[str, Any], is_side: bool = False
     ) -> tuple[str, bool]:
-        if self.system_prompt is not None or given:
-            name = "a system prompt" if self.system_prompt is not None else next(iter(given))
-            raise RowError(f"{name} goes with messages, and this is plain text")
+        self._need_messages(given)
         if is_side if self.end_of_text is None else self.end_of_text:
             end = getattr(self.tokenizer, "eos_token", None) or ""
+            if self.end_of_text is None and any(token in text for token in self.special):
+                self.warnings[_TEMPLATED] += 1
+                return text, False
             if self.end_of_text is None and not text.endswith(end):
                 self.warnings[_ENDED] += 1
             text = text if text.endswith(end) else text + end
         return text, False
+
+    def _need_messages(self, given: Mapping[str, Any]) -> None:
+        """Refuse for text what only a chat template can take."""
+        if self.system_prompt is not None or given:
+            name = "a system prompt" if self.system_prompt is not None else next(iter(given))
+            raise RowError(f"{name} goes with messages, and this is plain text")
 
     def _turns(self, prompt: str | Messages) -> Messages:
         if self.chat and isinstance(prompt, str) and TURN.match(prompt):
@@ -235,10 +260,11 @@ class Encoder:
             if not (isinstance(prompt, str) and isinstance(response, str)):
                 raise RowError("messages need the chat template: do not read them as plain text")
             if self.segments:
-                return self._two(prompt, response)
+                return self._two(prompt, response, given)
             return self._plain(prompt + response, given, isinstance(response, Side))
         if self.segments:
-            return self._two(_only_text(prompt), _only_text(response))
+            texts = (_only_text(x, role) for x, role in ((prompt, "user"), (response, "assistant")))
+            return self._two(*texts, given)
         before, after = self._turns(prompt), as_messages("assistant", response)
         if isinstance(response, str) and before != as_messages("user", prompt):  # of a dialogue
             after = as_messages("assistant", response.strip())
@@ -266,8 +292,9 @@ class Encoder:
         if self.tokenizer is None:
             raise DataError("text and messages need a tokenizer: pass one, or token ids")
 
-    def _two(self, prompt: str, response: str) -> np.ndarray:
+    def _two(self, prompt: str, response: str, given: Mapping[str, Any]) -> np.ndarray:
         """int32 token ids of two segments, those of the second plus SEGMENT."""
+        self._need_messages(given)
         both = self.tokenizer(prompt, response, verbose=False)
         types = both.get("token_type_ids", 0)  # a tokenizer may have none
         return np.array(both["input_ids"], np.int32) + SEGMENT * np.array(types, np.int32)
@@ -336,15 +363,15 @@ def _has_turns(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], (Mapping, str))
 
 
-def _only_text(value: str | Messages) -> str:
-    """The text of one message, or text."""
+def _only_text(value: str | Messages, role: str) -> str:
+    """The text of one message of this role, or text."""
     if isinstance(value, str):
         return value
-    if len(value) == 1:
+    if len(value) == 1 and value[0]["role"] == role and not value[0].get("tool_calls"):
         return value[0]["content"]
     raise RowError(
-        "an encoder takes a prompt and a response as two texts, and these are several turns: pass "
-        "chat_template (--chat-template FILE)"
+        "an encoder takes a prompt and a response as two texts, and these are several turns, or "
+        "other than the user's and the assistant's: pass chat_template (--chat-template FILE)"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ def preferences(
     name: str | None = None,
     split: str = "train",
     limit: int | None = None,
+    ignored: Collection[str] = (),
 ) -> Preferences:
     """Read preference data of every usual kind.
 
@@ -90,6 +91,7 @@ def preferences(
         name: configuration of a data set that ``source`` names.
         split: split of that data set.
         limit: stop after so many rows.
+        ignored: columns that are passed over, though they seem to belong to the prompt.
 
     Raises:
         DataError: the source cannot be read or holds no preferences; or a row is not understood,
@@ -98,7 +100,7 @@ def preferences(
         ValueError: an unknown option.
     """
     label, cells, rows = _rows(source, name, split, limit)
-    row_reader = RowReader(cells=cells, empty=True)
+    row_reader = RowReader(cells=cells, empty=True, ignored=ignored)
     reader = _Reader(ratings, ranks, margins, rating, chat, row_reader)
     records: list[Any] = []
     dropped: Counter[str] = Counter()

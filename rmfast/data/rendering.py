@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rmfast.data.values import Messages
@@ -44,7 +44,8 @@ class Renderer:
     ) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.warnings: Counter[str] = Counter()
-        self._special = ((), "", "") if special_tokens else None
+        self._takes_special = special_tokens
+        self._special: dict[str, tuple[tuple[str, ...], str, str]] = {}  # by template
         self._probed: dict[Any, str] = {}
 
     def source(self, given: Mapping[str, Any] | None = None) -> str | None:
@@ -75,7 +76,8 @@ class Renderer:
         if wrong := _OURS.intersection(given):
             raise RowError(f'"{wrong.pop()}" is no variable of a chat template')
         self._refuse_special_tokens(messages, template)
-        kind = (template, *given, *((m["role"], *m) for m in messages))
+        shapes = ((m["role"], bool(m.get("content")), *m) for m in messages)
+        kind = (template, json.dumps(given, sort_keys=True, default=str), *shapes)
         try:
             text = self._apply(messages, given, add_generation_prompt)
             if kind not in self._probed:
@@ -85,6 +87,9 @@ class Renderer:
         if self._probed[kind] not in ("", _MOVED):
             raise RowError(self._probed[kind])
         warnings = {_left_out(i, m, text) for i, m in enumerate(messages)} | {self._probed[kind]}
+        warnings |= set(_unread(given, template, text))
+        if messages[-1]["role"] == "user" and not add_generation_prompt:
+            warnings.add("a conversation ends with what the user says, and has no answer")
         self.warnings.update(warnings - {""})
         return text
 
@@ -99,28 +104,36 @@ class Renderer:
         """
         marks = {i: f"turn-{i}-content" for i, m in enumerate(messages) if m.get("content")}
         marked = [{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)]
+        calls = {}
+        for i, message in enumerate(messages):
+            if message.get("tool_calls"):
+                marked[i], calls[i] = _with_marked_calls(marked[i], i)
         try:
             text = self._apply(marked, given)
         except Exception:  # it depends on the content; that of the row was taken
             return ""
-        named = {i: f"turn {i} ({messages[i]['role']}) of {len(messages)}" for i in marks}
+        named = [f"turn {i} ({m['role']}) of {len(messages)}" for i, m in enumerate(messages)]
         for i, mark in marks.items():
             if mark not in text:
                 return f"the chat template leaves out {named[i]}: it would not be scored"
             if text.count(mark) > 1:
                 return f"the chat template writes {named[i]} twice"
-        moved = ""
-        for i, j in itertools.combinations(marks, 2):
-            if text.index(marks[i]) > text.index(marks[j]):
-                if not {messages[i]["role"], messages[j]["role"]} & _SYSTEM:
-                    return f"the chat template writes {named[j]} before {named[i]}"
-                moved = _MOVED
-        return moved
+        for i, names in calls.items():
+            if not all(name in text for name in names):
+                return f"the chat template leaves out tool calls of {named[i]}"
+        order = sorted(marks, key=lambda i: text.index(marks[i]))
+        turns = [i for i in order if messages[i]["role"] not in _SYSTEM]
+        for i, j in itertools.pairwise(turns):
+            if i > j:
+                return f"the chat template writes {named[i]} before {named[j]}"
+        return _MOVED if order != sorted(order) else ""
 
     def _refuse_special_tokens(self, messages: Messages, template: str) -> None:
-        if self._special is None:
-            self._special = self._written(template)
-        tokens, opens, closes = self._special
+        if self._takes_special:
+            return
+        if template not in self._special:
+            self._special[template] = self._written(template)
+        tokens, opens, closes = self._special[template]
         for i, message in enumerate(messages):
             whole, content = str(message), (message.get("content") or "").lstrip()
             found = next((token for token in tokens if token in whole), None)
@@ -164,19 +177,49 @@ _MOVED = "the chat template moved the system prompt"
 
 def _left_out(i: int, message: Mapping[str, Any], text: str) -> str:
     """A warning where a message's reasoning is not in the text; RowError: more is missing."""
-    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     content = (message.get("content") or "").strip()
-    called = all(str(call.get("name")) in text for call in calls)
-    if called and _is_in(content, text):
+    if _is_in(content, text):
         left = any(not _is_in(str(message.get(key, "")).strip(), text) for key in _REASONING)
         return "the chat template left out the reasoning of a message" if left else ""
     _, reasoned, answer = content.rpartition(_REASONED)
-    if called and reasoned and message["role"] == "assistant" and _is_in(answer.strip(), text):
+    if reasoned and message["role"] == "assistant" and _is_in(answer.strip(), text):
         return "the chat template left out the reasoning before </think>"
     raise RowError(
         f"the chat template leaves out a part of turn {i} ({message['role']}), or changes it: it "
         "would not be scored as it is"
     )
+
+
+def _with_marked_calls(message: Mapping[str, Any], i: int) -> tuple[dict[str, Any], list[str]]:
+    """A message whose tool calls have names of their own, and these names."""
+    calls, names = [], []
+    for j, call in enumerate(message["tool_calls"]):
+        names.append(f"turn-{i}-call-{j}")
+        if "function" in call:
+            calls.append({**call, "function": {**call["function"], "name": names[-1]}})
+        else:
+            calls.append({**call, "name": names[-1]})
+    return {**message, "tool_calls": calls}, names
+
+
+def _unread(given: Mapping[str, Any], template: str, text: str) -> Iterator[str]:
+    """Warnings about what a row gives its template, which does not read it.
+
+    Raises:
+        RowError: the template leaves out tools, or documents.
+    """
+    tools = [tool.get("function", tool) for tool in given.get("tools", ()) if _is_object(tool)]
+    if not all(str(tool.get("name", "")) in text for tool in tools):
+        raise RowError('the chat template leaves out "tools": they would not be scored')
+    for name in given:
+        if name == "documents" and name not in template:
+            raise RowError('the chat template leaves out "documents": they would not be scored')
+        if name != "tools" and name not in template:
+            yield f'the chat template does not read "{name}" of chat_template_kwargs'
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping)
 
 
 def _is_in(content: str, text: str) -> bool:

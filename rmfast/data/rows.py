@@ -14,6 +14,7 @@ from typing import Any
 from rmfast.data.coats import (
     ASKED,
     TURNS,
+    begins_as_message,
     given_by,
     is_conversation,
     is_message,
@@ -37,7 +38,7 @@ from rmfast.data.values import (
 )
 from rmfast.errors import RowError
 
-_ANSWERS = ("chosen", "response", "responses", "completion", "completions")
+_ANSWERS = "chosen response responses completion completions output answer generation".split()
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,14 @@ class RowReader:
         cells: every value is text, as in CSV: lists and numbers are written out.
         lists: ``chosen`` and ``rejected`` may each be a list of answers.
         empty: answers may be empty.
+        ignored: columns that are passed over, though they seem to belong to the prompt.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     cells: bool = False
     lists: bool = False
     empty: bool = False
+    ignored: Collection[str] = ()
 
     def read(self, record: Any, kind: str) -> Row:
         """The row of a record, by a ``kind`` of :data:`rmfast.data.columns.CONVENTIONS`.
@@ -126,7 +129,12 @@ class RowReader:
             raise RowError(f'"{name}" must be a list of messages, not text')
         row = self.row(record, [(f'"{name}"', answer)], prompt=False, used={name})
         beside = next((x for x in _ANSWERS if not is_empty(record.get(x))), None)
-        if kind == "messages" and row.answers[0][1][-1]["role"] == "user" and beside is not None:
+        whole = row.answers[0][1]
+        if beside is not None and (
+            str(record[beside]).strip() not in whole
+            if isinstance(whole, str)
+            else whole[-1]["role"] == "user"
+        ):
             raise RowError(
                 f'"{name}" has no answer, and "{beside}" is beside it: --response-column, or '
                 "--chosen-column and --rejected-column, name the columns of answers"
@@ -148,7 +156,14 @@ class RowReader:
             prompt: whether there must be one (None: may be); False: the answers are whole.
             used: columns that were read.
         """
-        given = given_by(record)
+        record = {k: v for k, v in record.items() if k not in self.ignored}
+        around = {}  # what stands beside a column of a dotted name
+        for column in self.columns.values():
+            if "." in column and column not in record:
+                around |= value_of(column.rpartition(".")[0], record)
+        parts = {**record, **{k: v for k, v in around.items() if k not in record}}
+        own = {column.rpartition(".")[2] for column in self.columns.values()}
+        given = given_by(parts)
         answers = [(x, unwrapped(x, answer, given)) for x, answer in answers]
         name, before = self._prompt(record, answers, prompt)
         before = unwrapped(f'"{name}"', before, given)
@@ -157,8 +172,9 @@ class RowReader:
         if before is None and len({isinstance(answer, str) for _, answer in answers}) > 1:
             names = ", ".join(name for name, _ in answers)
             raise RowError(f"{names} must all be text, or all be lists of messages")
-        beside = {k: v for k, v in record.items() if not (self.cells and v in ("[]", "{}"))}
-        used = {*used, name, *self.columns.values(), *(ASKED if self._named("prompt") else ())}
+        beside = {k: v for k, v in parts.items() if not (self.cells and v in ("[]", "{}"))}
+        used = {*used, name, *self.columns.values(), *own}
+        used |= {*ASKED} if self._named("prompt") else set()
         if before is None:
             found = with_parts(beside, used, [answer for _, answer in answers])
             answers = [(x, answer) for (x, _), answer in zip(answers, found, strict=True)]
@@ -184,9 +200,11 @@ class RowReader:
             return name, None
         before = self.conversation(f'"{name}"', value)
         turns = before.conversation if isinstance(before, Chat) else before
-        if name in TURNS and not self._named("prompt"):
-            if isinstance(turns, str) or turns[-1]["role"] == "assistant":
-                raise RowError(f'"{name}" is beside the answers, and ends with no user\'s turn')
+        is_text = isinstance(turns, str)
+        if (is_text and name in TURNS and not self._named("prompt")) or (
+            not is_text and turns[-1]["role"] == "assistant"
+        ):
+            raise RowError(f'"{name}" is beside the answers, and ends with no user\'s turn')
         return name, before
 
     @staticmethod
@@ -220,8 +238,8 @@ class RowReader:
         sides = []
         for name, value, items in zip(names, values, parsed, strict=True):
             items = items if all(texts) or is_conversation(items) else value
-            several = self.lists and isinstance(items, list) and not any(map(is_message, items))
-            if several and items:
+            several = self.lists and isinstance(items, list) and bool(items)
+            if several and not any(is_message(x) or begins_as_message(x) for x in items):
                 sides.append(self.answers(name, items))
             else:
                 sides.append([(f'"{name}"', self.conversation(f'"{name}"', items))])

@@ -185,6 +185,10 @@ def _message(name: str, message: Any) -> dict[str, Any]:
     if isinstance(message.get("tool_calls"), str):
         message = {**message, "tool_calls": parse_text(message["tool_calls"])}
     message = without_nulls(message)
+    calls = message.get("tool_calls", [])
+    named = [x.get("function", x) if isinstance(x, Mapping) else x for x in _listed(calls)]
+    if not all(isinstance(x, Mapping) and isinstance(x.get("name"), str) for x in named):
+        raise RowError(f'{name}: "tool_calls" must be a list of objects with a function\'s name')
     if "role" not in message and "from" in message:
         role, content = message.pop("from"), message.pop("value", None)
         if str(role).lower() not in ROLES:
@@ -204,6 +208,10 @@ def _message(name: str, message: Any) -> dict[str, Any]:
     if content is not None:
         check_text(f'{name}: "content"', content)
     return message
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _joined(name: str, parts: list[Any]) -> str:
@@ -240,11 +248,15 @@ def holds(conversation: str | Messages, part: Any) -> bool:
     """Whether a part of the prompt, text or messages, is in a conversation before its answer."""
     if isinstance(part, str) and isinstance(conversation, str):
         return part.strip() in conversation
+    if isinstance(part, list) and part and all(isinstance(x, str) for x in part):
+        return all(holds(conversation, x) for x in part)
     if not (conversation and part and isinstance(conversation, list)):
         return False
     if isinstance(part, str):
         before = conversation[:-1] if conversation[-1]["role"] == "assistant" else conversation
         return any(part.strip() in message.get("content", "") for message in before)
+    if not isinstance(part, list):
+        return False
     roles = [message["role"] for message in conversation]
     begin = next((i for i, role in enumerate(roles) if role in ("user", "assistant")), len(roles))
     last = len(conversation) - len(part)  # something must come after it

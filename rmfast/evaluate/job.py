@@ -104,6 +104,9 @@ def _evaluate(args: EvalOptions, template: str | None, source: _Source, state: S
         bar.close()
         paths = files.finish(summary)
     run = {**dataclasses.asdict(state.stats()), **scorer.about()}
+    # a policy's own warnings are about a head
+    warnings = (run if args.ref_model is None else run["form"])["warnings"]
+    run["warnings"] = warnings + state.stats().warnings()
     _print(args, run, summary, left_out)
     paths += _write(args, run, summary, left_out)
     for path in paths:
@@ -177,7 +180,8 @@ class _Source:
         self.reader = reader = Reader(args.input, **options)
         names = ("prompt", "chosen", "rejected", "subset")
         columns = {name: getattr(args, f"{name}_column") for name in names}
-        self.rows = RowReader(columns, cells=reader.format == "csv", lists=True)
+        cells = reader.format == "csv"
+        self.rows = RowReader(columns, cells=cells, lists=True, ignored=args.ignored)
 
     def __iter__(self) -> Iterator[tuple[Tag, list[Conversation] | RowError]]:
         for record in self.reader.read():
@@ -232,8 +236,7 @@ def _print(
         f"{run['rows']:,} rows, {run['conversations']:,} answers, {run['tokens']:,} tokens in "
         f"{run['seconds']:.1f} s; shared prefixes saved {saved:.0%} of them; level {run['level']}"
     )
-    # a policy's own warnings are about a head
-    for warning in (run if args.ref_model is None else run["form"])["warnings"]:
+    for warning in run["warnings"]:
         print(f"! {warning}")
     for line in left_out.lines():
         print(line)

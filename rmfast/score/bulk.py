@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rmfast.data.encoding import Conversation, Encoder
+from rmfast.data.encoding import Conversation, Encoder, counted
 from rmfast.data.records import Pair
 from rmfast.data.rows import RowReader
 from rmfast.data.values import Side
@@ -120,19 +121,23 @@ class BulkScorer:
     def _windows(
         self, rows: Iterable[Tagged], progress: Progress
     ) -> Iterator[list[tuple[Any, Scored]]]:
-        windows = (
-            ([tag for tag, _ in window], self._encode([row for _, row in window]))
-            for window in gathered(rows, self.window)
-        )
-        with contextlib.closing(ahead(windows)) as encoded:
-            for tags, window in encoded:
+        with contextlib.closing(ahead(self._encoded(gathered(rows, self.window)))) as encoded:
+            for tags, window, told in encoded:
                 with _lock_of(self):
                     self._check_patches()
                     start = time.perf_counter()
                     self._show = progress
                     scored = self._scored(window)
+                    self.stats.told = (self.stats + Stats(told=told)).told
                     self.stats.seconds += time.perf_counter() - start
                 yield list(zip(tags, scored, strict=True))
+
+    def _encoded(self, windows: Iterable[list[Tagged]]) -> Iterator[tuple]:
+        """Of each window the tags, its rows as token ids, and warnings about these."""
+        for window in windows:
+            self.encoder.warnings.clear()
+            encoded = self._encode([row for _, row in window])
+            yield [tag for tag, _ in window], encoded, dict(self.encoder.warnings)
 
     def _check_patches(self) -> None:
         if any(patching.attached(model) is not patch for model, patch in self._patches):
@@ -149,6 +154,7 @@ class BulkScorer:
 
     def _each(self, rows: Iterable, count: int | None) -> Iterator[np.ndarray | None]:
         """The scores of each row, of ``count`` conversations in all; None for one skipped."""
+        before = dict(self.stats.told)
         with (
             self._bar(count) as progress,
             contextlib.closing(self._windows(enumerate(rows), progress)) as windows,
@@ -159,6 +165,9 @@ class BulkScorer:
                     if scored.error is not None and not (skip and scored.error.kind == "overlong"):
                         raise DataError(f"row {i}: {scored.error}")
                     yield scored.scores
+        for what, count in self.stats.told.items():
+            if what not in before:
+                warnings.warn(counted({what: count})[0], stacklevel=4)
 
     @contextlib.contextmanager
     def _bar(self, count: int | None) -> Iterator[Progress]:
@@ -224,7 +233,14 @@ def _sides(pair: Any) -> list[Conversation] | RowError:
     if isinstance(pair, (str, bytes)) or not hasattr(pair, "__len__") or len(pair) != 2:
         kind = type(pair).__name__
         return RowError(f"a pair is (chosen, rejected) or a dict of the two, not this {kind}")
-    return [Side(side) if isinstance(side, str) else side for side in pair]
+    return [_side(side) for side in pair]
+
+
+def _side(side: Any) -> Any:
+    """A side whose text, or the text of whose response, is known to be one of a pair's."""
+    if isinstance(side, tuple) and len(side) == 2 and isinstance(side[1], str):
+        return side[0], Side(side[1])
+    return Side(side) if isinstance(side, str) else side
 
 
 # by object: a lock that was an attribute could be neither copied nor pickled

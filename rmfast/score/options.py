@@ -36,6 +36,10 @@ class LoadingOptions(Options):
     trust_remote_code: bool = option("Run code that comes with the model.", False, MODEL)
     # fmt: on
 
+    @property
+    def ignored(self) -> list[str]:
+        return (self.ignore_columns or "").split(",")
+
     def for_loading(self) -> dict[str, Any]:
         """Keyword arguments of :func:`rmfast.loading.load` for ``--model``."""
         names = ("dtype", "device", "revision", "tokenizer", "trust_remote_code")
@@ -82,6 +86,9 @@ class ScoringOptions(LoadingOptions):
         "error", group=CONVERSATIONS)
 
     name: str | None = option("Read this configuration of a data set.", None, INPUT)
+    ignore_columns: str | None = option(
+        "Pass over these columns, with commas between, whose names seem to belong to the prompt.",
+        None, metavar="NAMES", group=INPUT)
     limit: int | None = option(
         "Stop after this many rows.", None, metavar="ROWS", least=1, group=INPUT)
 

@@ -41,6 +41,7 @@ def report(model: dict[str, Any], state: State, options: ScoreOptions) -> dict[s
         "revision": options.revision,
         "tokenizer": options.tokenizer or options.model,
         **model,
+        "warnings": model["warnings"] + stats.warnings(),
         "versions": {**versions(), "python": platform.python_version()},
     }
 

@@ -173,7 +173,7 @@ class Scorer(BulkScorer):
             "device": str(self._device),
             "level": report.level,
             "reasons": report.reasons,
-            "warnings": [*report.warnings, *self.encoder.told()],
+            "warnings": [*report.warnings, *self.encoder.differences()],
             "form": self.encoder.about(),
             "fallbacks": dict(report.fallbacks),
         }
@@ -191,7 +191,7 @@ class Scorer(BulkScorer):
                 self._run_padded(rows, np.flatnonzero(~packed), raw)
         scores = (raw.numpy() - self._mean) / self._std
         if self._sigmoid:
-            scores = np.exp(-np.logaddexp(0, -scores))
+            scores = np.where(np.isfinite(scores), np.exp(-np.logaddexp(0, -scores)), scores)
         return scores.astype(np.float32)
 
     def _count(self, rows: Sequence[Any]) -> np.ndarray:  # int64 [len(rows)], their lengths

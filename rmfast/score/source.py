@@ -45,6 +45,7 @@ def look(options: ScoreOptions, reader: files.Reader) -> Source:
     named = {field: getattr(options, f"{field}_column") for field in columns.FIELDS}
     named = {field: name for field, name in named.items() if name is not None}
     choice = {"stem": options.reward_column, "cells": reader.format == "csv"}
+    choice["ignored"] = options.ignored
     source = Source(reader, columns.choose(reader.columns or (), named, **choice), [])
     names = dict.fromkeys(reader.columns or ())
     if source.layout is None or reader.columns is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rmfast.score.windows import Stats
 
 # options that decide the output, beside the input, the model, the device and the template
 _DECIDE = """dtype max_tokens max_length on_overlong batch_window limit shard compile attention
-pooling system_prompt chat end_of_text special_tokens normalize sigmoid reward_column
+pooling system_prompt chat end_of_text special_tokens ignore_columns normalize sigmoid reward_column
 tokenizer""".split()
 STDOUT = Path("-")
 
@@ -98,6 +99,8 @@ def settings(options: ScoreOptions, reader: files.Reader, template: str | None) 
 
     found = {f"{name} of --input": value for name, value in reader.identity().items()}
     found |= model_identity(options.model)
+    if options.tokenizer is not None:
+        found["a file of --tokenizer"] = model_identity(options.tokenizer).get("a file of --model")
     found["--revision"] = options.revision
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found["--device"] = device.split(":")[0]
@@ -123,6 +126,8 @@ def first_state(path: Path, now: dict[str, Any], options: ScoreOptions) -> State
             )
             raise UserError(f"{foreign} {words}")
     before = None if options.overwrite else stored(file, State)
+    if options.report is not None and os.path.isdir(options.report):
+        raise UserError(f"--report {options.report} is a folder: name a file")
     if options.report is not None and new.report != (before and before.report):
         check_paths({}, {"--report": report}, options.overwrite)
     there = path.exists() or beside(path, "parts").exists()

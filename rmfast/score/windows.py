@@ -7,12 +7,14 @@ import dataclasses
 import queue
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from rmfast.data.encoding import counted
 from rmfast.data.records import Pair
 from rmfast.errors import RowError, UserError
 
@@ -45,10 +47,16 @@ class Stats:
     errors: int = 0  # rows left out for any other reason
     halvings: int = 0  # times that memory ran out and the micro-batch was halved
     seconds: float = 0.0  # in forward passes and what leads to them, reading left out
+    told: dict[str, int] = dataclasses.field(default_factory=dict)  # warnings, and how often
 
     def __add__(self, other: Stats) -> Stats:
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Stats(*(a + b for a, b in pairs))
+        pairs = [(getattr(self, x.name), getattr(other, x.name)) for x in dataclasses.fields(self)]
+        *numbers, (told, more) = pairs
+        return Stats(*(a + b for a, b in numbers), dict(Counter(told) + Counter(more)))
+
+    def warnings(self) -> list[str]:
+        """What is to know about the conversations, for people."""
+        return counted(self.told)
 
     def count(self, scored: Iterable[Scored]) -> None:
         """Count the rows of a window."""

@@ -46,6 +46,9 @@ class TrainOptions(Options):
 
     name: str | None = _data("Read this configuration of a data set.", None)
     split: str = _data("Read this split of a data set.", "train")
+    ignore_columns: str | None = _data(
+        "Pass over these columns, with commas between, whose names seem to belong to the prompt.",
+        None, metavar="NAMES")
     limit: int | None = _data("Read this many rows.", None, metavar="ROWS", least=1)
     chat: bool | None = _data(
         "Read text as turns of a chat, or not (default: only prompts and answers with ratings).",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rmfast import data
-from rmfast.data.encoding import Encoder
+from rmfast.data.encoding import Encoder, counted
 from rmfast.data.form import Form
 from rmfast.data.records import Group, Pair, Preferences
 from rmfast.errors import DataError, RowError, UserError
@@ -26,6 +26,7 @@ _CHUNK = 1024  # records tokenised together
 def read(options: TrainOptions) -> tuple[Preferences, Preferences | None]:
     """What to train on, and what is held out."""
     how = {x: getattr(options, x) for x in ("name", "limit", "chat", "ratings", "ranks")}
+    how["ignored"] = (options.ignore_columns or "").split(",")
     how["margins"] = options.margin == "ratings"
     train = data.preferences(options.data, split=options.split, **how)
     print(train)
@@ -78,12 +79,17 @@ def tokens(records: Preferences, encoder: Encoder) -> tuple[list[dict[str, Any]]
     """Rows as trainers take them, and why others were dropped."""
     rows: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
+    refused = ""
     for at in range(0, len(records), _CHUNK):
         chunk = records.records[at : at + _CHUNK]
         whole = [_sides(record, encoder.segments) for record in chunk]
         ids = iter(encoder([side for sides in whole for side in sides]))
         for record, sides in zip(chunk, whole, strict=True):
-            row = _row(record, [next(ids) for _ in sides])
+            try:
+                row = _row(record, [next(ids) for _ in sides])
+            except RowError as error:
+                refused = refused or f"refused, the first at {record.where}: {error.reason}"
+                row = refused
             if isinstance(row, str):
                 dropped[row] += 1
             else:
@@ -104,7 +110,7 @@ def _row(record: Pair | Group, ids: list[np.ndarray | RowError]) -> dict[str, An
         if isinstance(one, RowError):
             if one.kind == "overlong":
                 return "longer than --max-length"
-            raise DataError(f"{record.where}: {one.reason}")
+            raise one
     if all(np.array_equal(ids[0], one) for one in ids[1:]):
         return "identical tokens"
     if isinstance(record, Group):
@@ -158,7 +164,7 @@ def tokenised(
         if not rows:
             raise DataError(f"{records.source}: no {records.kind} left to {purpose}")
         found.append(rows)
-    for warning in encoder.told():
+    for warning in counted(encoder.warnings):
         print(f"! {warning}")
     first = dataclasses.replace(train.records[0], given=None)
     return Rows(*found, train, encoder.form_of_training(), first.whole()[0])
