@@ -23,9 +23,9 @@ from pyarrow.parquet import ParquetFile
 
 from rmfast import loading, resume
 from rmfast.score import job as score_job
-from rmfast.score import output, parquet, scorer
+from rmfast.score import output, parquet, scorer, start
 
-WATCHED = {module.__file__ for module in (resume, output, parquet, score_job)}
+WATCHED = {module.__file__ for module in (resume, output, parquet, score_job, start)}
 forked = functools.partial(processes.forked, watched=WATCHED)
 
 
