@@ -106,6 +106,7 @@ def chain(argv: list[str], folder: Path, name: str, share: float) -> None:
     while ended == -signal.SIGKILL and kills < 50:
         kills += 1
         ended = status(forked([*command, "--resume"], at=int(most * share)))
+    assert ended >= 0, (kills, ended, most)
     say(do="chain", name=name, kills=kills, same={**kept(path), "code": ended} == expected)
 
 

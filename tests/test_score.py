@@ -565,7 +565,7 @@ BAD_ROWS: list[tuple[str | bytes, str]] = [
     ('{"messages": null}', '"messages" must be a list of messages, not null'),
     ('{"messages": "hello"}', '"messages" must be a list of messages, not text'),
     ('{"messages": 3}', '"messages" must be a list of messages, not a number'),
-    ('{"messages": {"role": "user"}}', '"messages" message 0: "content" must be text, is missing'),
+    ('{"messages": {"role": "user"}}', '"messages" must be text or a list of messages, not an obj'),
     ('{"messages": []}', '"messages" is empty'),
     ('{"messages": ["hello"]}', "message 0 must be an object with role and content, not text"),
     ('{"messages": [[{"role": "user", "content": "x"}]]}', "message 0 must be an object"),
@@ -687,7 +687,7 @@ def stopped(model, tmp_path_factory) -> list[dict]:
             {"do": "kill", "name": "o.jsonl", "calls": 9, "timers": 2},
             {"do": "kill", "name": "o.csv.gz", "calls": 4, "timers": 0},
             {"do": "kill", "name": "o.parquet", "calls": 9, "timers": 2},
-            {"do": "chain", "name": "o.parquet", "share": 0.45},
+            {"do": "chain", "name": "o.parquet", "share": 0.6},
             {"do": "interrupt", "name": "o.jsonl"},
         ],
     }
