@@ -433,7 +433,7 @@ def test_the_best_checkpoint_is_written(run, model, monkeypatch, more):
     def scripted(self, *args, **kwargs):
         figures = evaluate(self, *args, **kwargs)
         if self.state.global_step in stops:
-            self.watch._stop()
+            self.watch.stop()
         return {**figures, "eval_accuracy": accuracy[self.state.global_step]}
 
     monkeypatch.setattr(fit.Trainer, "evaluate", scripted)
