@@ -23,6 +23,7 @@ import rmfast
 import tiny
 from rmfast import loading
 from rmfast.commands.main import main
+from rmfast.errors import DataError, UserError
 from rmfast.packed import models
 from rmfast.score import memory
 from rmfast.train import begin
@@ -120,6 +121,50 @@ def test_who_takes_pairs(family, tokenizer, pairs):
 
 def test_an_encoder_made_a_decoder_takes_none():
     assert not models.takes_pairs(tiny.CONFIG_MAPPING["bert"](is_decoder=True), bert())
+
+
+@pytest.mark.parametrize(
+    "family, pad, most",
+    [("bert", 0, 128), ("roberta", 3, 124), ("mpnet", 1, 126), ("llama", 0, 128)],
+)
+def test_positions(family, pad, most):
+    assert models.positions(tiny.model(family, vocab_size=57, pad_token_id=pad)) == most
+    assert models.positions(xlnet()) is None
+
+
+def xlnet():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 57, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+    found = transformers.XLNetConfig(**sizes, num_labels=1, pad_token_id=0)
+    return transformers.XLNetForSequenceClassification(found).eval()
+
+
+def test_two_turns_are_two_segments():
+    model, tokenizer = tiny.model("roberta", vocab_size=57, pad_token_id=0), roberta()
+    turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
+    with torch.no_grad():
+        want = model(**tokenizer("ab", "ba", return_tensors="pt")).logits.item()
+    scorer = rmfast.Scorer(model, tokenizer)
+    assert scorer.score([turns, ("ab", "ba")]) == pytest.approx([want] * 2, rel=1e-5)
+    with pytest.raises(DataError, match="has no chat template"):
+        scorer.score([[*turns, *turns]])
+
+
+@pytest.mark.parametrize("family", ["xlnet", "bart"])
+def test_a_model_whose_own_forward_pools(family):
+    model = xlnet() if family == "xlnet" else tiny.model(family, vocab_size=57)
+    rows = [[*range(4, n), 2] for n in (6, 9, 17)]
+    with torch.no_grad():
+        want = [model(torch.tensor([row])).logits.item() for row in rows]
+    assert rmfast.Scorer(model).score(rows) == pytest.approx(want, rel=1e-4)
+    assert rmfast.report(model).level == "head"
+
+
+def test_a_model_that_reads_pads_is_not_trained(tmp_path):
+    xlnet().save_pretrained(tmp_path)
+    bert().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"reads what pads a batch, .* let XLNetForSequenceClassif"):
+        begin.load_to_train(str(tmp_path))
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "distilbert"])

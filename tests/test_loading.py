@@ -193,7 +193,7 @@ def own_code(folder: Path, auto: str, gives: str = "Output(logits=last)") -> str
         "        self.post_init()\n"
         "    def forward(self, input_ids=None, attention_mask=None, **_):\n"
         "        all = self.score(self.model(input_ids, attention_mask=attention_mask)[0])\n"
-        "        last = all[:, -1]\n"
+        "        last = all[range(len(all)), attention_mask.sum(1) - 1]\n"
         f"        return {gives}\n"
     )
     config = json.loads((folder / "config.json").read_text())

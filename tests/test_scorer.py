@@ -186,6 +186,42 @@ def test_a_model_with_a_head_of_its_own():
     assert scorer.stats.nodes < scorer.stats.tokens_run
 
 
+READS = {
+    "the last attended": (lambda h, ids, mask: h[range(len(h)), mask.sum(1) - 1], False),
+    "the mean": (lambda h, ids, mask: (h * mask[..., None]).sum(1) / mask.sum(1)[:, None], False),
+    "the last": (lambda h, ids, mask: h[:, -1], True),
+    "the mean of all": (lambda h, ids, mask: h.mean(1), True),
+    "the last 3": (lambda h, ids, mask: h[range(len(h)), (ids == 3).cumsum(1).argmax(1)], False),
+    "the last 0": (lambda h, ids, mask: h[range(len(h)), (ids == 0).cumsum(1).argmax(1)], True),
+}
+
+
+@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_reads_pads_gets_none(reads, dtype):
+    take, counts = READS[reads]
+
+    class Valued(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny.model("llama", dtype).model
+            self.config = self.model.config
+            self.value = torch.nn.Linear(32, 1).to(dtype)
+
+        def forward(self, input_ids, attention_mask=None):
+            hidden = self.model(input_ids, attention_mask=attention_mask)[0]
+            return types.SimpleNamespace(logits=self.value(take(hidden, input_ids, attention_mask)))
+
+    model, rows = Valued(), [[*row, 3, 0] if "0" in reads else [*row, 3] for row in groups()]
+    with torch.no_grad():
+        expected = [model(x := torch.tensor([r]), torch.ones_like(x)).logits.item() for r in rows]
+    scorer = Scorer(model, max_tokens=150)
+    error = np.abs(scorer.score(rows) - expected).max() / np.std(expected)
+    assert error <= (1e-4 if dtype is torch.float32 else 0.1)
+    said = [text for text in scorer.about()["warnings"] if "reads what pads a batch" in text]
+    assert bool(said) is counts
+
+
 def test_a_model_that_records_its_training():
     """Texts of a model that rmfast trained become the tokens of the training."""
     model = tiny.model("llama", vocab_size=tiny.WORDS, max_position_embeddings=512)

@@ -70,12 +70,14 @@ def saved_encoder(folder: Path) -> str:
     from tokenizers import processors
 
     tokenizer = tiny.tokenizer(template=False)
-    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         "<s> $A </s>", "<s> $A </s> $B:1 </s>:1", [("<s>", 1), ("</s>", 2)]
     )
     tiny.model("bert", vocab_size=tiny.WORDS, max_position_embeddings=200).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return str(folder)
 
 

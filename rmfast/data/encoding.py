@@ -127,9 +127,7 @@ class Encoder:
         first: dict[bytes, Any] = {}
         for conversation, row in zip(conversations, ids, strict=True):
             other = first.setdefault(row.tobytes(), conversation)
-            if other is conversation or not REASONED.search(f"{other} {conversation}"):
-                continue  # token ids, too, which cannot be compared as a whole
-            if other != conversation:
+            if str(other) != str(conversation) and REASONED.search(f"{other} {conversation}"):
                 return RowError(
                     "two conversations have the same tokens: they differ in reasoning that the "
                     "chat template leaves out"
@@ -199,6 +197,8 @@ class Encoder:
             if not isinstance(prompt, (int, np.integer)):
                 return self._answered(prompt, response, given)
         if isinstance(conversation, list) and conversation and isinstance(conversation[0], dict):
+            if self.segments and [x["role"] for x in conversation] == ["user", "assistant"]:
+                return self._two(*(x["content"] for x in conversation))
             return self._render(conversation, given)
         if not isinstance(conversation, str):
             return _token_ids(conversation)

@@ -78,7 +78,7 @@ class Case:
 
     @property
     def positions(self) -> int | None:
-        return getattr(self.config, "max_position_embeddings", None)
+        return models.positions(self.classifier or self.base or self.model)
 
     @functools.cached_property
     def vocabulary(self) -> int | None:

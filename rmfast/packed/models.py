@@ -98,6 +98,8 @@ def find(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
 
     known = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     bases = [m for m in known if decoder_layers(m) is not None]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        bases = []  # its own forward runs, as an encoder's does
     if len(bases) > 1:
         names = ", ".join(type(m).__name__ for m in bases)
         raise ValueError(f"{type(model).__name__} holds several backbones ({names}): patch each")
@@ -276,6 +278,18 @@ def vocabulary(model: nn.Module) -> int | None:
     """Rows of the input embeddings; None where they are not known."""
     table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     return table.weight.shape[0] if hasattr(table, "weight") else None
+
+
+def positions(model: nn.Module) -> int | None:
+    """The most tokens that a model has positions for; None: it has no limit, or none is known."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:  # XLNet says -1
+        return None
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and name.endswith("position_embeddings"):
+            if table.num_embeddings == limit and table.padding_idx is not None:  # as RoBERTa's
+                return limit - table.padding_idx - 1
+    return limit
 
 
 def takes_pairs(config: Any, tokenizer: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rmfast.data.encoding import Encoder
 from rmfast.data.form import Form
@@ -119,7 +120,7 @@ class Scorer(BulkScorer):
         self._pooling = self._patch.options.pooling
         self._pad = models.pad_token(model)
         self._position_limit = models.position_limit(text)
-        limits = (form and form.max_length, getattr(text, "max_position_embeddings", None))
+        limits = (form and form.max_length, models.positions(model))
         self.encoder = Encoder(
             tokenizer,
             max_length=max_length or min(filter(None, limits), default=None),
@@ -133,6 +134,7 @@ class Scorer(BulkScorer):
             form=form,
             vocabulary=models.vocabulary(model),
         )
+        self._pads_count: bool | None = None  # whether pads change scores; None: not yet tried
         self._budget = self._new_budget(max_tokens or self._patch.options.max_tokens)
 
     def _new_budget(self, tokens: int | None) -> pieces.Budget:
@@ -168,12 +170,15 @@ class Scorer(BulkScorer):
         """What runs: dtype, device, and what :func:`rmfast.report` says of the model."""
         report = self._patch.report()
         dtype = next(self.model.parameters()).dtype
+        warnings = [*report.warnings, *self.encoder.told()]
+        if self._pads_count:
+            warnings.append(f"{PADS_COUNT}: it scores conversations of one length at a time")
         return {
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(self._device),
             "level": report.level,
             "reasons": report.reasons,
-            "warnings": [*report.warnings, *self.encoder.told()],
+            "warnings": warnings,
             "form": self.encoder.about(),
             "fallbacks": dict(report.fallbacks),
         }
@@ -243,6 +248,12 @@ class Scorer(BulkScorer):
         self.stats.nodes += len(pack([rows[i] for i in which]))
         by_prefix = self._patch.level == "backbone"
         equal = alike({int(i): rows[i].tobytes() for i in which})
+        pools = self._patch.classifier is not None or self._is_sharded()
+        if self._pads_count is None and self._pad is not None and not pools:
+            tried = sorted((rows[i] for i in equal), key=len)[:3]
+            room = min(self._position_limit, models.positions(self.model) or self._position_limit)
+            self._pads_count = pads_count(self.model, self._own_scores, tried, self._pad, room)
+        by_prefix = by_prefix and not self._pads_count
         left = sorted(equal, key=lambda i: rows[i].tobytes() if by_prefix else -rows[i].size)
 
         def run(batch: list[int]) -> Tensor:
@@ -272,20 +283,60 @@ class Scorer(BulkScorer):
         for count, i in enumerate(left):
             longest = max(longest, rows[i].size)
             alone = longest >= self._position_limit  # the padded length changes the frequencies
+            alone = alone or (self._pads_count and rows[i].size != longest)
             if count and (alone or (count + 1) * longest > self.max_tokens):
                 return left[:count]
         return left
 
     def _padded_scores(self, rows: list[np.ndarray]) -> Tensor:  # fp64 [len(rows)]
         segments = any(row.max() >= SEGMENT for row in rows)
-        inputs = inputs_of(rows, self._pad or 0, segments)
+        return self._own_scores(inputs_of(rows, self._pad or 0, segments))
+
+    def _own_scores(self, inputs: dict[str, Tensor]) -> Tensor:  # fp64 [B]
+        count = len(inputs["input_ids"])
         logits = self.model(**{name: x.to(self._device) for name, x in inputs.items()}).logits
-        if logits.shape not in ((len(rows), 1), (len(rows),)):
+        if logits.shape not in ((count, 1), (count,)):
             raise ValueError(
                 f"{type(self.model).__name__} gave logits {tuple(logits.shape)} for "
-                f"{len(rows)} sequences: a reward model gives one score each"
+                f"{count} sequences: a reward model gives one score each"
             )
         return logits.reshape(-1).cpu().double()
+
+
+PADS_COUNT = "the model's own code reads what pads a batch, which changes its scores"
+
+
+def pads_count(
+    model: nn.Module,
+    score: Callable[[dict[str, Tensor]], Tensor],
+    rows: list[np.ndarray],
+    pad: int,
+    room: float,
+) -> bool | None:
+    """Whether rows that are padded have other scores, beyond what rounding can be.
+
+    Args:
+        score: the model's scores of padded inputs.
+        rows: some short ones.
+        room: the most tokens of a row.
+
+    Returns:
+        None where they cannot be padded.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    rounding = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
+    if any(getattr(module, "is_quantized", False) for module in model.modules()):
+        rounding = 0.25  # activations may be, by the largest of a batch
+    segments = any(row.max() >= SEGMENT for row in rows)
+    alone = torch.cat([score(inputs_of([row], pad, segments)) for row in rows])
+    inputs = inputs_of(rows, pad, segments)
+    longest = inputs["input_ids"].shape[1]
+    more = max(0, min(longest, room - 1 - longest))
+    if not more and all(row.size == longest for row in rows):
+        return None
+    values = {name: pad if name == "input_ids" else 0 for name in inputs}
+    padded = score({name: F.pad(x, (0, more), value=values[name]) for name, x in inputs.items()})
+    return not bool((padded - alone).abs().max() <= rounding * alone.abs().max())
 
 
 def alike(keys: Mapping[int, Hashable]) -> dict[int, list[int]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from rmfast.errors import UserError
@@ -20,6 +22,7 @@ from rmfast.loading import (
     usable_device,
 )
 from rmfast.packed import models
+from rmfast.score.scorer import PADS_COUNT, pads_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -138,6 +141,7 @@ def load_to_train(
     refuse_other_outputs(name, model, tokens)
     std = _new_head(model, missing, seed)
     pad, source, warnings = _pad(model, tokens)
+    _refuse_read_pads(name, model, tokens)
     others = [key for key in unused if not key.startswith(_LANGUAGE_HEADS)]
     if missing and others:
         warnings.append(
@@ -146,6 +150,28 @@ def load_to_train(
         )
     start = Start(name, missing, std, unused, pad, source, warnings)
     return Started(model, tokens, start)
+
+
+@torch.no_grad()
+def _refuse_read_pads(name: str, model: PreTrainedModel, tokens: PreTrainedTokenizerBase) -> None:
+    """Refuse a model whose own code would be trained on what pads a batch."""
+    if models.find(model)[0] is not None:
+        return
+    texts = ("one", "one, two, three", "two, two, one, three, one")
+    rows = [np.array(tokens(text)["input_ids"]) for text in texts]
+
+    def score(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {key: value.to(model.device) for key, value in inputs.items()}
+        return model(**inputs).logits.reshape(-1).cpu().double()
+
+    with readable(name):
+        room = models.positions(model) or math.inf
+        count = pads_count(model, score, rows, tokens.pad_token_id, room)
+    if count:
+        raise UserError(
+            f"{name}: {PADS_COUNT}: let {type(model).__name__} score the last token that the "
+            "attention mask lets through, and then train it"
+        )
 
 
 def _refuse_quantised(name: str, method: str) -> None:

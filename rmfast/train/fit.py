@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,9 @@ def make_trainer(
     rows.form.record(started.model.config)
     dtypes = {name: parameter.dtype for name, parameter in started.model.named_parameters()}
     held_out = None if rows.held_out is None else Dataset.from_list(rows.held_out)
+    if options.gradient_checkpointing and not started.model.supports_gradient_checkpointing:
+        print(f"! no gradient checkpointing: {type(started.model).__name__} has none")
+        options = dataclasses.replace(options, gradient_checkpointing=False)
     args = _config(options, folder, held_out is not None, is_new)
     try:
         trainer = Trainer(

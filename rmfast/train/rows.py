@@ -138,7 +138,7 @@ def tokenised(
             f"{train.source} has messages, and the tokenizer has no chat template to make text of "
             "them: --chat-template FILE names one"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = models.positions(model)
     encoder = Encoder(
         tokenizer,
         max_length=min(positions or max_length, max_length),

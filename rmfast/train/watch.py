@@ -129,7 +129,8 @@ class Watch(TrainerCallback):
     def measure_written(self, model: Any, step: int) -> None:
         """The figures of the model as it is to be written, with the weights of a step."""
         if self.rows and not (self.summary or {}).get("written"):
-            self._measure(Scorer(model), step, autocast=False, written=True)
+            scorer = Scorer(model, self.trainer.processing_class)
+            self._measure(scorer, step, autocast=False, written=True)
 
     def _measure(self, scorer: Scorer, step: int, autocast: bool, **more: Any) -> None:
         figures = measures.summarise(self._judged(scorer, step, autocast))
