@@ -127,18 +127,16 @@ class BulkScorer:
         with contextlib.closing(ahead(windows)) as encoded:
             for tags, window in encoded:
                 with _lock_of(self):
-                    self._check_patches()
+                    if any(patching.attached(model) is not patch for model, patch in self._patches):
+                        raise RuntimeError(
+                            "a model was unpatched or patched anew since this Scorer was made: "
+                            "make another one"
+                        )
                     start = time.perf_counter()
                     self._show = progress
                     scored = self._scored(window)
                     self.stats.seconds += time.perf_counter() - start
                 yield list(zip(tags, scored, strict=True))
-
-    def _check_patches(self) -> None:
-        if any(patching.attached(model) is not patch for model, patch in self._patches):
-            raise RuntimeError(
-                "a model was unpatched or patched anew since this Scorer was made: make another one"
-            )
 
     def _table(self, rows: Iterable, count: int, width: int) -> np.ndarray:  # fp32 [count, width]
         table = np.full((count, width), np.nan, np.float32)
