@@ -188,7 +188,7 @@ def _refuse_config(name: str, remote: dict[str, Any], lora: bool) -> None:
     config = AutoConfig.from_pretrained(name, **remote)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not lora:
-        method = getattr(quantised, "quant_method", None) or quantised["quant_method"]
+        method = getattr(quantised, "quant_method", None) or dict(quantised).get("quant_method")
         method = getattr(method, "value", method)
         if method not in _READ_AS_BF16:
             _refuse_quantised(name, method)
