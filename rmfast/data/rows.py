@@ -34,7 +34,7 @@ from rmfast.data.values import (
     parse_text,
     without_nulls,
 )
-from rmfast.errors import RowError
+from rmfast.errors import RowError, UserError
 
 _ANSWERS = ("chosen", "response", "responses", "completion", "completions")
 
@@ -96,6 +96,12 @@ class RowReader:
     cells: bool = False
     lists: bool = False
     empty: bool = False
+
+    def __post_init__(self) -> None:
+        named = [column for field, column in self.columns.items() if field != "subset"]
+        double = next((column for column in named if named.count(column) > 1), None)
+        if double is not None:
+            raise UserError(f'two options name the column "{double}": each field has its own')
 
     def read(self, record: Any, kind: str) -> Row:
         """The row that a record holds.
