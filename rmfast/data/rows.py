@@ -35,7 +35,7 @@ from rmfast.data.values import (
     parse_text,
     without_nulls,
 )
-from rmfast.errors import RowError
+from rmfast.errors import RowError, UserError
 
 _ANSWERS = ("chosen", "response", "responses", "completion", "completions")
 
@@ -78,6 +78,12 @@ class RowReader:
     cells: bool = False  # every value is text, as in CSV: lists and numbers are written out
     lists: bool = False  # chosen and rejected may each be a list of answers
     empty: bool = False  # answers may be empty
+
+    def __post_init__(self) -> None:
+        named = [column for field, column in self.columns.items() if field != "subset"]
+        double = next((column for column in named if named.count(column) > 1), None)
+        if double is not None:
+            raise UserError(f'two options name the column "{double}": each field has its own')
 
     def read(self, record: Any, kind: str) -> Row:
         """The row of a record, by a ``kind`` of :data:`rmfast.data.columns.CONVENTIONS`.
