@@ -172,9 +172,10 @@ def load_adapter(
             f"{folder} {what}: give its adapter_config.json the name of a whole model "
             "(base_model_name_or_path)"
         )
-    base, keys = auto.from_pretrained(
-        under, revision=settings.revision, output_loading_info=True, **options
-    )
+    with readable(under):
+        base, keys = auto.from_pretrained(
+            under, revision=settings.revision, output_loading_info=True, **options
+        )
     Form.hand_on(folder, base.config)
     weights = peft.utils.load_peft_weights(folder, device="cpu")
     saved = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
@@ -260,10 +261,13 @@ def _why(name: str, error: Exception) -> str:
 
 def _damaged(name: str) -> str | None:
     """The first file of a folder that is not whole."""
-    for file in sorted(Path(name).glob("*.safetensors")):
+    for file in sorted(Path(name).glob("*")):
         try:
-            safe_open(file, "pt")
-        except (OSError, SafetensorError):
+            if file.suffix == ".safetensors":
+                safe_open(file, "pt")
+            elif file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, SafetensorError, ValueError):
             return str(file)
     return None
 

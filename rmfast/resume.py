@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,11 @@ _DIGESTS = ("time of", "a file of", "the files of", "the text of", "the preferen
 _FULL_DISK = ("Error while serializing", "unexpected pos", "PytorchStreamWriter failed")
 # options that name models: an output may lie in the folder of one
 _MODELS = ("--model", "--ref-model", "--tokenizer")
+# what models and tokenizers are read from
+_MODEL_FILE = re.compile(
+    r".*\.(safetensors|bin|model|jinja|py|index\.json)$|(config|generation_config|adapter_config|"
+    r"tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json$|(vocab|merges)\.txt$"
+)
 
 
 def check_paths(inputs: dict[str, Any], outputs: dict[str, Any], overwrite: bool) -> None:
@@ -48,6 +54,8 @@ def check_paths(inputs: dict[str, Any], outputs: dict[str, Any], overwrite: bool
             inside = os.path.isdir(place) and Path(place) in Path(path).parents
             if inside and other in inputs and other not in _MODELS:
                 raise UserError(f"{name} {value} lies in a folder that {other} reads: name another")
+            if inside and other in _MODELS and _MODEL_FILE.match(os.path.basename(path)):
+                raise UserError(f"{name} {value} has the name of a file of {other}: name another")
         is_there = bool(os.listdir(path)) if os.path.isdir(path) else os.path.exists(path)
         if is_there and not overwrite:
             raise UserError(f"{name} {value} already exists: --overwrite replaces it")

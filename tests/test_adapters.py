@@ -106,6 +106,10 @@ def test_by_the_name_on_the_hub(base, hub, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("rmfast doctor: me/rm\n")
     assert "The adapter trains and saves the head" in out
+    moved(saved(first, tmp_path / "c"), "me/gone")
+    for load in (loading.load, begin.load_to_train):
+        with pytest.raises(UserError, match=r"^me/gone cannot be loaded: there is no such folder"):
+            load(str(tmp_path / "c"))
     model, _, start = begin.load_to_train(name)
     assert not start.new and tiny.score_error(scores(model), scores(first)) < 1e-5
 

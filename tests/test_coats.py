@@ -462,6 +462,40 @@ def test_a_trainer_refuses_rows_that_are_not_what_they_mean(row):
         trainer._prepare_dataset(datasets.Dataset.from_list([row]), None, args, "train")
 
 
+@pytest.mark.parametrize(
+    "first, said",
+    [
+        ([says("developer", "d")], r"row 0: .* leaves out turn 0 \(developer\) of 3"),
+        ([says("user", "upper")], r"row 0: .* a part of turn 0 \(user\), or changes it"),
+        ([says("tool", "t")], r"row 0: the chat template refuses the messages"),
+        ([], None),
+    ],
+)
+def test_a_trainer_refuses_what_a_template_leaves_out(first, said):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from rmfast.integrations.trl import RewardTrainer
+
+    trainer = object.__new__(RewardTrainer)
+    trainer.dropped, trainer._data = {}, {}
+    args = trl.RewardConfig("unused", use_cpu=True, bf16=False)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
+        "{% elif m.role != 'developer' %}{{ m.content | replace('upper', 'UPPER') }}|{% endif %}"
+        "{% endfor %}"
+    )
+    row = {"chosen": [*first, ASK, YES], "rejected": [*first, ASK, NO]}
+    if said is None:
+        found = trainer._prepare_dataset(
+            datasets.Dataset.from_list([row]), tokenizer, args, "train"
+        )
+        assert len(found[0]["chosen_ids"]) == len(ASK["content"] + YES["content"]) + 2
+        return
+    for shape in (row, {"prompt": [*first, ASK], "chosen": [YES], "rejected": [NO]}):
+        with pytest.raises(ValueError, match=said):
+            trainer._prepare_dataset(datasets.Dataset.from_list([shape]), tokenizer, args, "train")
+
+
 def test_ray_reads_a_table_as_files_are_read():
     pyarrow = pytest.importorskip("pyarrow")
     from rmfast.integrations import ray

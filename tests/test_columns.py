@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rmfast.data import columns
+from rmfast.data.rows import RowReader
 from rmfast.errors import RowError, UserError
 
 USER, GOOD, BAD = (
@@ -140,8 +141,8 @@ def test_a_column_that_is_named_is_read():
     row = {"question": "q", "chosen": "c", "rejected": "r"}
     found = columns.choose(row, {"prompt": "question"})
     assert found.conversations(row) == [("q", "c"), ("q", "r")]
-    same = columns.choose(row, {"chosen": "chosen", "rejected": "chosen", "prompt": "question"})
-    assert same.conversations(row) == [("q", "c"), ("q", "c")]
+    named = {"chosen": "rejected", "rejected": "chosen", "prompt": "question"}
+    assert columns.choose(row, named).conversations(row) == [("q", "r"), ("q", "c")]
 
 
 BAD_ROWS = [
@@ -212,3 +213,12 @@ def test_names_and_values_of_scores(present, added):
     values = found.scores(scores)
     assert len(values) == len(added)
     assert np.array_equal(np.concatenate([np.atleast_1d(value) for value in values]), scores)
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen"])
+def test_two_fields_of_one_column_are_refused(field):
+    with pytest.raises(UserError, match='two options name the column "rejected"'):
+        RowReader({field: "rejected", "rejected": "rejected"})
+    with pytest.raises(UserError, match='two options name the column "x"'):
+        columns.choose(["x", "chosen"], {field: "x", "rejected": "x"}).conversations({"x": "a"})
+    RowReader({"prompt": "prompt", "chosen": "chosen", "subset": "prompt"})

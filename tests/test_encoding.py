@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import tiny
+from rmfast.data import Pair
 from rmfast.data.encoding import Encoder, counted
 from rmfast.data.form import Form, digest
 from rmfast.data.values import Side
@@ -161,6 +162,18 @@ def test_text_that_is_tokenised():
     assert encode.text(letters("plain")) == "plain"
     with pytest.raises(RowError):
         encode.text("")
+
+
+# --- preference pairs
+
+
+def test_pairs():
+    encode = Encoder(tiny.tokenizer(adds_bos=True))
+    text = encode(Pair("yes", "no", "hé").whole())
+    assert [x.tolist() for x in text] == [[BOS, *letters(x)] for x in ("héyes", "héno")]
+    chosen, rejected = encode(Pair(TALK[1:], [*TALK, *TALK], TALK[:1]).whole())
+    assert chosen.tolist() == [BOS, *tiny.tokenizer().apply_chat_template(TALK)["input_ids"]]
+    assert len(rejected) > len(chosen)
 
 
 # --- the form of a training

@@ -252,7 +252,9 @@ def test_a_config_that_is_no_classifiers(tmp_path):
     [
         ({"tokenizer.json": None}, "it has no tokenizer: name one with --tokenizer"),
         ({"config.json": None}, "it has no config.json that names a kind"),
-        ({"config.json": "{"}, "config.json' is not a valid JSON file"),
+        ({"config.json": "{"}, "config.json is cut off or damaged: download or copy it again"),
+        ({"tokenizer.json": "{"}, "tokenizer.json is cut off or damaged"),
+        ({"tokenizer_config.json": ""}, "tokenizer_config.json is cut off or damaged"),
         ({"model.safetensors": None}, "no file named model.safetensors"),
         ({"hidden_size": 48}, "its weights have other sizes than its config.json says"),
         ({"pad_token_id": 10**6}, "its config.pad_token_id has no embedding"),

@@ -45,6 +45,13 @@ def folder(tmp_path, monkeypatch) -> Path:
         ({"--input": "data/*.jsonl"}, {"--json": "data/a.jsonl"}, "is the input"),
         ({"--input": "data/*.jsonl"}, {"--json": "data/new.jsonl"}, "is the input"),
         ({"--input": "data"}, {"--json": "data/deep/new"}, "lies in a folder that --input reads"),
+        (
+            {"--model": "data"},
+            {"--json": "data/config.json"},
+            "the name of a file of --model: name",
+        ),
+        ({"--tokenizer": "data"}, {"--scores": "data/vocab.txt"}, "a file of --tokenizer"),
+        ({"--ref-model": "data"}, {"--figure": "data/model.safetensors"}, "a file of --ref-model"),
         ({"--model": "model"}, {"--output": "model/."}, "--output model/. is the model"),
         ({"--model": "org/name"}, {"--output": "org/name"}, "is the model"),
         ({}, {"--json": "new", "--scores": Path("empty/../new")}, "new is the json"),
@@ -66,6 +73,7 @@ def test_paths_that_do_not_meet(folder):
     outputs = {"--json": "data/new.json", "--scores": "model/s", "--output": "empty", "--x": None}
     resume.check_paths(inputs, outputs, overwrite=False)
     resume.check_paths({"--input": "org/name"}, {"--output": "name"}, overwrite=False)
+    resume.check_paths({"--model": "data"}, {"--json": "data/eval.json"}, overwrite=True)
 
 
 # --- locks

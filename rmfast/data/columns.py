@@ -27,19 +27,12 @@ Scores = np.float32 | np.ndarray  # a column's value in one row: a number, or se
 
 @dataclass(frozen=True)
 class Columns:
-    """A convention and the names that its fields have in this file.
+    """A convention and the names that its fields have in this file."""
 
-    Attributes:
-        kind: a key of CONVENTIONS.
-        names: column of each field that is used; of the prompt only where the user named it.
-        stem: name of the scores' columns, or what it is made of.
-        cells, ignored: see :class:`rmfast.data.rows.RowReader`.
-    """
-
-    kind: str
-    names: Mapping[str, str]
-    stem: str = "reward"
-    cells: bool = False
+    kind: str  # a key of CONVENTIONS
+    names: Mapping[str, str]  # column of each field; of the prompt only where the user named it
+    stem: str = "reward"  # name of the scores' columns, or what it is made of
+    cells: bool = False  # as in RowReader
     ignored: Collection[str] = ()
 
     @property

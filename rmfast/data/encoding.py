@@ -68,6 +68,8 @@ def counted(warnings: Mapping[str, int]) -> list[str]:
 class Encoder:
     """Makes token ids of conversations, with at most one BOS each.
 
+    Options that are not told here are those of :class:`rmfast.Scorer`.
+
     Args:
         tokenizer: None where only token ids come.
         on_overlong: what becomes of a longer one: ``"error"`` and ``"skip"`` make it a
@@ -77,7 +79,6 @@ class Encoder:
             the second are returned plus :data:`rmfast.trie.SEGMENT`.
         form: how the model was trained.
         vocabulary: rows of the model's input embeddings, to refuse ids beyond them.
-        others: as for :class:`rmfast.Scorer`.
 
     Attributes:
         warnings: what is to know about conversations so far, and the number of them.

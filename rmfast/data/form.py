@@ -17,25 +17,15 @@ _KEY = "rmfast_form"  # of config.json
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How conversations became tokens in training.
+    """How conversations became tokens in training."""
 
-    Attributes:
-        chat: as turns in the chat template; False: as plain text.
-        ends: plain text ends with the end of text.
-        bos: the tokenizer puts a BOS before text.
-        template: digest of the chat template; None for plain text.
-        max_length: longer conversations were not trained on.
-        segments: prompt and response are two segments, as encoders take them.
-        pooling: which token is scored, as for :func:`rmfast.patch`.
-    """
-
-    chat: bool
-    ends: bool
-    bos: bool
-    template: str | None
-    max_length: int
-    segments: bool = False
-    pooling: str = "hf"
+    chat: bool  # as turns in the chat template; False: as plain text
+    ends: bool  # plain text ends with the end of text
+    bos: bool  # the tokenizer puts a BOS before text
+    template: str | None  # digest of the chat template; None for plain text
+    max_length: int  # longer conversations were not trained on
+    segments: bool = False  # prompt and response are two segments, as encoders take them
+    pooling: str = "hf"  # which token is scored, as for rmfast.patch
 
     @classmethod
     def of(cls, model: Any) -> Form | None:

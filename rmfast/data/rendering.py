@@ -27,7 +27,6 @@ class Renderer:
     """Applies a chat template.
 
     Args:
-        tokenizer: None where no text comes.
         template: Jinja template in place of the tokenizer's; of several that the tokenizer has,
             transformers chooses.
         special_tokens: let messages hold the special tokens that the template writes.

@@ -36,32 +36,22 @@ from rmfast.data.values import (
     parse_text,
     without_nulls,
 )
-from rmfast.errors import RowError
+from rmfast.errors import RowError, UserError
 
 _ANSWERS = "chosen response responses completion completions output answer generation".split()
 
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt with its answers.
+    """A prompt with its answers."""
 
-    Attributes:
-        record: the columns it was read from.
-        prompt: text or messages; None where the answers begin with it.
-        prompt_column: where the prompt is from.
-        answers: text or messages, each after what it is called in an error: ``"chosen" item 1``.
-        preferred: so many answers, the first ones, are chosen; the others are rejected.
-        subset: its name, or None.
-        given: what the row gives the chat template besides: see :class:`rmfast.data.values.Chat`.
-    """
-
-    record: Mapping[str, Any]
-    prompt: str | Messages | None
+    record: Mapping[str, Any]  # the columns it was read from
+    prompt: str | Messages | None  # None: the answers begin with it
     prompt_column: str
-    answers: list[tuple[str, Any]]
-    preferred: int = 0
+    answers: list[tuple[str, Any]]  # each after what it is called in an error: "chosen" item 1
+    preferred: int = 0  # so many answers, the first ones, are chosen; the others are rejected
     subset: str | None = None
-    given: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)  # as in a Chat
 
     @property
     def conversations(self) -> list[Any]:
@@ -82,22 +72,20 @@ class Row:
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads rows of one source.
+    """Reads rows of one source."""
 
-    Attributes:
-        columns: the column of each field (``prompt``, ``chosen``, …) that has another name, such
-            as ``data.prompt`` within an object; a row without it is an error.
-        cells: every value is text, as in CSV: lists and numbers are written out.
-        lists: ``chosen`` and ``rejected`` may each be a list of answers.
-        empty: answers may be empty.
-        ignored: columns that are passed over, though they seem to belong to the prompt.
-    """
-
+    # of each field (prompt, chosen, …) that has another name, such as data.prompt within an object
     columns: Mapping[str, str] = field(default_factory=dict)
-    cells: bool = False
-    lists: bool = False
-    empty: bool = False
-    ignored: Collection[str] = ()
+    cells: bool = False  # every value is text, as in CSV: lists and numbers are written out
+    lists: bool = False  # chosen and rejected may each be a list of answers
+    empty: bool = False  # answers may be empty
+    ignored: Collection[str] = ()  # passed over, though they seem to belong to the prompt
+
+    def __post_init__(self) -> None:
+        named = [column for field, column in self.columns.items() if field != "subset"]
+        double = next((column for column in named if named.count(column) > 1), None)
+        if double is not None:
+            raise UserError(f'two options name the column "{double}": each field has its own')
 
     def read(self, record: Any, kind: str) -> Row:
         """The row of a record, by a ``kind`` of :data:`rmfast.data.columns.CONVENTIONS`.

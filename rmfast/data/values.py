@@ -25,15 +25,10 @@ _PARTS = re.compile(r"""\s*\[\s*\{\s*["']type["']\s*:\s*["'](text|image|image_ur
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, and what its row gives the chat template besides.
-
-    Attributes:
-        conversation: messages, or a (prompt, response) tuple.
-        given: ``tools``, and all that the row's ``chat_template_kwargs`` name.
-    """
+    """A conversation, and what its row gives the chat template besides."""
 
     conversation: Messages | tuple[str | Messages, str | Messages]
-    given: Mapping[str, Any]
+    given: Mapping[str, Any]  # ``tools``, and all that the row's ``chat_template_kwargs`` name
 
 
 class Side(str):

@@ -94,8 +94,7 @@ class Case:
     @functools.cached_property
     def takes_pairs(self) -> bool:
         """Whether the model reads a prompt and its response as two segments."""
-        known = self.classifier is not None and self.tokenizer is not None
-        return known and models.takes_pairs(self.config, self.tokenizer)
+        return self.classifier is not None and models.takes_pairs(self.config, self.tokenizer)
 
     @functools.cached_property
     def head(self) -> dict[str, nn.Parameter]:

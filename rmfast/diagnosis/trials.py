@@ -276,7 +276,8 @@ def bulk(
 
 def bulk_scores(case: Case, rows: list) -> np.ndarray:  # fp32 [len(rows)]
     with patching.patched(case.model):
-        return Scorer(case.model, case.tokenizer).score(rows)
+        most = case.positions or 1 << 20  # also where training kept to less
+        return Scorer(case.model, case.tokenizer, max_length=most).score(rows)
 
 
 RULES = {

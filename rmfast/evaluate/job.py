@@ -107,9 +107,7 @@ def _evaluate(args: EvalOptions, template: str | None, source: _Source, state: S
     # a policy's own warnings are about a head
     warnings = (run if args.ref_model is None else run["form"])["warnings"]
     run["warnings"] = warnings + state.stats().warnings()
-    _print(args, run, summary, left_out)
-    paths += _write(args, run, summary, left_out)
-    for path in paths:
+    for path in paths + _report(args, run, summary, left_out):
         print(f"written: {path}")
     return left_out.exit_code
 
@@ -222,15 +220,13 @@ class _LeftOut:
             yield f"  and {len(self.rows) - _SHOWN:,} more"
 
 
-def _title(args: EvalOptions) -> str:
-    against = "" if args.ref_model is None else f" against {args.ref_model}"
-    return f"{args.model}{against} on {args.input}"
-
-
-def _print(
+def _report(
     args: EvalOptions, run: dict[str, Any], summary: dict[str, Any], left_out: _LeftOut
-) -> None:
-    print(f"{_title(args)}\n\n{show.table(summary)}\n")
+) -> list[Path]:
+    """Print the figures, and write the JSON and the picture that were asked for: their paths."""
+    against = "" if args.ref_model is None else f" against {args.ref_model}"
+    title = f"{args.model}{against} on {args.input}"
+    print(f"{title}\n\n{show.table(summary)}\n")
     saved = 1 - run["nodes"] / run["tokens"]
     print(
         f"{run['rows']:,} rows, {run['conversations']:,} answers, {run['tokens']:,} tokens in "
@@ -240,12 +236,6 @@ def _print(
         print(f"! {warning}")
     for line in left_out.lines():
         print(line)
-
-
-def _write(
-    args: EvalOptions, run: dict[str, Any], summary: dict[str, Any], left_out: _LeftOut
-) -> list[Path]:
-    """Write the JSON and the figure that were asked for, and return their paths."""
     figures = {
         "model": args.model,
         "ref_model": args.ref_model,
@@ -260,5 +250,5 @@ def _write(
             Path(args.json).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     if args.figure is not None:
         with saving(Path(args.figure), ""):
-            show.figure(summary, _title(args)).savefig(args.figure)
+            show.figure(summary, title).savefig(args.figure)
     return [Path(path) for path in (args.json, args.figure) if path is not None]

@@ -15,7 +15,7 @@ from rmfast.errors import RowError, UserError
 from rmfast.evaluate import rewardbench
 from rmfast.evaluate.options import EvalOptions
 from rmfast.resume import model_identity, same_run, saving, stored
-from rmfast.score.output import _Appended as Appended
+from rmfast.score.output import Appended
 from rmfast.score.start import State, beside, settings
 from rmfast.score.windows import Scored, Tagged
 

@@ -35,39 +35,27 @@ _COLUMNS = {
 # math-prm, which weighs as much as all code, and for XSTest's two, which are transposed there
 _REWARD_BENCH = {
     "Chat": {
-        "alpacaeval-easy": 100,
-        "alpacaeval-length": 95,
-        "alpacaeval-hard": 95,
-        "mt-bench-easy": 28,
-        "mt-bench-med": 40,
+        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
+        "mt-bench-easy": 28, "mt-bench-med": 40,
     },
     "Chat Hard": {
-        "mt-bench-hard": 37,
-        "llmbar-natural": 100,
-        "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47,
-        "llmbar-adver-manual": 46,
+        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
     },
     "Safety": {
-        "refusals-dangerous": 100,
-        "refusals-offensive": 100,
-        "xstest-should-refuse": 250,
-        "xstest-should-respond": 154,
-        "donotanswer": 136,
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
+        "xstest-should-respond": 154, "donotanswer": 136,
     },
     "Reasoning": {
         "math-prm": 984,
         **{f"hep-{code}": 164 for code in ("cpp", "go", "java", "js", "python", "rust")},
     },
-}
+}  # fmt: skip
 _REWARD_BENCH_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 _JUDGE_BENCH = {
-    "mmlu-pro": "knowledge",
-    "livebench-reasoning": "reasoning",
-    "livebench-math": "math",
+    "mmlu-pro": "knowledge", "livebench-reasoning": "reasoning", "livebench-math": "math",
     "livecodebench": "coding",
-}
+}  # fmt: skip
 _TIES = re.compile(r"(ref|tied):(\d+)")
 
 

@@ -282,9 +282,7 @@ def vocabulary(model: nn.Module) -> int | None:
 
 def positions(model: nn.Module) -> int | None:
     """The most tokens that a model has positions for; None: it has no limit, or none is known."""
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:  # XLNet says -1
         return None
     for name, table in model.named_modules():

@@ -124,7 +124,11 @@ class BulkScorer:
         with contextlib.closing(ahead(self._encoded(gathered(rows, self.window)))) as encoded:
             for tags, window, told in encoded:
                 with _lock_of(self):
-                    self._check_patches()
+                    if any(patching.attached(model) is not patch for model, patch in self._patches):
+                        raise RuntimeError(
+                            "a model was unpatched or patched anew since this Scorer was made: "
+                            "make another one"
+                        )
                     start = time.perf_counter()
                     self._show = progress
                     scored = self._scored(window)
@@ -138,12 +142,6 @@ class BulkScorer:
             self.encoder.warnings.clear()
             encoded = self._encode([row for _, row in window])
             yield [tag for tag, _ in window], encoded, dict(self.encoder.warnings)
-
-    def _check_patches(self) -> None:
-        if any(patching.attached(model) is not patch for model, patch in self._patches):
-            raise RuntimeError(
-                "a model was unpatched or patched anew since this Scorer was made: make another one"
-            )
 
     def _table(self, rows: Iterable, count: int, width: int) -> np.ndarray:  # fp32 [count, width]
         table = np.full((count, width), np.nan, np.float32)

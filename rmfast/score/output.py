@@ -51,7 +51,7 @@ def check(path: Path, source: Source) -> None:
         sources.need("pyarrow", str(path))
 
 
-class _Appended:
+class Appended:
     """A file that grows by whole pieces; packed, a member or frame each. Or else a stream."""
 
     def __init__(
@@ -92,7 +92,7 @@ def _pack(data: bytes, packed: str | None) -> bytes:
     return data if packed is None else gzip.compress(data, mtime=0)
 
 
-class Errors(_Appended):
+class Errors(Appended):
     """The rows that an output leaves out: a line of JSON each, and no file if there are none."""
 
     def __init__(self, path: Path, mark: int) -> None:
@@ -114,7 +114,7 @@ class Errors(_Appended):
             self._path.unlink()
 
 
-class JsonLines(_Appended):
+class JsonLines(Appended):
     """A line a row: that of the input, where that is JSON lines too, with the scores put in."""
 
     def __init__(self, path: Path, packed: str | None, source: Source, mark: int) -> None:
@@ -141,7 +141,7 @@ class JsonLines(_Appended):
             self.append(b"")
 
 
-class Csv(_Appended):
+class Csv(Appended):
     """A header, then a record a row. What is not text is written as JSON."""
 
     def __init__(self, path: Path, packed: str | None, source: Source, mark: int) -> None:

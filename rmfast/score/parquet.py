@@ -122,7 +122,7 @@ def schema_of(path: Path, source: Source) -> pyarrow.Schema:
     fields = []
     for name in source.names:
         try:
-            field = pyarrow.field(name, pyarrow.array([row.get(name) for row in source.rows]).type)
+            field = pyarrow.field(name, pyarrow.array(source.column(name)).type)
             # Parquet has no place for objects without fields
             parquet.ParquetWriter(io.BytesIO(), pyarrow.schema([field])).close()
         except (pyarrow.ArrowException, OverflowError, NotImplementedError) as error:

@@ -32,6 +32,9 @@ class Source:
             raise RowError(f'it has a "{taken}" already: --reward-column gives another name')
         return self.layout.conversations(row)
 
+    def column(self, name: str) -> list[Any]:
+        return [row.get(name) for row in self.rows]
+
     def check_columns(self, row: dict[str, Any]) -> None:
         """Raise RowError if the row has a column that the first rows do not have."""
         new = next((name for name in row if name not in self.names), None)

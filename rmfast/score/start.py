@@ -74,7 +74,10 @@ def output_path(options: ScoreOptions) -> Path:
             raise UserError(f"{option} {file}: there is no folder {file.parent}")
     beside_it = ("errors.jsonl", "state.json", "parts")
     outputs |= {f"{suffix} of --output": beside(path, suffix) for suffix in beside_it}
-    inputs = {flag(name): getattr(options, name) for name in ("input", "model", "chat_template")}
+    inputs = {
+        flag(name): getattr(options, name)
+        for name in ("input", "model", "tokenizer", "chat_template")
+    }
     check_paths(inputs, outputs, overwrite=True)
     return path
 

@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from rmfast import loading
 from rmfast.errors import UserError
-from rmfast.loading import (
-    adapter_folder,
-    adapter_settings,
-    first_names,
-    placed,
-    read_checkpoint,
-    readable,
-    refuse_other_outputs,
-    usable_device,
-)
+from rmfast.loading import first_names
 from rmfast.packed import models
 from rmfast.score.scorer import PADS_COUNT, pads_count
 
@@ -109,21 +101,21 @@ def load_to_train(
     """
     from transformers import AutoModelForSequenceClassification
 
-    device = usable_device(device)
+    device = loading.usable_device(device)
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
     options = {"dtype": dtype, "num_labels": 1, "use_safetensors": True}
-    with readable(name), torch.random.fork_rng(devices=[]):
+    with loading.readable(name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapter = adapter_folder(name, revision)
+        adapter = loading.adapter_folder(name, revision)
         if not adapter:
             _refuse_config(name, remote, lora)
-        model, tokens, missing, unused = read_checkpoint(
+        model, tokens, missing, unused = loading.read_checkpoint(
             name, AutoModelForSequenceClassification, tokenizer, remote, adapter, **options
         )
-        model = placed(model, device)
+        model = loading.placed(model, device)
     quantised = getattr(model, "is_quantized", False)
     if quantised and adapter:
-        base = adapter_settings(adapter)["base_model_name_or_path"]
+        base = loading.adapter_settings(adapter)["base_model_name_or_path"]
         raise UserError(
             f"{name} is the adapter of a quantised model, which cannot be merged into it: begin "
             f"with {base}, or with the adapter of a model that is not quantised"
@@ -138,7 +130,7 @@ def load_to_train(
             f"{name} has no {first_names(inside)}: more than a head would be random; name the "
             "checkpoint of a language model, or of a reward model"
         )
-    refuse_other_outputs(name, model, tokens)
+    loading.refuse_other_outputs(name, model, tokens)
     std = _new_head(model, missing, seed)
     pad, source, warnings = _pad(model, tokens)
     _refuse_read_pads(name, model, tokens)
@@ -164,7 +156,7 @@ def _refuse_read_pads(name: str, model: PreTrainedModel, tokens: PreTrainedToken
         inputs = {key: value.to(model.device) for key, value in inputs.items()}
         return model(**inputs).logits.reshape(-1).cpu().double()
 
-    with readable(name):
+    with loading.readable(name):
         room = models.positions(model) or math.inf
         count = pads_count(model, score, rows, tokens.pad_token_id, room)
     if count:
@@ -188,7 +180,7 @@ def _refuse_config(name: str, remote: dict[str, Any], lora: bool) -> None:
     config = AutoConfig.from_pretrained(name, **remote)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not lora:
-        method = getattr(quantised, "quant_method", None) or quantised["quant_method"]
+        method = getattr(quantised, "quant_method", None) or dict(quantised).get("quant_method")
         method = getattr(method, "value", method)
         if method not in _READ_AS_BF16:
             _refuse_quantised(name, method)

@@ -19,26 +19,12 @@ from typing import Any
 
 import torch
 
-from rmfast import loading
+from rmfast import loading, resume
 from rmfast.arguments import flag
 from rmfast.data.encoding import read_template
 from rmfast.data.records import Preferences
 from rmfast.errors import UserError
 from rmfast.evaluate import show
-from rmfast.resume import (
-    digest,
-    handling,
-    interrupted,
-    locked,
-    make_folder,
-    model_identity,
-    same_run,
-    saving,
-    stored,
-    told_to_stop,
-    versions,
-    write_whole,
-)
 from rmfast.train import begin, card, rows
 from rmfast.train.options import TrainOptions
 from rmfast.train.watch import COMPLETE, Watch, last_checkpoint, step_of
@@ -71,14 +57,14 @@ class State:
     done: bool = False
 
     def save(self, folder: Path) -> None:
-        with saving(folder):
+        with resume.saving(folder):
             (folder / "checkpoints").mkdir(exist_ok=True)
-            write_whole(folder / "checkpoints" / "run.json", dataclasses.asdict(self))
+            resume.write_whole(folder / "checkpoints" / "run.json", dataclasses.asdict(self))
 
 
 def run(options: TrainOptions) -> int:
     """``rmfast train``; returns the exit code."""
-    with warnings.catch_warnings(), told_to_stop():
+    with warnings.catch_warnings(), resume.told_to_stop():
         warnings.simplefilter("ignore", FutureWarning)  # names that only newer libraries have
         return _run(options)
 
@@ -89,8 +75,8 @@ def _run(options: TrainOptions) -> int:
     _check(options)
     template = read_template(options.chat_template)
     folder, inputs = Path(options.output), ("model", "tokenizer", "data", "eval_data")
-    make_folder(folder, {flag(name): getattr(options, name) for name in inputs})
-    with locked(folder):
+    resume.make_folder(folder, {flag(name): getattr(options, name) for name in inputs})
+    with resume.locked(folder):
         _check_folder(folder, options)
         return _run_in(folder, options, template)
 
@@ -98,9 +84,9 @@ def _run(options: TrainOptions) -> int:
 def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
     train, held_out = rows.read(options)
     settings = _settings(options, template, train, held_out)
-    before = stored(folder / "checkpoints" / "run.json", State) if options.resume else None
+    before = resume.stored(folder / "checkpoints" / "run.json", State) if options.resume else None
     if before is not None:
-        same_run(before.settings, settings)
+        resume.same_run(before.settings, settings)
     state = before or State(settings)
     if state.done:
         print(f"already complete: {folder}")
@@ -112,13 +98,13 @@ def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
     checkpoint = last_checkpoint(folder / "checkpoints") if options.resume else None
     trainer = fit.make_trainer(options, folder, started, found, is_new=checkpoint is None)
     if checkpoint is None:
-        with saving(folder):
+        with resume.saving(folder):
             fit.rehearse(trainer, folder)
         _clear(folder, state)  # not before it is known that there is something to replace it
     watch = Watch(folder, trainer, found.held_out, step_of(checkpoint))
     state.versions = _versions(None if checkpoint is None else state.versions)
     state.save(folder)
-    with saving(folder):
+    with resume.saving(folder):
         (folder / "config.yaml").write_text(options.as_yaml(), encoding="utf-8")
     try:
         if _train(trainer, watch, folder, checkpoint):
@@ -128,7 +114,7 @@ def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
         pass
     step = step_of(last_checkpoint(folder / "checkpoints"))
     kept = f", saved up to step {step:,}; the same command with --resume goes on"
-    return interrupted("train", kept)
+    return resume.interrupted("train", kept)
 
 
 def _finish(
@@ -155,7 +141,7 @@ def _finish(
         versions=state.versions,
         warnings=state.warnings,
     )
-    with saving(folder):
+    with resume.saving(folder):
         if not fit.save(trainer, model, started, folder):
             state.warnings.append(
                 f"no weight changed in {finished.steps:,} steps, this is the model that the run "
@@ -238,7 +224,7 @@ def _check_folder(folder: Path, options: TrainOptions) -> None:
 
 def _clear(folder: Path, state: State) -> None:
     """Begin a run where an earlier one may have written."""
-    with saving(folder):
+    with resume.saving(folder):
         for path in folder.glob("checkpoints/checkpoint-*"):
             shutil.rmtree(path)  # before the new state, which could go on from none of these
         state.save(folder)
@@ -252,8 +238,8 @@ def _settings(
     """What decides the weights and the figures. A run with others cannot go on with this one's."""
     values = dataclasses.asdict(options).items()
     settings = {flag(name): value for name, value in values if name not in _MAY_DIFFER}
-    settings |= model_identity(options.model)
-    settings["the text of --chat-template"] = None if template is None else digest(template)
+    settings |= resume.model_identity(options.model)
+    settings["the text of --chat-template"] = None if template is None else resume.digest(template)
     settings["the preferences of --data"] = _digest(train)
     if options.eval_data is not None:
         settings["the preferences of --eval-data"] = _digest(held_out)
@@ -261,7 +247,8 @@ def _settings(
 
 
 def _digest(records: Preferences) -> str:
-    return digest([digest([x for name, x in vars(y).items() if name != "where"]) for y in records])
+    rows = ([x for name, x in vars(y).items() if name != "where"] for y in records)
+    return resume.digest([resume.digest(row) for row in rows])
 
 
 def _start(options: TrainOptions, template: str | None) -> begin.Started:
@@ -282,7 +269,7 @@ def _start(options: TrainOptions, template: str | None) -> begin.Started:
 
 def _versions(before: dict[str, str] | None) -> dict[str, str]:
     """Those of the libraries; warns where they changed since ``before``."""
-    now = versions("trl", "accelerate")
+    now = resume.versions("trl", "accelerate")
     for name, then in (before or {}).items():
         if now.get(name) != then:
             print(f"! {name} was {then}, now it is {now.get(name)}: weights may differ")
@@ -292,7 +279,7 @@ def _versions(before: dict[str, str] | None) -> dict[str, str]:
 def _train(trainer: fit.Trainer, watch: Watch, folder: Path, checkpoint: str | None) -> bool:
     """Whether the training came to its end, and was not interrupted."""
     try:
-        with handling(watch.stop, signal.SIGINT, signal.SIGTERM), saving(folder):
+        with resume.handling(watch.stop, signal.SIGINT, signal.SIGTERM), resume.saving(folder):
             fit.train(trainer, checkpoint)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(

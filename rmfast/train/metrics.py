@@ -13,11 +13,7 @@ WAITING = 1024  # batches whose metrics stay on the device, where none are logge
 
 
 class BatchMetrics:
-    """Metrics of the batches since the last log, of all processes.
-
-    Args:
-        accelerator: of the trainer; all its processes must add as many batches.
-    """
+    """Metrics of the batches since the last log, of all processes, which add as many batches."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator

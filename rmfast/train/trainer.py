@@ -7,31 +7,26 @@ are TRL's; :class:`RewardConfig` adds what rmfast can do besides.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import trl
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
-from trl.data_utils import _tokenize, get_dataset_column_names
+from trl.data_utils import get_dataset_column_names
 
-from rmfast.data.records import is_blank, useless_group, useless_pair
-from rmfast.data.rows import check_as_it_is
-from rmfast.data.values import check_number, without_nulls
-from rmfast.errors import RowError
 from rmfast.packed import models, patching
 from rmfast.packed import step as packed_step
+from rmfast.train import sifting
 from rmfast.train.batches import Collator, first_of
 from rmfast.train.config import RewardConfig, option_of, refuse
 from rmfast.train.metrics import BatchMetrics
-from rmfast.train.objective import KINDS, LARGEST_GROUP, Objective
+from rmfast.train.objective import KINDS, Objective
 from rmfast.train.sampler import TokenBudgetSampler
 from rmfast.trie import shared_length
 
@@ -148,16 +143,17 @@ class RewardTrainer(trl.RewardTrainer):
         columns = get_dataset_column_names(dataset)
         ranked = self._is_ranked(columns, dataset_name)
         dropped = self.dropped[dataset_name] = Counter()
-        why_not = _why_not_group if ranked else _why_not_pair
-        dataset = _sift(dataset, why_not, dataset_name, args, dropped)
+        why_not = sifting.why_not_group if ranked else sifting.why_not_pair
+        why_not = functools.partial(why_not, processing_class=processing_class)
+        dataset = sifting.sift(dataset, why_not, dataset_name, args, dropped)
         if not {"responses_ids", "chosen_ids"}.intersection(columns):
             dataset = dataset.map(
-                _tokenize_row,
+                sifting.tokenize_row,
                 fn_kwargs={"processing_class": processing_class},
-                **_map_options(dataset, args, f"Tokenizing {dataset_name} dataset"),
+                **sifting.map_options(dataset, args, f"Tokenizing {dataset_name} dataset"),
             )
-        why_not = functools.partial(_why_not_tokens, max_length=args.max_length)
-        dataset = _sift(dataset, why_not, dataset_name, args, dropped)
+        why_not = functools.partial(sifting.why_not_tokens, max_length=args.max_length)
+        dataset = sifting.sift(dataset, why_not, dataset_name, args, dropped)
         if dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
             _log.warning("%s data set: %d rows dropped: %s", dataset_name, dropped.total(), reasons)
@@ -211,7 +207,7 @@ class RewardTrainer(trl.RewardTrainer):
             _count,
             fn_kwargs={"collator": collator, "first": collator.rows(dataset[0])[0]},
             remove_columns=dataset.column_names,
-            **_map_options(dataset, args, "Counting trie nodes"),
+            **sifting.map_options(dataset, args, "Counting trie nodes"),
         )
         options = {
             "nodes": counted["nodes"],
@@ -341,44 +337,6 @@ class RewardTrainer(trl.RewardTrainer):
         super().log(logs, start_time)
 
 
-def _map_options(dataset: Any, args: trl.RewardConfig, title: str) -> dict[str, Any]:
-    """What ``map`` takes besides; of streamed data nothing."""
-    if not isinstance(dataset, datasets.Dataset):
-        return {}
-    return {"num_proc": args.dataset_num_proc, "desc": title}
-
-
-def _sift(
-    dataset: Any,
-    why_not: Callable[[dict[str, Any], int], str],
-    name: str,
-    args: trl.RewardConfig,
-    dropped: Counter[str],
-) -> Any:
-    """The rows for which ``why_not`` has no reason; of others the reasons are counted."""
-    if not isinstance(dataset, datasets.Dataset):
-        return dataset.filter(lambda row, i: not why_not(row, i), with_indices=True)
-    reasons = dataset.map(
-        lambda row, i: {"reason": why_not(row, i)},
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        **_map_options(dataset, args, f"Checking {name}"),
-    )["reason"]
-    dropped.update(reason for reason in reasons if reason)
-    kept = dataset.select([i for i, reason in enumerate(reasons) if not reason])
-    if not len(kept):
-        raise ValueError(f"the {name} data set has no row left: {dict(dropped)}")
-    return kept
-
-
-def _why_not_tokens(row: dict[str, Any], place: int, max_length: int | None) -> str:
-    """Why a tokenised row is dropped; nothing where it is not."""
-    sides = row.get("responses_ids") or [row["chosen_ids"], row["rejected_ids"]]
-    if max_length is not None and max(map(len, sides)) > max_length:
-        return "longer than max_length"
-    return "identical tokens" if all(side == sides[0] for side in sides[1:]) else ""
-
-
 def _count(row: dict[str, Any], collator: Collator, first: np.ndarray) -> dict[str, int]:
     """Trie nodes of an example, and how many tokens all its sequences share with ``first``."""
     return {"nodes": collator.nodes(row), "common": shared_length([first, *collator.rows(row)])}
@@ -387,63 +345,3 @@ def _count(row: dict[str, Any], collator: Collator, first: np.ndarray) -> dict[s
 def _name_of(model: Any) -> str:
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     return name.rstrip("/").split("/")[-1]
-
-
-def _why_not_pair(row: dict[str, Any], place: int) -> str:
-    """Why a pair is dropped; nothing where it is not."""
-    if "margin" in row:
-        check_number(f"row {place}: margin", row["margin"])
-    chosen, rejected = (row.get(f"{name}_ids", row.get(name)) for name in ("chosen", "rejected"))
-    return useless_pair(chosen, rejected, row.get("prompt")) or _as_it_is(row, place)
-
-
-def _why_not_group(row: dict[str, Any], place: int) -> str:
-    responses, ranks = row.get("responses_ids", row.get("responses")), row["ranks"]
-    if ranks is None or len(ranks) != len(responses):
-        count = "no" if ranks is None else len(ranks)
-        raise ValueError(f"row {place}: {len(responses)} responses and {count} ranks")
-    for rank in ranks:
-        check_number(f"row {place}: each of ranks", rank)
-    if len(responses) > LARGEST_GROUP:
-        raise ValueError(
-            f"row {place}: {len(responses)} responses, more than {LARGEST_GROUP}: split it"
-        )
-    if len(responses) > 1 and any(is_blank(x, row.get("prompt")) for x in responses):
-        return "empty response"
-    return useless_group(responses, ranks) or _as_it_is(row, place)
-
-
-def _as_it_is(row: dict[str, Any], place: int) -> str:
-    """Nothing; ValueError where TRL would make something else of a row than is meant."""
-    if "chosen_ids" not in row and "responses_ids" not in row:
-        try:
-            check_as_it_is(row)
-        except RowError as error:
-            raise ValueError(f"row {place}: {error.reason}") from None
-    return ""
-
-
-def _tokenize_row(row: dict[str, Any], processing_class: Any) -> dict[str, Any]:
-    """Token lists of a pair or a group, as TRL makes them of chosen and rejected.
-
-    Keys that are null are dropped: Arrow gives every message the keys of all, and a template may
-    only look whether a key is there.
-    """
-    prompt, eos = without_nulls(row.get("prompt")), processing_class.eos_token or ""
-    options = without_nulls(row.get("chat_template_kwargs") or {})
-    if row.get("tools"):
-        tools = row["tools"]
-        options["tools"] = json.loads(tools) if isinstance(tools, str) else without_nulls(tools)
-    ids = []
-    for response in without_nulls(row.get("responses") or [row["chosen"], row["rejected"]]):
-        if isinstance(prompt, list) and isinstance(response, str):
-            response = [{"role": "assistant", "content": response}]
-        whole = response if prompt is None else prompt + response
-        if isinstance(whole, str):
-            whole = whole if whole.endswith(eos) else whole + eos
-            ids.append(_tokenize(processing_class, whole)["input_ids"])
-        else:
-            ids.append(_tokenize(processing_class, whole, **options)["input_ids"])
-    if "responses" in row:
-        return {"responses_ids": ids}
-    return {"chosen_ids": ids[0], "rejected_ids": ids[1]}
