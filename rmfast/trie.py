@@ -89,7 +89,7 @@ def pack(
                 "a list of token lists takes neither"
             )
         device = torch.device("cpu")
-        rows = [_integers(f"row {i}", row, "[t]") for i, row in enumerate(input_ids)]
+        rows = [integers(f"row {i}", row, "[t]") for i, row in enumerate(input_ids)]
         lengths = np.array([row.size for row in rows], dtype=np.int64)
         tokens = np.concatenate(rows) if rows else np.empty(0, np.int64)
         positions = None
@@ -118,7 +118,7 @@ def pack(
     )
 
 
-def _integers(name: str, ids: Tensor | np.ndarray | Sequence[int], shape: str) -> np.ndarray:
+def integers(name: str, ids: Tensor | np.ndarray | Sequence[int], shape: str) -> np.ndarray:
     """``ids`` as an int64 array, unless a conversion would change them."""
     try:
         out = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
@@ -135,7 +135,7 @@ def _flatten_padded(
     input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Tokens that count, their positions (None: 0, 1, 2, … in every row), tokens in each row."""
-    ids = _integers("input_ids", input_ids, "[B, T]")
+    ids = integers("input_ids", input_ids, "[B, T]")
     keep = None
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
@@ -145,7 +145,7 @@ def _flatten_padded(
             )
         keep = attention_mask.cpu().numpy() != 0
     if position_ids is not None:
-        positions = _integers("position_ids", position_ids, "[B, T]")
+        positions = integers("position_ids", position_ids, "[B, T]")
         if positions.shape not in (ids.shape, (1, ids.shape[1])):
             raise ValueError(f"position_ids {positions.shape} does not match input_ids {ids.shape}")
         positions = np.broadcast_to(positions, ids.shape)

@@ -17,7 +17,6 @@ from rmfast.data.values import (
     is_whole,
     kind_of,
     parse_text,
-    without_nulls,
 )
 from rmfast.errors import RowError
 
@@ -69,7 +68,10 @@ def uncoat(name: str, value: Any) -> tuple[Any, dict[str, Any]]:
     ``chat_template_kwargs`` and ``system`` beside. Other values stay as they are; what seems to be
     a conversation and cannot be read is a RowError.
     """
-    value = _parsed(name, value)
+    parsed = _parsed(name, value)
+    if isinstance(value, str) and isinstance(parsed, Mapping) and parsed.keys().isdisjoint(TURNS):
+        return value, {}  # an answer that is JSON
+    value = parsed
     if isinstance(value, list):
         return [_parsed(f"{name} message {i}", item) for i, item in enumerate(value)], {}
     if not isinstance(value, Mapping) or not is_conversation(value):
@@ -217,4 +219,4 @@ def _given(columns: Mapping[str, Any], name: str, kind: type, words: str) -> Any
         return kind()
     if not isinstance(value, kind):
         raise RowError(f'"{name}" must be {words}, not {kind_of(value)}')
-    return without_nulls(value)
+    return value

@@ -217,7 +217,7 @@ class Encoder:
                 return self._answered(prompt, response, given)
         if isinstance(conversation, list) and conversation and isinstance(conversation[0], dict):
             if self.segments and [x["role"] for x in conversation] == ["user", "assistant"]:
-                return self._two(*(x["content"] for x in conversation))
+                return self._two(*(x["content"] for x in conversation), given)
             return self._render(conversation, given)
         if not isinstance(conversation, str):
             return _token_ids(conversation)

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from rmfast.data import sources
 from rmfast.data.sources import file_format, need
-from rmfast.data.values import from_arrow, has_arrow_json, kind_of, parse_json, read_json
+from rmfast.data.values import (
+    from_arrow,
+    has_arrow_json,
+    kind_of,
+    parse_json,
+    read_json,
+    without_inner_nulls,
+)
 from rmfast.errors import DataError, RowError
 
 if TYPE_CHECKING:
@@ -310,7 +317,7 @@ def to_records(table: pyarrow.RecordBatch | pyarrow.Table) -> list[dict[str, Any
     fields = [field for field in table.schema if has_arrow_json(field)]
     for row in rows if fields else ():
         row |= {field.name: from_arrow(field, row[field.name]) for field in fields}
-    return rows
+    return [without_inner_nulls(row) for row in rows]
 
 
 class _DataSet(Reader):
@@ -387,4 +394,4 @@ class _DataSet(Reader):
                 value = next(rows, None)
             if value is None:
                 return
-            yield Record(number, dict(value), number)
+            yield Record(number, without_inner_nulls(value), number)

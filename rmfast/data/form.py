@@ -44,6 +44,12 @@ class Form:
         if _KEY in found:
             setattr(config, _KEY, found[_KEY])
 
+    @staticmethod
+    def forget(config: Any) -> None:
+        """Take the record out of a model's config."""
+        if hasattr(config, _KEY):
+            delattr(config, _KEY)
+
     def record(self, config: Any) -> None:
         """Put the form into a model's config, with which it is saved."""
         setattr(config, _KEY, dataclasses.asdict(self))

@@ -179,7 +179,7 @@ def _message(name: str, message: Any) -> dict[str, Any]:
     null = [key for key in message if message[key] is None]
     if isinstance(message.get("tool_calls"), str):
         message = {**message, "tool_calls": parse_text(message["tool_calls"])}
-    message = without_nulls(message)
+    message = {k: v for k, v in message.items() if v is not None and (k, v) != ("tool_calls", [])}
     calls = message.get("tool_calls", [])
     named = [x.get("function", x) if isinstance(x, Mapping) else x for x in _listed(calls)]
     if not all(isinstance(x, Mapping) and isinstance(x.get("name"), str) for x in named):
@@ -229,6 +229,11 @@ def without_nulls(value: Any) -> Any:
         kept = {k: v for k, v in value.items() if v is not None and (k, v) != ("tool_calls", [])}
         return {k: without_nulls(v) for k, v in kept.items()}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def without_inner_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of Arrow without the nulls within its values; its columns stay."""
+    return {k: without_nulls(v) if isinstance(v, (list, dict)) else v for k, v in row.items()}
 
 
 def is_whole(conversation: str | Messages) -> bool:

@@ -76,6 +76,7 @@ def _run(options: DemoOptions) -> None:
         _say(f"held-out accuracy after   {_accuracy(trainer)}")
         _say("(in brackets the 95 % interval; ties count as wrong)")
         if options.output is not None:
+            rows.form.record(started.model.config)
             with patching.unpatched(trainer.model) as model, saving(Path(options.output)):
                 model.save_pretrained(options.output)
                 started.tokenizer.save_pretrained(options.output)

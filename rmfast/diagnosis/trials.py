@@ -102,7 +102,8 @@ def run(case: Case) -> Iterator[Finding]:
     if case.takes_pairs:
         pairs = [(turns[-2]["content"], turns[-1]["content"]) for turns in CONVERSATIONS]
         own = torch.cat([pair_score(case, *pair) for pair in pairs])
-        yield from bulk(case, "pairs", pairs, own, None if exact is None else own, noise)
+        is_exact = exact is not None and not dtypes  # not in half precision
+        yield from bulk(case, "pairs", pairs, own, own if is_exact else None, noise)
     if case.tokenizer is not None and models.find(case.model)[0] is not None:
         yield pooling(case, rows)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rmfast import reference
+from rmfast.data.coats import read_conversation, unwrapped
 from rmfast.data.values import Chat, is_whole
 from rmfast.errors import RowError
 from rmfast.losses import check_beta, implicit_reward
@@ -181,9 +182,10 @@ def _prompt(conversation: Any) -> tuple[str | list, Any] | None:
     if not isinstance(conversation, tuple) or len(conversation) != 2:
         return None
     prompt, response = conversation
-    whole = isinstance(response, list) and is_whole(response)
-    # an int: token ids
-    return None if whole or isinstance(prompt, (int, np.integer)) else (prompt, given)
+    if isinstance(prompt, (int, np.integer)):
+        return None  # token ids
+    response = unwrapped("", read_conversation("the response", response), {})
+    return None if isinstance(response, list) and is_whole(response) else (prompt, given)
 
 
 def _log_probs(model: nn.Module, hidden: Tensor, before: Tensor, tokens: Tensor) -> Tensor:

@@ -48,7 +48,10 @@ def run(args: EvalOptions) -> int:
     loading.silence_transformers()
     _read_rewardbench_names(args)
     template = _check(args)
-    with contextlib.nullcontext() if args.scores is None else locked(Path(args.scores)):
+    with contextlib.ExitStack() as stack:
+        for path in all_paths(args).values():
+            if path.absolute().parent.is_dir():
+                stack.enter_context(locked(path))
         return _run(args, template)
 
 
@@ -56,7 +59,10 @@ def _run(args: EvalOptions, template: str | None) -> int:
     source = _Source(args)
     state = first_state(args, source.reader, template)
     goes_on = args.resume and Path(args.scores).exists()
-    check_paths({}, all_paths(args), overwrite=args.overwrite or goes_on)
+    paths = all_paths(args)
+    if goes_on:  # with files of rows; the others are written at the end
+        paths = {name: paths[name] for name in ("--json", "--figure") if name in paths}
+    check_paths({}, paths, overwrite=args.overwrite or (goes_on and state.done))
     try:
         with told_to_stop():
             return _evaluate(args, template, source, state)

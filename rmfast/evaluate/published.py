@@ -94,7 +94,11 @@ def headline(judged: Judged) -> dict[str, Any] | None:
     if found is None:
         return None
     about = {"of": of, "formula": formula, "paper": paper}
-    return {"benchmark": name, "n": len(judged), "score": found[0], "parts": found[1], **about}
+    score, parts, *some = found
+    about["incomplete"] = next(filter(None, some), "") or (
+        f"{len(parts)} of its {of} parts" * (len(parts) < of)
+    )
+    return {"benchmark": name, "n": len(judged), "score": score, "parts": parts, **about}
 
 
 def _mean(parts: Parts) -> tuple[float, Parts]:
@@ -110,7 +114,8 @@ def _reward_bench(judged: Judged, subsets: Subsets) -> tuple[float, Parts] | Non
         if here:
             shares = [right[subsets[name]].mean() for name in here]
             parts[section] = float(np.average(shares, weights=[weights[name] for name in here]))
-    return _mean(parts)
+    known = sum(map(len, _REWARD_BENCH.values()))
+    return *_mean(parts), f"{len(subsets)} of its {known} subsets" * (len(subsets) < known)
 
 
 def _reward_bench_2(judged: Judged, subsets: Subsets) -> tuple[float, Parts] | None:

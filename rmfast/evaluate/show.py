@@ -46,8 +46,8 @@ def _grid(rows: list[list[str]], indent: str = "") -> Iterator[str]:
 def _headline(found: dict[str, Any]) -> Iterator[str]:
     yield _score(found)
     yield f"  as published ({found['paper']}): {found['formula']}"
-    if len(found["parts"]) < found["of"]:
-        yield f"  {len(found['parts'])} of its {found['of']} parts are in these rows"
+    if found["incomplete"]:
+        yield f"  {found['incomplete']} are in these rows"
     yield from _grid([[name, _share(score)] for name, score in found["parts"].items()], "  ")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from rmfast.packed.step import Batch
 from rmfast.reference import until_scored
 from rmfast.train.objective import LARGEST_GROUP
-from rmfast.trie import SEGMENT, pack
+from rmfast.trie import SEGMENT, integers, pack
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Collator:
         return batch
 
     def _packed(self, rows: Sequence[Sequence[int]]) -> Batch:
-        arrays = [np.asarray(row, np.int64) for row in rows]
+        arrays = [integers(f"sequence {i}", row, "[t]") for i, row in enumerate(rows)]
         trie = pack(
             [until_scored(row, self.pad_token_id) for row in arrays],
             share_prefixes=self.share_prefixes,

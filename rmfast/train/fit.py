@@ -68,7 +68,6 @@ def make_trainer(
     """The trainer of a run that begins, or goes on from a checkpoint."""
     use_cache = getattr(started.model.config, "use_cache", None)
     begun = _weights(started.model)
-    rows.form.record(started.model.config)
     dtypes = {name: parameter.dtype for name, parameter in started.model.named_parameters()}
     held_out = None if rows.held_out is None else Dataset.from_list(rows.held_out)
     if options.gradient_checkpointing and not started.model.supports_gradient_checkpointing:
@@ -87,6 +86,7 @@ def make_trainer(
     except ValueError as error:
         raise UserError(str(error)) from None
     trainer.use_cache = use_cache
+    rows.form.record(started.model.config)
     trainer.remove_callback(PrinterCallback)
     if options.lora_rank is not None:  # small updates would be rounded away
         for parameter in trainer.model.parameters():

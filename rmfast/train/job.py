@@ -42,7 +42,7 @@ except ImportError as _error:
 _MAY_DIFFER = {"output", "model", "data", "eval_data", "report_to", "resume", "overwrite"}
 # what a run writes, beside its checkpoints
 _OURS = ("metrics.jsonl", "metrics.jsonl.tmp", "training.png", "config.yaml", "README.md")
-_WEIGHTS = ("model*.safetensors*", "adapter_*")
+_WEIGHTS = ("model*.safetensors*", "adapter_*", "chat_template.jinja", "additional_chat_templates")
 
 
 @dataclasses.dataclass
@@ -94,7 +94,7 @@ def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
     options = _resolved(dataclasses.replace(options, **state.resolved))
     state.resolved = {name: getattr(options, name) for name in ("device", "dtype")}
     started = _start(options, template)
-    found = rows.tokenised(started, train, held_out, options.max_length)
+    found = rows.tokenised(started, train, held_out, options.max_length, options.special_tokens)
     checkpoint = last_checkpoint(folder / "checkpoints") if options.resume else None
     trainer = fit.make_trainer(options, folder, started, found, is_new=checkpoint is None)
     if checkpoint is None:
@@ -229,7 +229,7 @@ def _clear(folder: Path, state: State) -> None:
             shutil.rmtree(path)  # before the new state, which could go on from none of these
         state.save(folder)
         for path in (path for name in (*_OURS, *_WEIGHTS) for path in folder.glob(name)):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _settings(
@@ -239,6 +239,9 @@ def _settings(
     values = dataclasses.asdict(options).items()
     settings = {flag(name): value for name, value in values if name not in _MAY_DIFFER}
     settings |= resume.model_identity(options.model)
+    if options.tokenizer is not None:
+        own = resume.model_identity(options.tokenizer).get("a file of --model")
+        settings["a file of --tokenizer"] = own
     settings["the text of --chat-template"] = None if template is None else resume.digest(template)
     settings["the preferences of --data"] = _digest(train)
     if options.eval_data is not None:

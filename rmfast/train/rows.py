@@ -135,7 +135,11 @@ class Rows(NamedTuple):
 
 
 def tokenised(
-    started: Started, train: Preferences, held_out: Preferences | None, max_length: int
+    started: Started,
+    train: Preferences,
+    held_out: Preferences | None,
+    max_length: int,
+    special_tokens: bool = False,
 ) -> Rows:
     """Preferences as token ids; prints what was dropped."""
     tokenizer, model = started.tokenizer, started.model
@@ -150,6 +154,7 @@ def tokenised(
         max_length=min(positions or max_length, max_length),
         end_of_text=True,  # as TRL has it; messages end as their template ends them
         chat=train.conversational,
+        special_tokens=special_tokens,
         segments=models.takes_pairs(model.config.get_text_config(), tokenizer),
         vocabulary=model.get_input_embeddings().num_embeddings,
     )

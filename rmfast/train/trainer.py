@@ -20,6 +20,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 from trl.data_utils import get_dataset_column_names
 
+from rmfast.data.form import Form
 from rmfast.packed import models, patching
 from rmfast.packed import step as packed_step
 from rmfast.train import sifting
@@ -77,6 +78,7 @@ class RewardTrainer(trl.RewardTrainer):
         self._data: dict[str, str] = {}  # a key of KINDS for each data set
         self._filters = False
         super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
+        Form.forget(self.model.config)  # that of an earlier training
         patch = patching.repatch(self.model)
         self.report = patch.report()
         self._packs = self._can_pack(patch)
@@ -109,7 +111,8 @@ class RewardTrainer(trl.RewardTrainer):
     def _collator(self, patch: patching.Patch) -> Collator:
         share = option_of(self.args, "share_prefixes") and patch.options.share_prefixes
         share = share and not models.draws_noise(self.model, active=False)
-        return Collator(None if patch.options.pooling == "mask" else self._pad, share)
+        cuts = patch.level == "trie" and patch.options.pooling == "hf"  # else a head has its rule
+        return Collator(self._pad if cuts else None, share)
 
     @property
     def _pad(self) -> int | None:
