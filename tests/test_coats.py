@@ -291,7 +291,6 @@ def test_a_system_prompt_comes_before_whole_conversations():
         ({"prompt": "p", "context": "c"}, "context"),
         ({"prompt": "p", "Article": "c"}, "Article"),
         ({"user_query": "p"}, "user_query"),
-        ({"chat": [ASK]}, "chat"),
         ({"prompt": "p", "History": [["a", "b"]]}, "History"),
         ({"prompt": "p", "images": ["x.png"]}, "images"),
         ({"prompt": "p", "documents": [{"text": "d"}]}, "documents"),

@@ -28,7 +28,7 @@ _ANSWERS = ("response", "responses", "completion", "completions", "choices", "ou
 _UNREAD = """input inputs instructions problem user_prompt context contexts background passage
     passages document documents history chat_history conversation_history dialog dialogue functions
     image images audio audios video videos article post ctx ctxs few_shot knowledge attachments
-    user_input user_message user_query conversation_input chat""".split()
+    user_input user_message user_query conversation_input""".split()
 _PROMPT = {*TURNS, *ASKED, *_SYSTEM, *_UNREAD}
 # how text begins that is a list or an object, in JSON or in Python; and one that is a conversation
 _QUOTE = r"""(?:\\*["'“”]|&quot;|&#34;)+"""
