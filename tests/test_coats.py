@@ -116,11 +116,13 @@ def test_a_coat_is_taken_off_by_every_reader(coat):
 
 
 def test_a_message_may_stand_alone():
-    sides = {"chosen": shared([YES])[0], "rejected": json.dumps(NO)}
+    sides = {"chosen": shared([YES])[0], "rejected": NO}
     want = [([ASK], [YES]), ([ASK], [NO])]
     for turns in ({"conversations": shared([ASK])}, {"conversation": repr([ASK])}):
         assert every_reader({**turns, **sides}) == want
     assert RowReader().read({"messages": [ASK], **sides}, "pair").conversations == want
+    with pytest.raises(RowError, match="is text that is one message"):  # or an answer in JSON?
+        RowReader().read({"prompt": "q", "response": json.dumps(NO)}, "response")
 
 
 def test_arrays_of_pandas_are_lists():
@@ -213,8 +215,7 @@ def test_a_call_of_a_tool_needs_no_content():
     for content in ({}, {"content": None}, {"content": ""}):
         asks = {"role": "assistant", "tool_calls": [call], **content, "name": None}
         row = RowReader().read({"messages": [ASK, asks, says("tool", "5"), YES]}, "messages")
-        without = {"name": "f", "arguments": {"x": 1}}
-        want = {"role": "assistant", "tool_calls": [{"type": "function", "function": without}]}
+        want = {"role": "assistant", "tool_calls": [call]}  # a null of JSON is one
         assert row.answers[0][1][1] == want | without_nulls(content)
         pair = {"prompt": [ASK], "chosen": [asks], "rejected": [NO]}
         assert preferences([pair]).records[0].chosen == [want | without_nulls(content)]
@@ -293,7 +294,6 @@ def test_a_system_prompt_comes_before_whole_conversations():
         ({"prompt": "p", "context": "c"}, "context"),
         ({"prompt": "p", "Article": "c"}, "Article"),
         ({"user_query": "p"}, "user_query"),
-        ({"chat": [ASK]}, "chat"),
         ({"prompt": "p", "History": [["a", "b"]]}, "History"),
         ({"prompt": "p", "images": ["x.png"]}, "images"),
         ({"prompt": "p", "documents": [{"text": "d"}]}, "documents"),

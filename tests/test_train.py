@@ -293,6 +293,18 @@ def test_the_last_figures_are_those_of_rmfast_eval(run, tmp_path, shape, more):
         assert got[part][name] == pytest.approx(want[part][name], rel=1e-6), name
 
 
+def test_special_tokens_in_messages_are_refused_unless_asked_for(run, model, capsys):
+    rows = pairs(6, messages=True)
+    for row in rows:
+        row["prompt"][0]["content"] += "</s>"
+    more = ["--eval-split", "0", "--max-steps", "1"]
+    run(*command(model, rows, *more), code=2)
+    said = capsys.readouterr().err
+    assert 'in.jsonl:1: turn 0 (user) has "</s>"' in said and "--special-tokens" in said
+    out = run(*command(model, rows, *more, "--special-tokens", "--overwrite"))
+    assert "special-tokens: true" in (out / "config.yaml").read_text()
+
+
 def test_ranked_groups(run, model):
     out = run(*command(model, groups(), "--eval-split", "0.3", "--loss", "plackett_luce"))
     last = metrics(out, "eval")[-1]

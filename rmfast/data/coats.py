@@ -27,7 +27,7 @@ _ANSWERS = ("response", "responses", "completion", "completions", "choices", "ou
 _UNREAD = """input inputs instructions problem user_prompt context contexts background passage
     passages document documents history chat_history conversation_history dialog dialogue functions
     image images audio audios video videos article post ctx ctxs few_shot knowledge attachments
-    user_input user_message user_query conversation_input chat""".split()
+    user_input user_message user_query conversation_input""".split()
 _PROMPT = {*TURNS, *ASKED, *_SYSTEM, *_UNREAD}
 # how text begins that is a list or an object, in JSON or in Python; and one that is a conversation
 _QUOTE = r"""(?:\\*["'“”]|&quot;|&#34;)+"""
@@ -70,7 +70,7 @@ def uncoat(name: str, value: Any) -> tuple[Any, dict[str, Any]]:
     """
     parsed = _parsed(name, value)
     if isinstance(value, str) and isinstance(parsed, Mapping) and parsed.keys().isdisjoint(TURNS):
-        return value, {}  # an answer that is JSON
+        raise RowError(f"{name} is text that is one message: write a list of messages, or its text")
     value = parsed
     if isinstance(value, list):
         return [_parsed(f"{name} message {i}", item) for i, item in enumerate(value)], {}
@@ -203,7 +203,8 @@ def _with_system(text: str, conversation: str | Messages, prompt: bool) -> str |
 def given_by(record: Mapping[str, Any]) -> dict[str, Any]:
     """What ``tools`` and ``chat_template_kwargs`` of a row give its chat template."""
     columns = {str(name).lower(): value for name, value in record.items()}
-    given = dict(_given(columns, "chat_template_kwargs", dict, "an object"))
+    given = _given(columns, "chat_template_kwargs", dict, "an object")
+    given = {name: value for name, value in given.items() if value is not None}
     tools = _given(columns, "tools", list, "a list of objects")
     tools = [parse_text(tool) if isinstance(tool, str) else tool for tool in tools]
     for tool in tools:

@@ -278,7 +278,7 @@ def check_as_it_is(record: Mapping[str, Any]) -> None:
         raw = [record["chosen"], record["rejected"]]
         row = reader.read(record, "pair")
     read = [row.prompt, *(answer for _, answer in row.answers)]
-    if read != without_nulls([record.get("prompt") or None, *raw]):
+    if without_nulls(read) != without_nulls([record.get("prompt") or None, *raw]):
         raise RowError(
             "its conversations are in a coat, or their prompt in other columns, which a trainer "
             "does not read: give it rmfast.data.preferences(dataset).dataset()"

@@ -56,6 +56,9 @@ class TrainOptions(Options):
     chat: bool | None = _data(
         "Read text as turns of a chat, or not (default: only prompts and answers with ratings).",
         None)
+    special_tokens: bool = _data(
+        "Take special tokens of the chat template in messages as they are, instead of refusing "
+        "the row.", False, both=True)
     ratings: Literal["pairs", "all_pairs", "groups"] = _data(
         "Make these of rated answers: best against worst, all pairs, or ranked groups.", "pairs")
     ranks: Literal["pairs", "all_pairs", "groups"] = _data(

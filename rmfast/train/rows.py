@@ -135,11 +135,7 @@ class Rows(NamedTuple):
 
 
 def tokenised(
-    started: Started,
-    train: Preferences,
-    held_out: Preferences | None,
-    max_length: int,
-    special_tokens: bool = False,
+    started: Started, train: Preferences, held_out: Preferences | None, options: TrainOptions
 ) -> Rows:
     """Preferences as token ids; prints what was dropped."""
     tokenizer, model = started.tokenizer, started.model
@@ -151,10 +147,10 @@ def tokenised(
     positions = models.positions(model)
     encoder = Encoder(
         tokenizer,
-        max_length=min(positions or max_length, max_length),
+        max_length=min(positions or options.max_length, options.max_length),
+        special_tokens=options.special_tokens,
         end_of_text=True,  # as TRL has it; messages end as their template ends them
         chat=train.conversational,
-        special_tokens=special_tokens,
         segments=models.takes_pairs(model.config.get_text_config(), tokenizer),
         vocabulary=model.get_input_embeddings().num_embeddings,
     )
@@ -167,7 +163,8 @@ def tokenised(
         for reason, count in dropped.items():
             print(f"{prefix}dropped: {count:,} × {reason}")
         if not rows:
-            raise DataError(f"{records.source}: no {records.kind} left to {purpose}")
+            why = "; ".join(dropped)
+            raise DataError(f"{records.source}: no {records.kind} left to {purpose}: {why}")
         found.append(rows)
     for warning in counted(encoder.warnings):
         print(f"! {warning}")
