@@ -46,9 +46,6 @@ class TrainOptions(Options):
 
     name: str | None = _data("Read this configuration of a data set.", None)
     split: str = _data("Read this split of a data set.", "train")
-    special_tokens: bool = _data(
-        "Take special tokens of the chat template in messages as they are, instead of dropping "
-        "the row.", False)
     ignore_columns: str | None = _data(
         "Pass over these columns, with commas between, whose names seem to belong to the prompt.",
         None, metavar="NAMES")
