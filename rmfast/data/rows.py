@@ -36,6 +36,7 @@ from rmfast.data.values import (
 )
 from rmfast.errors import RowError, UserError
 
+_NOTHING = ("[]", "{}", "nan", "NaN", "None", "null")  # in a cell
 _ANSWERS = ("chosen", "response", "responses", "completion", "completions")
 
 
@@ -173,7 +174,7 @@ class RowReader:
         if before is None and len({isinstance(answer, str) for _, answer in answers}) > 1:
             names = ", ".join(name for name, _ in answers)
             raise RowError(f"{names} must all be text, or all be lists of messages")
-        beside = {k: v for k, v in record.items() if not (self.cells and v in ("[]", "{}"))}
+        beside = {k: v for k, v in record.items() if not (self.cells and v in _NOTHING)}
         used = {*used, name, *self.columns.values(), *(ASKED if self._named("prompt") else ())}
         if before is None:
             found = with_parts(beside, used, [answer for _, answer in answers])
