@@ -112,7 +112,7 @@ def _run_in(folder: Path, options: TrainOptions, template: str | None) -> int:
     options = _resolved(dataclasses.replace(options, **state.resolved))
     state.resolved = {name: getattr(options, name) for name in ("device", "dtype")}
     started = _start(options, template)
-    found = rows.tokenised(started, train, held_out, options)
+    found = rows.tokenised(started, train, held_out, options.max_length, options.special_tokens)
     checkpoint = last_checkpoint(folder / "checkpoints") if options.resume else None
     trainer = fit.make_trainer(options, folder, started, found, is_new=checkpoint is None)
     if checkpoint is None:

@@ -151,7 +151,11 @@ class Rows(NamedTuple):
 
 
 def tokenised(
-    started: Started, train: Preferences, held_out: Preferences | None, options: TrainOptions
+    started: Started,
+    train: Preferences,
+    held_out: Preferences | None,
+    max_length: int,
+    special_tokens: bool = False,
 ) -> Rows:
     """Preferences as token ids; prints what was dropped.
 
@@ -167,8 +171,8 @@ def tokenised(
     positions = models.positions(model)
     encoder = Encoder(
         tokenizer,
-        max_length=min(positions or options.max_length, options.max_length),
-        special_tokens=options.special_tokens,
+        max_length=min(positions or max_length, max_length),
+        special_tokens=special_tokens,
         end_of_text=True,  # as TRL has it; messages end as their template ends them
         chat=train.conversational,
         segments=models.takes_pairs(model.config.get_text_config(), tokenizer),
