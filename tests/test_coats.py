@@ -270,6 +270,12 @@ def test_parts_of_a_prompt_are_put_together(record, prompt):
         assert columns.choose(several).conversations(several) == [(prompt, "yes"), (prompt, "no")]
 
 
+@pytest.mark.parametrize("nothing", ["", "[]", "{}", "nan", "NaN", "None", "null"])
+def test_a_cell_that_says_nothing(nothing):
+    record = {"prompt": "p", "chosen": "a", "rejected": "b", "system": nothing, "context": nothing}
+    assert RowReader(cells=True).read(record, "pair").conversations == [("p", "a"), ("p", "b")]
+
+
 def test_a_system_prompt_is_no_plain_text():
     record = {"system": "be kind", "prompt": "q", "chosen": "a", "rejected": "b"}
     assert preferences([record]).records[0].prompt == [SYSTEM, says("user", "q")]

@@ -633,6 +633,15 @@ class Valued(torch.nn.Module):
         return types.SimpleNamespace(logits=scores)
 
 
+@pytest.mark.parametrize("give", [lambda x: x.repeat(1, 2), lambda x: x[None], lambda x: x[:1]])
+def test_own_code_that_gives_no_score_each(sound, give):
+    made = Valued(sound.model)
+    inner = made.forward
+    made.forward = lambda **x: types.SimpleNamespace(logits=give(inner(**x).logits))
+    found = rmfast.doctor(made, tokenizer())
+    assert "numbers for" in named(found, "scores").what and named(found, "scores").status == "wrong"
+
+
 @pytest.mark.parametrize("level", ["trie", "backbone", "head"])
 def test_the_scorer_at_each_level(sound, monkeypatch, level):
     made = {"trie": sound, "backbone": Valued(sound.model), "head": model("bloom")}[level]

@@ -90,11 +90,12 @@ def test_two_answers_that_differ_in_lost_reasoning_are_not_compared():
     sides = [turns(("user", "2?"), ("assistant", f"<think>{x}</think>Yes.")) for x in "ab"]
     assert "reasoning" in encode.lost(sides, encode(sides)).reason
     assert encode.lost(sides[:1] * 2, encode(sides[:1] * 2)) is None  # a tie
+    assert "reasoning" in encode.lost([*sides, sides[0]], encode([*sides, sides[0]])).reason
     several = [turns(("user", "2?"), ("assistant", "No.")), *sides]
-    assert "reasoning" in encode.lost(several, encode(several)).reason
+    assert encode.lost(several, encode(several)) is None
     assert encode.lost(["a", "b"], encode(["a", "b"])) is None
     assert counted(encode.warnings) == [
-        "the chat template left out the reasoning before </think>: 6 conversations"
+        "the chat template left out the reasoning before </think>: 9 conversations"
     ]
 
 

@@ -135,16 +135,19 @@ class Encoder:
         return list(self.form.differences(self.adds_bos, self.render.source()))
 
     def lost(self, conversations: Sequence[Any], ids: Sequence[np.ndarray]) -> RowError | None:
-        """Why conversations cannot be compared: ids of two are without what tells them apart."""
-        first: dict[bytes, Any] = {}
-        for conversation, row in zip(conversations, ids, strict=True):
-            other = first.setdefault(row.tobytes(), conversation)
-            if str(other) != str(conversation) and REASONED.search(f"{other} {conversation}"):
-                return RowError(
-                    "two conversations have the same tokens: they differ in reasoning that the "
-                    "chat template leaves out"
-                )
-        return None
+        """Why conversations cannot be compared: all have one text, without what tells them apart.
+
+        Of several, only some of which are alike, a warning says that the template left out a part.
+        """
+        texts = {str(conversation) for conversation in conversations}
+        if len({row.tobytes() for row in ids}) > 1 or len(texts) < 2:
+            return None
+        if not any(map(REASONED.search, texts)):
+            return None
+        return RowError(
+            "the conversations have the same tokens: they differ in reasoning that the chat "
+            "template leaves out"
+        )
 
     def about(self) -> dict[str, Any]:
         """How conversations become tokens, for reports."""

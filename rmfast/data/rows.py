@@ -38,6 +38,7 @@ from rmfast.data.values import (
 )
 from rmfast.errors import RowError, UserError
 
+_NOTHING = ("[]", "{}", "nan", "NaN", "None", "null")  # in a cell
 _ANSWERS = "chosen response responses completion completions output answer generation".split()
 
 
@@ -160,7 +161,7 @@ class RowReader:
         if before is None and len({isinstance(answer, str) for _, answer in answers}) > 1:
             names = ", ".join(name for name, _ in answers)
             raise RowError(f"{names} must all be text, or all be lists of messages")
-        beside = {k: v for k, v in parts.items() if not (self.cells and v in ("[]", "{}"))}
+        beside = {k: v for k, v in parts.items() if not (self.cells and v in _NOTHING)}
         used = {*used, name, *self.columns.values(), *own}
         used |= {*ASKED} if self._named("prompt") else set()
         if before is None:

@@ -152,15 +152,16 @@ def batch_scores(case: Case, model: nn.Module, rows: Rows) -> Tensor:  # fp64 [l
     tensors = [torch.tensor(row) for row in rows]
     ids = pad_sequence(tensors, True, pad, side).to(models.device(model))
     mask = pad_sequence([torch.ones_like(row) for row in tensors], True, 0, side).to(ids.device)
-    return first_label(model(input_ids=ids, attention_mask=mask), len(rows))
+    return first_label(case, model(input_ids=ids, attention_mask=mask), len(rows))
 
 
-def first_label(output: Any, count: int) -> Tensor:  # fp64 [count]
+def first_label(case: Case, output: Any, count: int) -> Tensor:  # fp64 [count]
     found = getattr(output, "logits", output)
     found = found[0] if isinstance(found, tuple) else found
     if not isinstance(found, Tensor):
         raise ValueError(f"it gives {type(found).__name__}, and no logits")
-    if found.shape[0] != count or found.ndim > 2:
+    labels = getattr(case.config, "num_labels", 1)  # another number than 1 is found by its check
+    if found.shape not in ((count,), (count, 1), (count, labels)):
         raise ValueError(f"it gives {list(found.shape)} numbers for {count} conversations")
     return found.reshape(count, -1)[:, 0].cpu().double()
 
@@ -168,7 +169,7 @@ def first_label(output: Any, count: int) -> Tensor:  # fp64 [count]
 def pair_score(case: Case, prompt: str, response: str) -> Tensor:  # fp64 [1]
     """What an encoder gives the two segments that its tokenizer makes."""
     inputs = case.tokenizer(prompt, response, return_tensors="pt")
-    return first_label(case.model(**inputs.to(models.device(case.model))), 1)
+    return first_label(case, case.model(**inputs.to(models.device(case.model))), 1)
 
 
 def fp32_scores(case: Case, rows: Rows) -> Exact:
