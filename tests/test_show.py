@@ -77,8 +77,8 @@ def test_table_of_a_subset_with_the_name_of_a_line():
 
 
 def test_a_published_figure_comes_first(pairs):
-    found = {"benchmark": "B", "score": 0.4567, "parts": {"x": 0.5, "long name": 0.25}, "of": 2, "incomplete": "",
-        "formula": "mean of the parts", "paper": "arXiv 1"}  # fmt: skip
+    found = {"benchmark": "B", "score": 0.4567, "parts": {"x": 0.5, "long name": 0.25}, "of": 2,
+        "incomplete": "", "formula": "mean of the parts", "paper": "arXiv 1"}  # fmt: skip
     text = show.table({"headline": found, **pairs})
     lines = ["B 45.7%", "  as published (arXiv 1): mean of the parts", "  x           50.0%"]
     assert text.startswith("\n".join([*lines, "  long name   25.0%", "", "rmfast's own figures "]))
