@@ -118,10 +118,10 @@ def test_the_same_scores_or_a_refusal(data, scorer, tmp_path, capsys):
     scorer.stats = Stats()
     job.run(options, lambda *_: scorer)
 
-    read = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    read = [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n")[:-1]]
     errors, reasons = tmp_path / "out.jsonl.errors.jsonl", {}
     if errors.exists():
-        found = map(json.loads, errors.read_text(encoding="utf-8").splitlines())
+        found = map(json.loads, errors.read_text(encoding="utf-8").split("\n")[:-1])
         reasons = {error["line"]: error["reason"] for error in found}
     assert len(read) + len(reasons) == len(whole) and all(reasons.values())
     encoded = scorer.encoder(whole)
