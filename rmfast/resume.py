@@ -139,7 +139,7 @@ def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise UserError unless the settings that decide the result are those of the earlier run."""
     for name in {**before, **now}:
         then, value = before.get(name), now.get(name)
-        if then == value:
+        if then == value or (name not in before and not value):  # an option that is newer
             continue
         if None not in (then, value) and name.startswith(_DIGESTS):
             change = "changed"

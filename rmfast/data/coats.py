@@ -36,7 +36,7 @@ _KEYS = ("role", "content", "from", "value", "tools", *_SYSTEM, *TURNS)
 _BEGINS = re.compile(
     rf"""(?:\s|[\[("'\ufeff]|array\()*\{{\s*{_QUOTE}(?:{"|".join(_KEYS)}){_QUOTE}\s*:"""
 )
-_USERS, _ASSISTANTS = {"user", "human", "prompter"}, {"assistant", "gpt", "bot", "model"}
+_USERS, _ASSISTANTS = {"user", "human", "prompter"}, {"assistant", "gpt", "bot"}
 
 
 def read_conversation(name: str, value: Any, empty: bool = False) -> str | Messages | Chat:
@@ -82,6 +82,8 @@ def uncoat(name: str, value: Any) -> tuple[Any, dict[str, Any]]:
     messages, given = uncoat(f'{name} "{key}"', value[key])
     messages = cleaned(f'{name} "{key}"', messages)
     beside = next((x for x in _ANSWERS if not is_empty(value.get(x))), None)
+    if not isinstance(messages, list):
+        raise RowError(f'{name} "{key}" must be a list of messages, not text')
     if messages[-1]["role"] == "user" and beside is not None:
         raise RowError(f'{name} "{key}" has no answer, and "{beside}" is beside it: join them')
     (messages,) = with_parts(value, {key}, [messages], name=f"{name} ")
@@ -140,10 +142,9 @@ def is_message(value: Any) -> bool:
     value = _parsed(None, value)
     if not isinstance(value, Mapping):
         return False
-    return any(
-        str(value.get(role)).lower() in ROLES and not value.keys().isdisjoint(content)
-        for role, content in (("role", ("content", "tool_calls")), ("from", ("value",)))
-    )
+    if {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys():
+        return True
+    return "tool_calls" in value and str(value.get("role")).lower() in ROLES
 
 
 def with_parts(
@@ -165,8 +166,8 @@ def with_parts(
         part = str(column).lower()
         if part not in _PROMPT or column in used or is_empty(value):
             continue
-        if part in TURNS and not is_conversation(value):
-            continue  # such as a number of the conversation
+        if part in TURNS and _is_id(value):
+            continue
         if part in TURNS or part in ASKED:
             value = cleaned(f'"{column}"', uncoat(f'"{column}"', value)[0])
         if part in TURNS and prompt:  # with an answer, as UltraFeedback has the chosen one
@@ -186,13 +187,19 @@ def with_parts(
     return conversations
 
 
+def _is_id(value: Any) -> bool:
+    """Whether a column of turns only names the conversation."""
+    return not isinstance(value, (list, dict)) and len(str(value).split()) == 1
+
+
 def _with_system(text: str, conversation: str | Messages, prompt: bool) -> str | Messages | None:
     """A conversation with a system prompt, put before it if need be; None where that is unclear."""
     said = text.strip()
     if isinstance(conversation, str):
         if prompt and said not in conversation and not is_whole(conversation):
             return as_messages("system", text) + as_messages("user", conversation)
-        return conversation if said in conversation else None
+        there = conversation.lstrip().startswith(said) if prompt else said in conversation
+        return conversation if there else None
     first = [x.get("content", "") for x in conversation if x["role"] in ("system", "developer")]
     if first:
         return conversation if any(said in content for content in first) else None

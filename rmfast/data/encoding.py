@@ -220,7 +220,7 @@ class Encoder:
                 return self._answered(prompt, response, given)
         if isinstance(conversation, list) and conversation and isinstance(conversation[0], dict):
             if self.segments and [x["role"] for x in conversation] == ["user", "assistant"]:
-                return self._two(*(x["content"] for x in conversation), given)
+                return self._two(*(_only_text([x], x["role"]) for x in conversation), given)
             return self._render(conversation, given)
         if not isinstance(conversation, str):
             return _token_ids(conversation)
@@ -236,12 +236,15 @@ class Encoder:
         self._need_messages(given)
         if is_side if self.end_of_text is None else self.end_of_text:
             end = getattr(self.tokenizer, "eos_token", None) or ""
-            if self.end_of_text is None and any(token in text for token in self.special):
+            if text.endswith(end):
+                return text, False
+            marks, bare = tuple(self.special), text.strip()
+            if self.end_of_text is None and (bare.startswith(marks) or bare.endswith(marks)):
                 self.warnings[_TEMPLATED] += 1
                 return text, False
-            if self.end_of_text is None and not text.endswith(end):
+            if self.end_of_text is None:
                 self.warnings[_ENDED] += 1
-            text = text if text.endswith(end) else text + end
+            text += end
         return text, False
 
     def _need_messages(self, given: Mapping[str, Any]) -> None:
@@ -371,7 +374,7 @@ def _only_text(value: str | Messages, role: str) -> str:
     """The text of one message of this role, or text."""
     if isinstance(value, str):
         return value
-    if len(value) == 1 and value[0]["role"] == role and not value[0].get("tool_calls"):
+    if len(value) == 1 and value[0]["role"] == role and value[0].keys() <= {"role", "content"}:
         return value[0]["content"]
     raise RowError(
         "an encoder takes a prompt and a response as two texts, and these are several turns, or "

@@ -104,6 +104,11 @@ class Reader:
         if limit is not None and self.total is not None and self.unit == "row":
             self.total = min(self.total, limit)
 
+    def plain(self, value: Any) -> Any:
+        """A record's value as it was written: Arrow gives every object the keys of all."""
+        is_arrow = self.format in ("parquet", "dataset") and isinstance(value, dict)
+        return without_inner_nulls(value) if is_arrow else value
+
     def identity(self) -> dict[str, Any]:
         """What identifies this input and its present content, for ``--resume``."""
         if self._stdin is not None:
@@ -317,7 +322,7 @@ def to_records(table: pyarrow.RecordBatch | pyarrow.Table) -> list[dict[str, Any
     fields = [field for field in table.schema if has_arrow_json(field)]
     for row in rows if fields else ():
         row |= {field.name: from_arrow(field, row[field.name]) for field in fields}
-    return [without_inner_nulls(row) for row in rows]
+    return rows
 
 
 class _DataSet(Reader):
@@ -394,4 +399,4 @@ class _DataSet(Reader):
                 value = next(rows, None)
             if value is None:
                 return
-            yield Record(number, without_inner_nulls(value), number)
+            yield Record(number, dict(value), number)

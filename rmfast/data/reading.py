@@ -21,7 +21,7 @@ from rmfast.data.records import (
     useless_pair,
 )
 from rmfast.data.rows import Row, RowReader, check_record
-from rmfast.data.values import TURN, as_messages, begun, dialogue, kind_of
+from rmfast.data.values import TURN, as_messages, begun, dialogue, kind_of, without_inner_nulls
 from rmfast.errors import DataError, RowError
 
 if TYPE_CHECKING:
@@ -132,14 +132,14 @@ def _rows(
     """What the source is called, whether all values are text, and its rows with their places."""
     if isinstance(source, (str, Path)):
         reader = Reader(source, name=name, split=split, limit=limit)
-        rows = ((f"{source}:{x.number}", x.value) for x in reader.read())
+        rows = ((f"{source}:{x.number}", reader.plain(x.value)) for x in reader.read())
         return str(source), reader.format == "csv", rows
     if isinstance(source, Mapping):
         names = ", ".join(map(str, source))
         raise DataError(f"a {type(source).__name__} of {names}: give one of them, or an iterable")
-    if hasattr(source, "with_format"):  # Python's values, where it gives tensors
-        source = source.with_format(None)
     label = type(source).__name__
+    if hasattr(source, "with_format"):  # Python's values, where it gives tensors
+        source = map(without_inner_nulls, source.with_format(None))
     rows = enumerate(itertools.islice(source, limit))
     return label, False, ((f"{label}[{i}]", row) for i, row in rows)
 

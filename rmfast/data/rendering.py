@@ -86,7 +86,7 @@ class Renderer:
         if self._probed[kind] not in ("", _MOVED):
             raise RowError(self._probed[kind])
         warnings = {_left_out(i, m, text) for i, m in enumerate(messages)} | {self._probed[kind]}
-        warnings |= set(_unread(given, template, text))
+        warnings |= set(_unread(given, template))
         if messages[-1]["role"] == "user" and not add_generation_prompt:
             warnings.add("a conversation ends with what the user says, and has no answer")
         self.warnings.update(warnings - {""})
@@ -109,6 +109,9 @@ class Renderer:
                 marked[i], calls[i] = _with_marked_calls(marked[i], i)
         try:
             text = self._apply(marked, given)
+            rest = {name: value for name, value in given.items() if name != "tools"}
+            if given.get("tools") and text == self._apply(marked, rest):
+                return 'the chat template leaves out "tools": they would not be scored'
         except Exception:  # it depends on the content; that of the row was taken
             return ""
         named = [f"turn {i} ({m['role']}) of {len(messages)}" for i, m in enumerate(messages)]
@@ -168,6 +171,8 @@ class Renderer:
         before, _, after = "".join(texts[:1]).partition("{asked}")
         between = after.partition("{said}")[0].strip()
         opens, closes = before.strip()[-40:], between.partition("\n")[0]
+        if not re.search(r"[^\w\s:]", opens + closes):  # words alone, which users may say
+            closes = ""
         return tuple(sorted(written)), opens if closes else "", closes
 
 
@@ -201,24 +206,17 @@ def _with_marked_calls(message: Mapping[str, Any], i: int) -> tuple[dict[str, An
     return {**message, "tool_calls": calls}, names
 
 
-def _unread(given: Mapping[str, Any], template: str, text: str) -> Iterator[str]:
+def _unread(given: Mapping[str, Any], template: str) -> Iterator[str]:
     """Warnings about what a row gives its template, which does not read it.
 
     Raises:
-        RowError: the template leaves out tools, or documents.
+        RowError: the template leaves out documents.
     """
-    tools = [tool.get("function", tool) for tool in given.get("tools", ()) if _is_object(tool)]
-    if not all(str(tool.get("name", "")) in text for tool in tools):
-        raise RowError('the chat template leaves out "tools": they would not be scored')
     for name in given:
         if name == "documents" and name not in template:
             raise RowError('the chat template leaves out "documents": they would not be scored')
         if name != "tools" and name not in template:
             yield f'the chat template does not read "{name}" of chat_template_kwargs'
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _is_in(content: str, text: str) -> bool:

@@ -117,10 +117,11 @@ class RowReader:
         if kind == "messages" and isinstance(answer, str):
             raise RowError(f'"{name}" must be a list of messages, not text')
         row = self.row(record, [(f'"{name}"', answer)], prompt=False, used={name})
+        record = row.record
         beside = next((x for x in _ANSWERS if not is_empty(record.get(x))), None)
         whole = row.answers[0][1]
         if beside is not None and (
-            str(record[beside]).strip() not in whole
+            isinstance(record[beside], str) and record[beside].strip() not in whole
             if isinstance(whole, str)
             else whole[-1]["role"] == "user"
         ):
@@ -158,6 +159,8 @@ class RowReader:
         before = unwrapped(f'"{name}"', before, given)
         if before is not None and self._are_whole(answers, name, before):
             before = None
+        if isinstance(before, list) and before[-1]["role"] == "assistant":
+            raise RowError(f'"{name}" is beside the answers, and ends with no user\'s turn')
         if before is None and len({isinstance(answer, str) for _, answer in answers}) > 1:
             names = ", ".join(name for name, _ in answers)
             raise RowError(f"{names} must all be text, or all be lists of messages")
@@ -189,10 +192,7 @@ class RowReader:
             return name, None
         before = self.conversation(f'"{name}"', value)
         turns = before.conversation if isinstance(before, Chat) else before
-        is_text = isinstance(turns, str)
-        if (is_text and name in TURNS and not self._named("prompt")) or (
-            not is_text and turns[-1]["role"] == "assistant"
-        ):
+        if isinstance(turns, str) and name in TURNS and not self._named("prompt"):
             raise RowError(f'"{name}" is beside the answers, and ends with no user\'s turn')
         return name, before
 

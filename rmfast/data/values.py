@@ -179,7 +179,7 @@ def _message(name: str, message: Any) -> dict[str, Any]:
     null = [key for key in message if message[key] is None]
     if isinstance(message.get("tool_calls"), str):
         message = {**message, "tool_calls": parse_text(message["tool_calls"])}
-    message = {k: v for k, v in message.items() if v is not None and (k, v) != ("tool_calls", [])}
+    message = {k: v for k, v in message.items() if v is not None and (v or k != "tool_calls")}
     calls = message.get("tool_calls", [])
     named = [x.get("function", x) if isinstance(x, Mapping) else x for x in _listed(calls)]
     if not all(isinstance(x, Mapping) and isinstance(x.get("name"), str) for x in named):

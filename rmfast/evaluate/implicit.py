@@ -7,7 +7,6 @@ each run the packed trie, and their language head only where an answer's token f
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -158,7 +157,7 @@ class ImplicitScorer(LikelihoodScorer):
         """The conversations of a row, of which ``kept`` are the tokens that fit."""
         whole = kept
         if max(ids.size for ids in kept) == self.encoder.max_length:  # some may be cut
-            encoder = copy.copy(self.encoder)
+            encoder = self.encoder._uncounted()
             encoder.max_length = None
             whole = encoder(row)
         answers, shared = [], shared_length(whole)

@@ -50,7 +50,7 @@ def run(args: EvalOptions) -> int:
     template = _check(args)
     with contextlib.ExitStack() as stack:
         for path in all_paths(args).values():
-            if path.absolute().parent.is_dir():
+            if path.absolute().parent.is_dir() and (path.is_file() or not path.exists()):
                 stack.enter_context(locked(path))
         return _run(args, template)
 
@@ -62,7 +62,9 @@ def _run(args: EvalOptions, template: str | None) -> int:
     paths = all_paths(args)
     if goes_on:  # with files of rows; the others are written at the end
         paths = {name: paths[name] for name in ("--json", "--figure") if name in paths}
-    check_paths({}, paths, overwrite=args.overwrite or (goes_on and state.done))
+        paths = {x: path for x, path in paths.items() if str(path) not in (state.report or "")}
+    check_paths({}, paths, overwrite=args.overwrite)
+    state.report = str([args.json, args.figure])  # what this run may replace when it goes on
     try:
         with told_to_stop():
             return _evaluate(args, template, source, state)
@@ -190,7 +192,9 @@ class _Source:
     def __iter__(self) -> Iterator[tuple[Tag, list[Conversation] | RowError]]:
         for record in self.reader.read():
             try:
-                benchmark, value = published.read(record.value, self.rows.columns)
+                benchmark, value = published.read(
+                    self.reader.plain(record.value), self.rows.columns
+                )
                 row = self.rows.read(value, "pair")
             except RowError as error:
                 yield (record.number, None, None), error

@@ -13,6 +13,7 @@ import torch
 from rmfast import loading
 from rmfast.data import columns as data_columns
 from rmfast.data.files import to_records
+from rmfast.data.values import without_inner_nulls
 from rmfast.errors import RowError, UserError
 from rmfast.score.scorer import Scorer
 from rmfast.score.windows import Scored, Stats, Tagged, gathered
@@ -65,7 +66,9 @@ class Worker:
                 f"the data set has the columns {', '.join(table.column_names)}, and needs "
                 f"{data_columns.needed(self.named)}"
             )
-        scored, _, _ = self.score([_conversations(layout, row) for row in to_records(table)])
+        scored, _, _ = self.score(
+            [_conversations(layout, without_inner_nulls(row)) for row in to_records(table)]
+        )
         kind = pa.list_(pa.float32()) if layout.kind == "responses" else pa.float32()
         values = [x.scores is not None and layout.scores(x.scores) for x in scored]
         for i, name in enumerate(layout.added):

@@ -149,7 +149,7 @@ class Job:
             row, prepared = record.value, None
             if not isinstance(row, RowError):
                 try:
-                    row = self.source.conversations(row)
+                    row = self.source.conversations(self.source.reader.plain(row))
                     prepared = self.output.prepare(record)
                 except RowError as error:
                     row = error

@@ -78,7 +78,7 @@ def _look_at_rows(source: Source, named: dict[str, str], choice: dict[str, Any])
     """
     names: dict[str, None] = {}
     fits = False
-    records = (record.value for record in source.reader.read())
+    records = (source.reader.plain(record.value) for record in source.reader.read())
     rows = (row for row in records if not isinstance(row, RowError))
     for row in itertools.islice(rows, LOOK):
         names.update(dict.fromkeys(row))
