@@ -360,6 +360,31 @@ def test_turns_beside_answers():
             read({"conversation": turns, "chosen": "a", "rejected": "b"}, "pair")
 
 
+def test_columns_are_passed_over_by_name_and_ids_by_themselves():
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    plain = [("q", "a"), ("q", "b")]
+    assert every_reader({**pair, "conversation": "c-17"}) == plain
+    for column, value in (("conversation", "My name is Bob."), ("context", ["c"]), ("context", 5)):
+        with pytest.raises(RowError, match=f'"{column}", which seems to belong'):
+            RowReader().read({**pair, column: value}, "pair")
+        row = RowReader(ignored=[column]).read({**pair, column: value}, "pair")
+        assert row.conversations == plain
+        (found,) = preferences([{**pair, column: value}], ignored=[column])
+        assert (found.prompt, *found.answers) == ("q", "a", "b")
+    whole = {"messages": [ASK, says("assistant", "a")], **pair, "prompt": ASK["content"]}
+    assert RowReader().read(whole, "pair").prompt == ASK["content"]  # as UltraFeedback has it
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ['[{"user": "bob"}]', '{"accounts": [{"type": "user"}]}', '[["user", 1], ["model", 2]]',
+     '{"role": "user", "permissions": []}', '{"value": 42}\nThis is it.', "<s>old</s> new"],
+)  # fmt: skip
+def test_an_answer_may_be_json(answer):
+    row = RowReader().read({"prompt": "q", "response": answer}, "response")
+    assert row.conversations == [("q", answer)]
+
+
 def test_columns_that_no_row_has_are_named():
     with pytest.raises(RowError, match='"domian" is missing: there are chosen, rejected, domain'):
         RowReader({"subset": "domian"}).read(

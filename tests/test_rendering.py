@@ -188,6 +188,32 @@ def test_what_a_row_gives_the_template():
         raise Encoder(tiny.tokenizer())([Chat("text", {"tools": []})])[0]
 
 
+def test_tools_that_a_template_does_not_read_are_not_left_out_in_silence():
+    tools = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
+    asked = turns(("user", "call search"), ("assistant", "so"))
+    with pytest.raises(RowError, match='leaves out "tools"'):  # though its name is in the text
+        rendered(TURNS, asked, {"tools": tools})
+    assert rendered("{{ tools | tojson }}" + TURNS, asked, {"tools": tools})[1] == {}
+    with pytest.raises(RowError, match='leaves out "documents"'):
+        rendered(TURNS, SHORT, {"documents": [{"text": "d"}]})
+    assert list(rendered(TURNS, SHORT, {"loud": True})[1]) == [
+        'the chat template does not read "loud" of chat_template_kwargs'
+    ]
+    assert list(rendered(TURNS, SHORT[:1])[1]) == [
+        "a conversation ends with what the user says, and has no answer"
+    ]
+
+
+def test_what_a_template_does_depends_on_what_it_is_given():
+    """A probe of one row says nothing of a row with other values."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TURNS + "{% if twice %}" + TURNS + "{% endif %}"
+    render = Renderer(tokenizer)
+    assert render(LONG, {"twice": False})
+    with pytest.raises(RowError, match="twice"):
+        render(LONG, {"twice": True})
+
+
 def test_templates_as_models_have_them():
     """TRL comes with copies of them: what is usual is not refused, and what they drop is."""
     folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"

@@ -32,7 +32,7 @@ _PROMPT = {*TURNS, *ASKED, *_SYSTEM, *_UNREAD}
 # how text begins that is a list or an object, in JSON or in Python; and one that is a conversation
 _QUOTE = r"""(?:\\*["'“”]|&quot;|&#34;)+"""
 _OPENS = re.compile(rf"""(?:\s|[\[("'\ufeff]|array\()*[\[{{(]\s*{_QUOTE}\w""")
-_KEYS = ("role", "content", "from", "value", "tools", *_SYSTEM, *TURNS)
+_KEYS = ("role", "from", *TURNS)
 _BEGINS = re.compile(
     rf"""(?:\s|[\[("'\ufeff]|array\()*\{{\s*{_QUOTE}(?:{"|".join(_KEYS)}){_QUOTE}\s*:"""
 )
@@ -170,9 +170,12 @@ def with_parts(
             continue
         if part in TURNS or part in ASKED:
             value = cleaned(f'"{column}"', uncoat(f'"{column}"', value)[0])
-        if part in TURNS and prompt:  # with an answer, as UltraFeedback has the chosen one
+        if (
+            part in TURNS and prompt and isinstance(value, list)
+        ):  # with an answer, as UltraFeedback has the chosen one
             value = value[:-1] if value[-1]["role"] == "assistant" else value
-            value = value[0]["content"] if value == as_messages("user", conversations[0]) else value
+            same = value == as_messages("user", conversations[0])
+            value = conversations[0] if same else value
         if part in _SYSTEM and isinstance(value, str):
             found = [_with_system(value, x, prompt) for x in conversations]
         else:
