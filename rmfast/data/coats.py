@@ -170,9 +170,8 @@ def with_parts(
             continue
         if part in TURNS or part in ASKED:
             value = cleaned(f'"{column}"', uncoat(f'"{column}"', value)[0])
-        if (
-            part in TURNS and prompt and isinstance(value, list)
-        ):  # with an answer, as UltraFeedback has the chosen one
+        # with an answer, as UltraFeedback has the chosen one
+        if part in TURNS and prompt and isinstance(value, list):
             value = value[:-1] if value[-1]["role"] == "assistant" else value
             same = value == as_messages("user", conversations[0])
             value = conversations[0] if same else value
