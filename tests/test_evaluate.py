@@ -554,6 +554,17 @@ def stop_after(monkeypatch, saves: int) -> None:
     monkeypatch.setattr(eval_output.RowFiles, "save", stopping)
 
 
+def test_going_on_replaces_its_own_files_alone(model, tmp_path, capsys):
+    data, scores = lines(tmp_path / "in.jsonl", pairs(3)), tmp_path / "scores.jsonl"
+    foreign, own = tmp_path / "a.json", tmp_path / "my_a.json"
+    foreign.write_text("keep")
+    argv = ["--model", model, "--input", data, "--scores", scores]
+    assert run(*argv, "--json", own) == 0
+    assert run(*argv, "--json", own, "--resume") == 0
+    assert run(*argv, "--json", foreign, "--resume") == 2
+    assert "already exists" in capsys.readouterr().err and foreign.read_text() == "keep"
+
+
 @pytest.mark.parametrize("saves", [0, 1, 3])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     model, tmp_path, monkeypatch, capsys, whole, saves

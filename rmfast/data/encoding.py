@@ -139,10 +139,10 @@ class Encoder:
 
         Of several, only some of which are alike, a warning says that the template left out a part.
         """
-        texts = {str(conversation) for conversation in conversations}
-        if len({row.tobytes() for row in ids}) > 1 or len(texts) < 2:
+        if len(ids) < 2 or len({row.tobytes() for row in ids}) > 1:
             return None
-        if not any(map(REASONED.search, texts)):
+        texts = {str(conversation) for conversation in conversations}
+        if len(texts) < 2 or not any(map(REASONED.search, texts)):
             return None
         return RowError(
             "the conversations have the same tokens: they differ in reasoning that the chat "

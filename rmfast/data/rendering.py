@@ -20,6 +20,7 @@ _SYSTEM = {"system", "developer"}  # a template may write it into another turn
 _REASONED = "</think>"  # templates leave out what comes before it
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of it
 REASONED = re.compile(rf"</think>|'({'|'.join(_REASONING)})': ")  # in messages written out
+_MOST = 1000  # kinds of conversations whose probes are kept
 _OURS = {"tokenize", "add_generation_prompt", "chat_template", "conversation", "return_dict"}
 
 
@@ -80,6 +81,8 @@ class Renderer:
         try:
             text = self._apply(messages, given, add_generation_prompt)
             if kind not in self._probed:
+                if len(self._probed) == _MOST:  # rows may each have documents of their own
+                    self._probed.clear()
                 self._probed[kind] = self._probe(messages, given)
         except Exception as error:  # whatever a template's own code raises
             raise RowError(f"the chat template refuses the messages: {error}") from None

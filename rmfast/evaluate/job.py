@@ -62,9 +62,11 @@ def _run(args: EvalOptions, template: str | None) -> int:
     paths = all_paths(args)
     if goes_on:  # with files of rows; the others are written at the end
         paths = {name: paths[name] for name in ("--json", "--figure") if name in paths}
-        paths = {x: path for x, path in paths.items() if str(path) not in (state.report or "")}
+        own = json.loads(state.report or "[]")
+        paths = {name: path for name, path in paths.items() if str(path) not in own}
     check_paths({}, paths, overwrite=args.overwrite)
-    state.report = str([args.json, args.figure])  # what this run may replace when it goes on
+    ends = [str(Path(path)) for path in (args.json, args.figure) if path is not None]
+    state.report = json.dumps(ends)  # what this run may replace when it goes on
     try:
         with told_to_stop():
             return _evaluate(args, template, source, state)
