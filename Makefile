@@ -4,7 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # a test file at a time, in three processes of one thread each: two cores are then never idle
 PROCESSES := 3
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile
+# hypothesis tries the same examples in each run; pytest by hand tries others
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile=ci --numprocesses=$(PROCESSES) --dist=loadfile
 
 # files that take longest go first, so that no process waits for the last of them
 LONG := tests/compile $(patsubst %,tests/test_%.py,ray gpu_programs work score compose train \

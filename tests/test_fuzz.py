@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import tiny
 from rmfast import Scorer
+from rmfast.data.values import TURN
 from rmfast.score import job
 from rmfast.score.options import ScoreOptions
 from rmfast.score.windows import Stats
@@ -130,5 +131,8 @@ def test_the_same_scores_or_a_refusal(data, scorer, tmp_path, capsys):
     for row in read:
         got = row.get("reward", row.get("chosen_reward"))
         assert got == pytest.approx(expected[int(row["id"])], abs=1e-4)
-    if len(scored) == len(whole) and set(coats) <= {"as it is", "JSON", "ShareGPT"}:
+    clear = set(coats) <= {"as it is", "JSON", "ShareGPT"}
+    if kind == "text answer":  # which must not begin as a dialogue does
+        clear = clear and not any(TURN.match(messages[-1]["content"]) for messages in whole)
+    if len(scored) == len(whole) and clear:
         assert not reasons
