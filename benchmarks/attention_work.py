@@ -14,7 +14,7 @@ import torch
 
 import rmfast
 from rmfast import reference
-from rmfast.benchmarks import launches
+from rmfast.benchmarks import offline
 from rmfast.data import preferences
 from rmfast.demo import embedded
 from rmfast.kernels import chips
@@ -69,7 +69,7 @@ def tiles(trie: rmfast.PackedTrie, rows: int, nodes: int, window: int | None) ->
 # --- instructions
 
 
-def loop_instructions(compiled: launches.Compiled) -> int:
+def loop_instructions(compiled: offline.Compiled) -> int:
     """Instructions of the full-tile loop: the shortest innermost loop with tensor-core ones."""
     cuda = chips.CHIPS[compiled.chip].backend == "cuda"
     label = re.compile(r"^(\.L\w+):")
@@ -117,10 +117,10 @@ def _loops(chip: str, width: int, plain: bool) -> dict[str, int]:
         torch.empty(1, 1024, heads, width, dtype=torch.bfloat16).transpose(1, 2) for heads in (4, 2)
     )
     rest = (trie.subtree_end, trie.position_ids, None, None, 0.1, None, None)
-    with chips.launching_for(chip), launches.record() as recorded:
+    with chips.launching_for(chip), offline.record() as recorded:
         out, lse = trie_attention.trie_attention(q, k, k, *rest, True)
         trie_attention.trie_attention_backward(out, q, k, k, *rest, out, lse)
-    compiled = [launches.compile(launch, chip) for launch in recorded]
+    compiled = [offline.compile(launch, chip) for launch in recorded]
     return {one.kernel.partition(".")[2]: loop_instructions(one) for one in compiled}
 
 
@@ -131,7 +131,7 @@ def instructions(
     cases = [(chip, width) for chip in chip_names for width in widths]
     found: dict[bool, list[dict[str, int]]] = {}
     for plain in (False, True):  # a process sees one of the two sources
-        with launches.processes() as pool:
+        with offline.processes() as pool:
             found[plain] = list(pool.map(_loops, *zip(*cases, strict=True), [plain] * len(cases)))
     for (chip, width), ours, theirs in zip(cases, found[False], found[True], strict=True):
         for kernel, count in ours.items():

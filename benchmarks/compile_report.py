@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rmfast.benchmarks import launches
+from rmfast.benchmarks import offline
 from rmfast.kernels import chips
 
 COLUMNS = (
@@ -243,19 +243,19 @@ for _cases in (head_cases, pairwise_cases, fused_cases, listwise_cases, attentio
     CASES.update(_cases())
 
 
-def compile_cases(names: Iterable[str], chip: str) -> dict[str, list[launches.Compiled] | str]:
+def compile_cases(names: Iterable[str], chip: str) -> dict[str, list[offline.Compiled] | str]:
     """Every kernel each case launches, as ``chip`` would run it; the traceback of one that fails.
 
     All cases of a chip in one process: what they have in common is compiled once.
     """
-    out: dict[str, list[launches.Compiled] | str] = {}
+    out: dict[str, list[offline.Compiled] | str] = {}
     for name in names:
         try:
-            with chips.launching_for(chip), launches.record() as recorded:
+            with chips.launching_for(chip), offline.record() as recorded:
                 CASES[name].call()
             looked_at = {*CASES[name].wide, *CASES[name].dots}
             out[name] = [
-                launches.compile(launch, chip, launches.name(launch) in looked_at)
+                offline.compile(launch, chip, offline.name(launch) in looked_at)
                 for launch in recorded
             ]
         except Exception:
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     names = [name for name in CASES if args.cases in name]
     rows = []
-    with launches.processes(args.jobs) as pool:
+    with offline.processes(args.jobs) as pool:
         for chip, cases in zip(
             args.chips, pool.map(compile_cases, [names] * len(args.chips), args.chips), strict=True
         ):

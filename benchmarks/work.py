@@ -28,7 +28,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmfast.benchmarks import attention_work, launches
+from rmfast.benchmarks import attention_work, offline
 from rmfast.kernels import chips
 
 
@@ -330,7 +330,7 @@ def loop_instructions(chip_names: Iterable[str]) -> list[Figure]:
 
 def count(chip_names: Iterable[str], data: Path | None = None) -> list[Figure]:
     """Every figure."""
-    with launches.processes(1, interpret=True) as pool:
+    with offline.processes(1, interpret=True) as pool:
         interpreted = [pool.submit(function) for function in (bytes_moved, launches_per_step)]
         figures = [one for done in interpreted for one in done.result()]
     return [*figures, *tiles_visited(data), *loop_instructions(chip_names)]

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import interpreter
 
-from rmfast.benchmarks import launches, work
+from rmfast.benchmarks import offline, work
 
 pytestmark = interpreter.NEEDED
 
@@ -72,7 +72,7 @@ def eager_ops():
 
 
 def test_counting():
-    with launches.processes(1, interpret=True) as pool:
+    with offline.processes(1, interpret=True) as pool:
         once, same, other = pool.submit(seen_twice).result()
         assert pool.submit(eager_ops).result() == ["clone", "add", "sum", "zero_"]
     assert once.kernel == "reward_head._forward_kernel"

@@ -1,8 +1,8 @@
 """Records what a launcher launches, and compiles it for chips that are not there.
 
-    with launches.record() as recorded:
+    with offline.record() as recorded:
         reward_head.reward_head(hidden, index, weight, None)  # ordinary CPU tensors
-    compiled = launches.compile(recorded[0], "sm_90")
+    compiled = offline.compile(recorded[0], "sm_90")
 
 Compiling goes through ``JITFunction.run`` itself, told that the chip is there, so arguments are
 specialised exactly as a launch would. Triton must have been imported without TRITON_INTERPRET:
