@@ -20,7 +20,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,8 +59,8 @@ _AMDGCN = re.compile(r"^\t([a-z]\w*)", re.MULTILINE)
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Inside the block kernels are not run: their launches are listed, in order."""
+def record(also: Callable[[Launch], object] = lambda launch: None) -> Iterator[list[Launch]]:
+    """Inside the block kernels are not run: their launches are listed, in order, ``also`` told."""
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -77,6 +77,7 @@ def record() -> Iterator[list[Launch]]:
         bound.apply_defaults()
         arguments = dict(bound.arguments)
         recorded.append(Launch(fn, grid(arguments) if callable(grid) else grid, arguments, options))
+        also(recorded[-1])
 
     before, JITFunction.run = JITFunction.run, run
     try:
