@@ -2,14 +2,14 @@
 
     python -m rmfast.benchmarks.launches
 
-The meta device plays the GPU: tensors on it have shapes and no numbers, and what would run on them
-is listed instead. Whole numbers keep their values beside it, so that what depends on them goes the
-way of a real batch. An operation of torch counts as one launch, though some launch several kernels;
-views, allocations and empty outputs launch nothing. A wait is where the host stops until the device
-is done: a copy that is not ``non_blocking`` or whose memory on the host is not pinned, and every
-operation whose output's shape, or whose result, depends on values. Bytes are of all launches but
-matrix products and the kernels of attention, head and loss: what is read and written, a broadcast
-input once.
+Tensors of the meta device, which have shapes and no numbers, say that they are on a GPU, and what
+would run on them is listed instead. Whole numbers keep their values beside it, so that what depends
+on them goes the way of a real batch. An operation of torch counts as one launch, though some launch
+several kernels; views, allocations and empty outputs launch nothing. A wait is where the host stops
+until the GPU is done: a copy that is not ``non_blocking`` or whose memory on the host is not
+pinned, and every operation whose result, or the shape of it, the host must know. Bytes are of all
+launches but matrix products and the kernels of attention, head and loss: what is read and written,
+a broadcast input once.
 
 Models have 2 and 3 layers; a layer is the difference, and the whole is as deep as the real one.
 """
@@ -19,6 +19,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import itertools
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,40 +42,43 @@ from rmfast.packed.step import Step
 from rmfast.train.batches import Collator
 from rmfast.train.objective import Objective
 
-GPU = "meta"
+# --- the GPU that is not there
 
-# --- the device that is not there
-
-# allocations, and views whose schema does not say so
+GPU, META, CPU = torch.device("cuda", 0), torch.device("meta"), torch.device("cpu")
+# allocations, and a view whose schema does not say so
 _FREE = set("empty empty_like empty_strided new_empty new_empty_strided _unsafe_view".split())
-_PRODUCTS = set("mm addmm bmm baddbmm linear".split())
-_LOOKS_UP = set("embedding gather index index_select".split())  # and reads no other row
+_PRODUCTS = set("mm addmm bmm baddbmm".split())
 _INDEXES = set("index index_put index_put_ _index_put_impl_".split())
+_LOOKS_UP = set("embedding gather index index_select".split())  # and reads no other row
 _FILLS = set("copy_ fill_ zero_".split())  # what was there is not read
+_ASKED = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _KNOWN = 1 << 20  # elements up to which values are kept
 
+_device, _there = torch._C.TensorBase.device.__get__, torch._C.TensorBase.is_meta.__get__
 
-def _there(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.device.type == GPU
+
+def _tensors(x: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
 
 
 def _bytes(x: Tensor) -> int:
-    shape = (n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)
-    return x.element_size() * int(torch.Size(shape).numel()) if x.numel() else 0
+    sizes = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride]
+    return x.element_size() * torch.Size(sizes).numel() if x.numel() else 0
 
 
-class Device(TorchDispatchMode):
-    """What the block gives to the device.
+class Gpu(TorchDispatchMode):
+    """What the block gives to the GPU.
 
     Attributes:
-        launches: how often each operation was launched, and each kernel of Triton.
-        counts: ``to device`` and ``to host`` (copies), ``waits``, ``bytes``.
+        launches: how often each operation of torch and each kernel of Triton was launched.
+        counts: ``copies to the GPU``, ``copies to the host``, ``waits`` and ``bytes``.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
+        self.honest = False  # while torch works out shapes: tensors are on the meta device
         self._values = WeakTensorKeyDictionary()
         self._pinned: dict[int, Any] = {}  # storages on the host, by address
 
@@ -81,111 +86,117 @@ class Device(TorchDispatchMode):
         return Counter(launches=self.launches.total(), **self.counts)
 
     def put(self, x: Tensor) -> Tensor:
-        """``x`` on the device, where it has been all along: no copy is counted."""
-        return self._know(torch.empty_like(x, device=GPU), x)
+        """``x`` on the GPU, where it has been all along: no copy is counted."""
+        return self._know(torch.empty_like(x, device=META), x)
 
-    def kernel(self, launch: offline.Launch) -> None:
-        """A launch of Triton's."""
+    def triton(self, launch: offline.Launch) -> None:
         name = offline.name(launch)
         self.launches[name] += 1
         if name.startswith("elementwise."):
-            tensors = {id(x): x for x in launch.arguments.values() if _there(x)}
+            tensors = {id(x): x for x in _tensors(launch.arguments)}
             self.counts["bytes"] += sum(map(_bytes, tensors.values()))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
+        kwargs, name = kwargs or {}, func._schema.name.partition("::")[2]
         if func.namespace == "rmfast":  # opaque to torch: what is inside counts
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        leaves = tree_leaves((args, kwargs))
-        inputs = [x for x in leaves if isinstance(x, Tensor)]
-        if not any(map(_there, inputs)) and torch.device(kwargs.get("device") or "cpu").type != GPU:
+        inputs, target = _tensors((args, kwargs)), kwargs.get("device")
+        if not any(map(_there, inputs)) and (target or CPU).type == "cpu":
             return self._on_host(func, name, args, kwargs)
-        with self:  # below autograd an operation made of others comes as it is
+        with self:  # where autograd is off, operations made of others come here whole
             out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:
             return out
-        target = args[0].device if name == "copy_" else kwargs.get("device")
-        if name in ("_to_copy", "copy_") and target is not None:
+        if name in ("_to_copy", "copy_"):
             source = args[name == "copy_"]
-            if torch.device(target).type != source.device.type:
+            to_host = (args[0].device if name == "copy_" else target or source.device).type == "cpu"
+            if _there(source) == to_host:
                 return self._copy(func, name, source, args, kwargs)
-        for x in inputs if name.startswith("index") else ():  # it copies indices first
-            if x.dim() and not _there(x):
-                self.counts.update({"to device": 1, "waits": 1})
+            if target is not None and kwargs.get("dtype") in (None, source.dtype):
+                return source.detach()  # it is there
+        for x in inputs if name.startswith("index") else ():  # indices are moved first
+            self._count_copy("copies to the GPU", x.dim() and not _there(x), True)
         return self._launch(func, name, inputs, args, kwargs)
 
     def _on_host(self, func, name, args, kwargs):
-        pinned = kwargs.get("pin_memory") or name == "_pin_memory"
+        kwargs = dict(kwargs)
+        pins = kwargs.pop("pin_memory", None) or name == "_pin_memory"
         if name == "is_pinned":
-            return args[0].untyped_storage().data_ptr() in self._pinned
-        if name == "_pin_memory":
-            out = args[0].clone()
-        else:
-            out = func(*args, **{k: v for k, v in kwargs.items() if k != "pin_memory"})
-        if pinned:
+            return self._is_pinned(args[0])
+        out = args[0].clone() if name == "_pin_memory" else func(*args, **kwargs)
+        if pins:
             self._pinned[out.untyped_storage().data_ptr()] = out.untyped_storage()
         return out
 
+    def _is_pinned(self, x: Tensor) -> bool:
+        return x.untyped_storage().data_ptr() in self._pinned
+
+    def _count_copy(self, way: str, some: bool | int, waits: bool) -> None:
+        self.counts.update({way: bool(some), "waits": bool(some) and waits})
+
     def _copy(self, func, name, source, args, kwargs):
-        blocking = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,)))
-        host = args[0] if _there(source) else source
-        # a copy to the host that does not block goes to pinned memory, unless it is given some
-        if not (name == "_to_copy" and _there(source)):
-            blocking |= host.untyped_storage().data_ptr() not in self._pinned
-        if source.numel():
-            self.counts.update({"to host" if _there(source) else "to device": 1, "waits": blocking})
+        """Between the host and the GPU."""
+        waits = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,)))
         if not _there(source):
-            out = func(*args, **kwargs)
+            self._count_copy(
+                "copies to the GPU", source.numel(), waits or not self._is_pinned(source)
+            )
+            out = self._shaped(func, args, kwargs)
             return self._know(out, source.to(out.dtype, copy=True))
-        values = self._values.get(source)
-        values = torch.zeros(source.shape, dtype=source.dtype) if values is None else values
-        if name == "copy_":
-            return args[0].copy_(values)
-        return func(values, **kwargs)
+        # torch pins what it makes for a copy that does not wait
+        waits |= name == "copy_" and not self._is_pinned(args[0])
+        self._count_copy("copies to the host", source.numel(), waits)
+        args, kwargs = self._valued((args, kwargs))
+        return func(*args, **kwargs)
 
     def _launch(self, func, name, inputs, args, kwargs):
-        tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-        waits = bool(tags & set(func.tags))
+        waits = bool(_ASKED & set(func.tags))
         if name in _INDEXES:  # by a mask only
             waits = any(x is not None and x.dtype == torch.bool for x in args[1])
-        self.counts["waits"] += waits
-        out = self._run(func, args, kwargs) if waits else func(*args, **kwargs)
-        outs = [x for x in tree_leaves(out) if _there(x)]
         view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if name == "_local_scalar_dense":
-            self.counts["to host"] += 1
-        elif (waits or any(x.numel() for x in outs)) and not view and name not in _FREE:
-            self.launches[name] += 1
-            if name not in _PRODUCTS:
-                read = inputs[name in _FILLS :]
-                if name in _LOOKS_UP:
-                    read = [*outs, *inputs[1:]]
-                self.counts["bytes"] += sum(map(_bytes, [*filter(_there, read), *outs]))
         known = all(x in self._values for x in inputs if _there(x)) and name not in _FREE
-        small = all(x.numel() <= _KNOWN and not x.is_floating_point() for x in outs)
-        if not waits and known and small:
-            leaves = tree_leaves(self._run(func, args, kwargs, values=True))
-            for x, value in zip(outs, filter(lambda x: isinstance(x, Tensor), leaves), strict=True):
+        out = None if waits else self._shaped(func, args, kwargs)
+        small = all(x.numel() <= _KNOWN and not x.is_floating_point() for x in _tensors(out))
+        if waits or (known and small):
+            args, kwargs = self._valued((args, kwargs))
+            values = func(*args, **kwargs)
+            if waits:
+                out = tree_map(lambda x: self.put(x) if isinstance(x, Tensor) else x, values)
+            for x, value in zip(_tensors(out), _tensors(values), strict=True):
                 self._know(x, value)
-        elif not (waits or view):
-            for x in outs:
+        elif not view:
+            for x in _tensors(out):
                 self._values.pop(x, None)
+        outs = _tensors(out)
+        self.counts.update({"waits": waits, "copies to the host": name == "_local_scalar_dense"})
+        if not view and name not in _FREE and (waits or any(x.numel() for x in outs)):
+            self.launches[name] += name != "_local_scalar_dense"
+            if name not in _PRODUCTS:
+                read = [*outs, *inputs[1:]] if name in _LOOKS_UP else inputs[name in _FILLS :]
+                self.counts["bytes"] += sum(_bytes(x) for x in (*read, *outs) if _there(x))
         return out
 
-    def _run(self, func, args, kwargs, values: bool = False):
-        """On the values, ones where they are not known; its output on the device, or its values."""
+    def _shaped(self, func, args, kwargs):
+        """What it returns, without numbers."""
+        kwargs = {k: META if isinstance(x, torch.device) else x for k, x in kwargs.items()}
+        self.honest = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.honest = False
+
+    def _valued(self, tree):
+        """Values on the host, ones where they are not known."""
 
         def value(x: Any) -> Any:
             if isinstance(x, torch.device):
-                return torch.device("cpu")
-            if not _there(x):
+                return CPU
+            if not (isinstance(x, Tensor) and _there(x)):
                 return x
-            known = self._values.get(x)
-            return torch.ones(x.shape, dtype=x.dtype) if known is None else known
+            return self._values.get(x, torch.ones(x.shape, dtype=x.dtype))
 
-        out = func(*tree_map(value, args), **tree_map(value, kwargs))
-        return out if values else tree_map(lambda x: self.put(x) if _on_host(x) else x, out)
+        return tree_map(value, tree)
 
     def _know(self, x: Tensor, values: Tensor) -> Tensor:
         if x.numel() <= _KNOWN and not x.is_floating_point():
@@ -193,131 +204,43 @@ class Device(TorchDispatchMode):
         return x
 
 
-def _on_host(x: Any) -> bool:
-    return isinstance(x, Tensor) and not _there(x)
-
-
 @contextlib.contextmanager
-def played() -> Iterator[Device]:
-    """Inside the block ``meta`` is an H100: it says so itself, and kernels of Triton run there."""
-    seen, tensor = Device(), torch.tensor
+def played() -> Iterator[Gpu]:
+    """Inside the block tensors of the meta device are on an H100, as all Python code sees it."""
+    gpu, nothing, tensor = Gpu(), contextlib.nullcontext, torch.tensor
+    stream = types.SimpleNamespace(cuda_stream=-1)  # no real one: kernels keep counters by it
 
-    def made(data: Any, *, device: Any = None, **options: Any) -> Tensor:  # on the host, then moved
-        return tensor(data, **options).to(device)
+    def device(x: Tensor) -> torch.device:
+        return GPU if _there(x) and not gpu.honest else _device(x)
 
-    def made_like(x: Tensor, data: Any, *, device: Any = None, **options: Any) -> Tensor:
-        return made(data, device=device or x.device, **{"dtype": x.dtype, **options})
+    def made(data: Any, device: Any = None, **options: Any) -> Tensor:  # no mode sees that copy
+        return tensor(data, **options).to(device or CPU)
 
     changes: list[tuple[Any, str, Any]] = [
-        (torch.Tensor, "is_cuda", property(_there)),
-        (torch.Tensor, "is_meta", property(lambda x: False)),
-        (torch.Tensor, "new_tensor", made_like),
         (torch, "tensor", made),
-        (torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
-        (torch, "is_autocast_enabled", lambda *_: False),
+        (torch.Tensor, "new_tensor", lambda x, data: made(data, x.device, dtype=x.dtype)),
+        (torch.Tensor, "device", property(device)),
+        (torch.Tensor, "is_cuda", property(lambda x: device(x).type == "cuda")),
+        (torch.Tensor, "is_meta", property(lambda x: device(x).type == "meta")),
+        (torch, "autocast", lambda *_, **__: nothing()),
+        (torch.cuda, "device", lambda *_: nothing()),
+        (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (torch.cuda, "current_stream", lambda *_: stream),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, new in changes:
             stack.enter_context(mock.patch.object(owner, name, new))
         stack.enter_context(chips.launching_for("sm_90"))
-        stack.enter_context(offline.record(seen.kernel))
-        yield stack.enter_context(seen)
+        stack.enter_context(offline.record(gpu.triton))
+        yield stack.enter_context(gpu)
 
 
 # --- what is counted
 
 SHAPES = {"Qwen3-0.6B": "0.6B", "Llama-8B": "8B"}  # as they are called in gpu_common
 PAIRS = 16
-Run = Callable[[nn.Module, Device], Counter[str]]
-
-
-def build(name: str, layers: int) -> nn.Module:
-    """A patched reward model in bf16, on the device."""
-    made, *sizes = gpu_common.SHAPES[SHAPES[name]]
-    sizes = dict(zip(gpu_common.SIZES, sizes, strict=True)) | {"num_hidden_layers": layers}
-    config = made.config_class(num_labels=1, pad_token_id=0, use_cache=False, **sizes)
-    with torch.device(GPU):
-        model = made._from_config(config, dtype=torch.bfloat16)
-    return rmfast.patch(model.eval())
-
-
-def twice(seen: Device, run: Callable[[], object]) -> Counter[str]:
-    """Counts of the second run: what is made once does not count."""
-    run()
-    before = seen.total()
-    run()
-    return _minus(seen.total(), before)
-
-
-def _minus(a: Counter[str], b: Counter[str], times: int = 1) -> Counter[str]:
-    return Counter({name: a[name] - times * b[name] for name in a | b})
-
-
-def _padded(seen: Device) -> dict[str, Tensor]:
-    inputs = contestants.padded(gpu_common.rows_of("pairs"), range(2 * PAIRS), 0)
-    return {name: seen.put(x) for name, x in inputs.items()}
-
-
-def scored(model: nn.Module, seen: Device) -> Counter[str]:
-    def run() -> None:
-        with torch.no_grad():
-            model(**inputs)
-
-    inputs = _padded(seen)
-    return twice(seen, run)
-
-
-def with_gradients(model: nn.Module, seen: Device) -> Counter[str]:
-    def run() -> None:
-        model.zero_grad()
-        model(**inputs).logits.backward(torch.empty(2 * PAIRS, 1, device=GPU))
-
-    inputs = _padded(seen)
-    return twice(seen, run)
-
-
-def window(model: nn.Module, seen: Device) -> Counter[str]:
-    scorer = rmfast.Scorer(model, max_tokens=1 << 16)
-    return twice(seen, lambda: scorer.score(gpu_common.rows_of("pairs")))
-
-
-def piece(model: nn.Module, seen: Device) -> Counter[str]:
-    """From the end of the second piece to that of the third, both in the midst of a group."""
-    ends: list[Counter[str]] = []
-    scorer = rmfast.Scorer(model, max_tokens=512, progress=lambda *_: ends.append(seen.total()))
-    scorer.score(gpu_common.rows_of("groups")[:8])  # 600 tokens that all share, 8 times 200
-    return _minus(ends[2], ends[1])
-
-
-def step(model: nn.Module, seen: Device) -> Counter[str]:
-    """With the copies of the batch, as a trainer makes them."""
-    rows = gpu_common.rows_of("pairs")[: 2 * PAIRS]
-    pairs = zip(rows[::2], rows[1::2], strict=True)
-    batch = Collator(0)([{"chosen_ids": a, "rejected_ids": b} for a, b in pairs])
-    batch = {k: x.pin_memory() if isinstance(x, Tensor) else x for k, x in batch.items()}
-
-    def move(x: Any) -> Any:
-        return x.to(GPU, non_blocking=True) if isinstance(x, Tensor) else x
-
-    def run() -> None:
-        model.train().zero_grad()
-        moved = {name: move(x) for name, x in batch.items()}
-        loss = model(
-            input_ids=moved["input_ids"][None], rmfast_step=Step(moved, Objective(), PAIRS)
-        ).loss
-        loss.backward()
-
-    return twice(seen, run)
-
-
-CASES: dict[str, Run] = {
-    "padded batch, no gradients": scored,
-    "padded batch, forward and backward": with_gradients,
-    "window of a Scorer": window,
-    "carried piece of a Scorer": piece,
-    "training step": step,
-}
 
 
 class Figure(NamedTuple):
@@ -326,61 +249,124 @@ class Figure(NamedTuple):
     figure: float
 
 
-def of_models(names: Sequence[str] = tuple(SHAPES)) -> Iterator[Figure]:
-    for name in names:
-        depth = gpu_common.SHAPES[SHAPES[name]][3]
-        for case, run in CASES.items():
-            found = []
-            for layers in (2, 3):
-                with played() as seen:
-                    found.append(run(build(name, layers), seen))
-            layer = _minus(*found[::-1])
-            whole = _minus(found[0], layer, 2 - depth)
-            for what in ("launches", "to device", "to host", "waits"):
-                yield Figure(what, f"{case}, {name}", whole[what])
-            yield Figure("launches a layer", f"{case}, {name}", layer["launches"])
-            if run is scored:
-                nodes = len(rmfast.pack(gpu_common.rows_of("pairs")[: 2 * PAIRS]))
-                figure = round(layer["bytes"] / nodes)
-                yield Figure("elementwise bytes a token and layer, forward", name, figure)
+def build(name: str, layers: int) -> nn.Module:
+    """A patched reward model in bf16, on the GPU."""
+    made, *sizes = gpu_common.SHAPES[SHAPES[name]]
+    sizes = dict(zip(gpu_common.SIZES, sizes, strict=True)) | {"num_hidden_layers": layers}
+    config = made.config_class(num_labels=1, pad_token_id=0, use_cache=False, **sizes)
+    with torch.device(META):
+        return rmfast.patch(made._from_config(config, dtype=torch.bfloat16).eval())
 
 
-def plan(nodes: int, carried: bool, window: int | None, backward: bool) -> Counter[str]:
-    """What a first call of attention has beyond a second one."""
-    first = 1024 if carried else 0
-    rows = [torch.cat([torch.zeros(first), torch.arange(1, 513) + i]).long() for i in range(1024)]
-    trie = rmfast.pack(rows[: (nodes - first) // 512])
-    with played() as seen:
-        heads = (
-            torch.empty(1, n, h, 128, dtype=torch.bfloat16, device=GPU)
-            for n, h in ((len(trie) - first, 16), (len(trie), 8), (len(trie), 8))
+def minus(a: Counter[str], b: Counter[str], times: int = 1) -> Counter[str]:
+    return Counter({name: a[name] - times * b[name] for name in a | b})
+
+
+def twice(gpu: Gpu, run: Callable[[], object]) -> Counter[str]:
+    """Counts of the second run: what is made once does not count."""
+    run()
+    before = gpu.total()
+    run()
+    return minus(gpu.total(), before)
+
+
+def padded(model: nn.Module, gpu: Gpu, backward: bool = False) -> Counter[str]:
+    inputs = contestants.padded(gpu_common.rows_of("pairs"), range(2 * PAIRS), 0)
+    inputs = {name: gpu.put(x) for name, x in inputs.items()}
+
+    def run() -> None:
+        model.zero_grad()
+        with torch.set_grad_enabled(backward):
+            logits = model(**inputs).logits
+        if backward:
+            logits.backward(torch.empty_like(logits))
+
+    return twice(gpu, run)
+
+
+def window(model: nn.Module, gpu: Gpu) -> Counter[str]:
+    scorer = rmfast.Scorer(model, max_tokens=1 << 16)
+    return twice(gpu, lambda: scorer.score(gpu_common.rows_of("pairs")))
+
+
+def piece(model: nn.Module, gpu: Gpu) -> Counter[str]:
+    """From the end of the second piece to that of the third, both in the midst of a group."""
+    ends: list[Counter[str]] = []
+    scorer = rmfast.Scorer(model, max_tokens=512, progress=lambda *_: ends.append(gpu.total()))
+    scorer.score(gpu_common.rows_of("groups")[:8])  # 600 tokens that all share, 8 times 200
+    return minus(ends[2], ends[1])
+
+
+def step(model: nn.Module, gpu: Gpu) -> Counter[str]:
+    """With the copies of the batch, as a trainer makes them of what its data loader pinned."""
+    rows = gpu_common.rows_of("pairs")[: 2 * PAIRS]
+    pairs = zip(rows[::2], rows[1::2], strict=True)
+    batch = Collator(0)([{"chosen_ids": a, "rejected_ids": b} for a, b in pairs])
+    tensors = {name: x.pin_memory() for name, x in batch.items() if isinstance(x, Tensor)}
+
+    def run() -> None:
+        model.train().zero_grad()
+        moved = batch | {name: x.to(GPU, non_blocking=True) for name, x in tensors.items()}
+        loss = model(rmfast_step=Step(moved, Objective(), PAIRS)).loss
+        loss.backward()
+
+    return twice(gpu, run)
+
+
+CASES: dict[str, Callable[[nn.Module, Gpu], Counter[str]]] = {
+    "padded batch, forward": padded,
+    "padded batch, forward and backward": lambda model, gpu: padded(model, gpu, True),
+    "window of a Scorer": window,
+    "carried piece of a Scorer": piece,
+    "training step": step,
+}
+
+
+def of_models() -> Iterator[Figure]:
+    nodes = len(rmfast.pack(gpu_common.rows_of("pairs")[: 2 * PAIRS]))
+    for name, (about, run) in itertools.product(SHAPES, CASES.items()):
+        with played() as gpu:
+            two, three = (run(build(name, layers), gpu) for layers in (2, 3))
+        layer = minus(three, two)
+        whole = minus(two, layer, 2 - gpu_common.SHAPES[SHAPES[name]][3])
+        case = f"{about}, {name}"
+        for what in ("launches", "copies to the GPU", "copies to the host", "waits"):
+            yield Figure(what, case, whole[what])
+        yield Figure("launches a layer", case, layer["launches"])
+        if run is padded:
+            figure = round(layer["bytes"] / nodes)
+            yield Figure("elementwise bytes a token and layer, forward", name, figure)
+
+
+def plan(nodes: int, first: int, window: int | None, backward: bool) -> Counter[str]:
+    """What the first call of attention has beyond the second, with queries from ``first`` on."""
+    start = list(range(1024))
+    trie = rmfast.pack([start + [i] * 512 for i in range((nodes - len(start)) // 512)])
+    with played() as gpu:
+        query, key, value = (
+            torch.empty(1, n, 8, 128, dtype=torch.bfloat16, device=GPU).transpose(1, 2)
+            for n in (nodes - first, nodes, nodes)
         )
-        q, k, v = (x.transpose(1, 2).requires_grad_(backward) for x in heads)
-        trie = rmfast.PackedTrie(*(seen.put(x) for x in vars(trie).values()))
-        counts, made = [seen.total()], None
+        query.requires_grad_(backward)
+        end, position = gpu.put(trie.subtree_end), gpu.put(trie.position_ids)
+        totals = [gpu.total()]
+        made = ops.TriePlan(
+            end, position, torch.arange(first, nodes, device=GPU) if first else None
+        )
         for _ in range(2):
-            if made is None:
-                rows = torch.arange(first, len(trie), device=GPU) if first else None
-                made = ops.TriePlan(trie.subtree_end, trie.position_ids, rows)
-            out = ops.trie_attention(q, k, v, made, window=window)
+            out = ops.trie_attention(query, key, value, made, window=window)
             if backward:
-                out.backward(torch.empty_like(out))
-                q.grad = k.grad = v.grad = None
-            counts.append(seen.total())
-    return _minus(_minus(counts[1], counts[0]), _minus(counts[2], counts[1]))
+                torch.autograd.grad(out, query, torch.empty_like(out))
+            totals.append(gpu.total())
+    return minus(minus(totals[1], totals[0]), minus(totals[2], totals[1]))
 
 
 def of_plans() -> Iterator[Figure]:
-    for nodes in (1 << 14, 1 << 16):
-        for carried in (False, True):
-            for window in (None, 4096):
-                for backward in (False,) if carried else (False, True):
-                    case = f"{nodes >> 10}k nodes, " + ("carried" if carried else "whole")
-                    case += f", window {window}" if window else ""
-                    case += ", forward and backward" if backward else ""
-                    found = plan(nodes, carried, window, backward)
-                    yield Figure("launches of a plan", case, found["launches"])
-                    yield Figure("waits of a plan", case, found["waits"])
+    kinds = ("whole", "whole, with that of the backward", "carried")
+    for size, kind, window in itertools.product((16, 64), kinds, (None, 4096)):
+        found = plan(size << 10, 1024 if kind == "carried" else 0, window, "backward" in kind)
+        case = f"{size}k nodes, {kind}" + (f", window {window}" if window else "")
+        yield Figure("launches of a plan", case, found["launches"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -389,13 +375,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     default = results / "launches.csv" if results.is_dir() else None
     parser.add_argument("--csv", type=Path, default=default, help="written anew: %(default)s")
     args = parser.parse_args(argv)
-    figures = sorted([*of_models(), *of_plans()])
-    print(f"| {' | '.join(Figure._fields)} |\n|{'---|' * len(Figure._fields)}")
-    for one in figures:
-        print(f"| {' | '.join(map(str, one))} |")
+    lines = [Figure._fields, *sorted([*of_models(), *of_plans()])]
+    for number, line in enumerate(lines):
+        print(f"| {' | '.join(map(str, line))} |" + ("" if number else f"\n|{'---|' * len(line)}"))
     if args.csv is not None:
         with args.csv.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([Figure._fields, *figures])
+            csv.writer(file, lineterminator="\n").writerows(lines)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@
 No GPU is needed. Bytes are counted while Triton's interpreter runs the kernels, launch by launch:
 each address that is read once, whatever read it how often (a repeat is served by the cache as long
 as the rows of a batch fit into it), and each store each time. Launches are counted in one training
-step of head and loss, forward and backward: Triton's, and torch's operations that write memory
-(views and allocations launch nothing; an operation counts as one, though on a GPU some launch
-several kernels). The gradient of the loss, a one, is given. Attention: tiles visited, against the
-mask itself; instructions of the loop over full tiles, against those of plain causal attention
-compiled from the same source.
+step of head and loss, forward and backward, as :mod:`rmfast.benchmarks.launches` does; the gradient
+of the loss, a one, is given. Attention: tiles visited, against the mask itself; instructions of the
+loop over full tiles, against those of plain causal attention compiled from the same source.
 """
 
 from __future__ import annotations
@@ -24,9 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmfast.benchmarks import attention_work, offline
 from rmfast.kernels import chips
@@ -211,56 +207,11 @@ def _listwise_bytes() -> Iterable[_Case]:
 
 # --- launches
 
-# allocations, and the one view whose schema does not say so
-_FREE = {
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"
-}  # fmt: skip
-
-
-class Launches(TorchDispatchMode):
-    """Names of what runs on the device inside the block, in a process where Triton interprets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self._interpreting = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace == "rmfast":  # opaque to torch: what is inside counts
-            with self:
-                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        name = func._schema.name.split("::")[1]
-        view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if not (self._interpreting or view or name in _FREE):
-            self.names.append(name)
-        return func(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def and_triton(self) -> Iterator[Launches]:
-        from triton.runtime import interpreter
-
-        launch = interpreter.GridExecutor.__call__
-
-        def run(executor, *args, **kwargs):
-            self.names.append(executor.fn.__name__)
-            self._interpreting = True  # the interpreter's own use of torch is nobody's launch
-            try:
-                launch(executor, *args, **kwargs)
-            finally:
-                self._interpreting = False
-
-        interpreter.GridExecutor.__call__ = run
-        try:
-            with self:
-                yield self
-        finally:
-            interpreter.GridExecutor.__call__ = launch
-
 
 def launches_per_step() -> list[Figure]:
     """A training step of head and loss, on the rows of a packed batch and on a padded one."""
     from rmfast import ops
+    from rmfast.benchmarks import launches  # not at the top: it brings transformers
 
     def rmfast(hidden, index, weight):
         return ops.reward_head_pairwise_loss(hidden, index, weight).loss
@@ -274,9 +225,9 @@ def launches_per_step() -> list[Figure]:
 
     def hugging_face(hidden, ids, weight):  # its sequence classifiers' pooling, and TRL's loss
         logits = F.linear(hidden, weight)
-        columns = torch.arange(ids.shape[-1], dtype=torch.int32)
+        columns = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.int32)
         last = (columns * (ids != 0).to(torch.int32)).argmax(-1)
-        pooled = logits[torch.arange(len(ids)), last]
+        pooled = logits[torch.arange(len(ids), device=ids.device), last]
         chosen, rejected = pooled.squeeze(-1).chunk(2)
         return -F.logsigmoid(chosen - rejected).mean()
 
@@ -290,13 +241,16 @@ def launches_per_step() -> list[Figure]:
         ("Hugging Face and TRL on the padded batch", hugging_face, padded, ids, None),
     ]
     out = []
-    for name, loss, states, rows, limit in contestants:
-        leaves = [x.clone().requires_grad_() for x in (states, weight)]
-        # once before: what is made at the first launch and kept does not count
-        one = torch.ones((), dtype=loss(leaves[0], rows, leaves[1]).dtype)
-        with Launches().and_triton() as seen:
-            loss(leaves[0], rows, leaves[1]).backward(one)
-        out.append(figure("launches a step", name, len(seen.names), limit=limit))
+    with launches.played() as gpu:
+        for name, loss, states, rows, limit in contestants:
+            leaves, rows = [gpu.put(x).requires_grad_() for x in (states, weight)], gpu.put(rows)
+
+            def step(loss=loss, leaves=leaves, rows=rows) -> None:
+                value = loss(leaves[0], rows, leaves[1])
+                torch.autograd.grad(value, leaves, torch.empty_like(value))
+
+            count = launches.twice(gpu, step)["launches"]
+            out.append(figure("launches a step", name, count, limit=limit))
     return out
 
 
@@ -331,9 +285,8 @@ def loop_instructions(chip_names: Iterable[str]) -> list[Figure]:
 def count(chip_names: Iterable[str], data: Path | None = None) -> list[Figure]:
     """Every figure."""
     with offline.processes(1, interpret=True) as pool:
-        interpreted = [pool.submit(function) for function in (bytes_moved, launches_per_step)]
-        figures = [one for done in interpreted for one in done.result()]
-    return [*figures, *tiles_visited(data), *loop_instructions(chip_names)]
+        moved = pool.submit(bytes_moved).result()
+    return [*moved, *launches_per_step(), *tiles_visited(data), *loop_instructions(chip_names)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -62,19 +62,9 @@ def seen_twice():
     return once + same + other
 
 
-def eager_ops():
-    x = torch.randn(4, 4)
-    with work.Launches().and_triton() as seen:
-        torch.empty(3)
-        (x.T.reshape(-1)[:3].reshape(1, 3) + 1).sum()
-        x.zero_()
-    return seen.names
-
-
 def test_counting():
     with offline.processes(1, interpret=True) as pool:
         once, same, other = pool.submit(seen_twice).result()
-        assert pool.submit(eager_ops).result() == ["clone", "add", "sum", "zero_"]
     assert once.kernel == "reward_head._forward_kernel"
     assert (once.read, once.written) == (2 * 256 + 8, 4)
     assert (same.read, same.written) == (2 * 256 + 16, 8)
