@@ -121,10 +121,11 @@ class Gpu(TorchDispatchMode):
 
     def _on_host(self, func, name, args, kwargs):
         kwargs = dict(kwargs)
-        pins = kwargs.pop("pin_memory", None) or name == "_pin_memory"
+        pinning = name in ("pin_memory", "_pin_memory")
+        pins = kwargs.pop("pin_memory", None) or pinning
         if name == "is_pinned":
             return self._is_pinned(args[0])
-        out = args[0].clone() if name == "_pin_memory" else func(*args, **kwargs)
+        out = args[0].clone() if pinning else func(*args, **kwargs)
         if pins:
             self._pinned[out.untyped_storage().data_ptr()] = out.untyped_storage()
         return out
@@ -155,7 +156,7 @@ class Gpu(TorchDispatchMode):
         if name in _INDEXES:  # by a mask only
             waits = any(x is not None and x.dtype == torch.bool for x in args[1])
         view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        known = all(x in self._values for x in inputs if _there(x)) and name not in _FREE
+        known = all(x in self._values for x in inputs if _there(x))
         out = None if waits else self._shaped(func, args, kwargs)
         small = all(x.numel() <= _KNOWN and not x.is_floating_point() for x in _tensors(out))
         if waits or (known and small):
@@ -164,7 +165,7 @@ class Gpu(TorchDispatchMode):
             if waits:
                 out = tree_map(lambda x: self.put(x) if isinstance(x, Tensor) else x, values)
             for x, value in zip(_tensors(out), _tensors(values), strict=True):
-                self._know(x, value)
+                self._know(x, torch.zeros_like(value) if "empty" in name else value)
         elif not view:
             for x in _tensors(out):
                 self._values.pop(x, None)
@@ -209,6 +210,7 @@ def played() -> Iterator[Gpu]:
     """Inside the block tensors of the meta device are on an H100, as all Python code sees it."""
     gpu, nothing, tensor = Gpu(), contextlib.nullcontext, torch.tensor
     stream = types.SimpleNamespace(cuda_stream=-1)  # no real one: kernels keep counters by it
+    h100 = types.SimpleNamespace(multi_processor_count=132)
 
     def device(x: Tensor) -> torch.device:
         return GPU if _there(x) and not gpu.honest else _device(x)
@@ -223,9 +225,10 @@ def played() -> Iterator[Gpu]:
         (torch.Tensor, "is_cuda", property(lambda x: device(x).type == "cuda")),
         (torch.Tensor, "is_meta", property(lambda x: device(x).type == "meta")),
         (torch, "autocast", lambda *_, **__: nothing()),
-        (torch.cuda, "device", lambda *_: nothing()),
+        (torch.cuda, "device", nothing),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (torch.cuda, "get_device_properties", lambda *_: h100),
         (torch.cuda, "current_stream", lambda *_: stream),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
     ]

@@ -51,6 +51,12 @@ def test_launches():
         (lambda host, gpu: host.to(gpu.device, non_blocking=True), 1, 0, 1),
         (lambda host, gpu: host.pin_memory().to(gpu.device, non_blocking=True), 1, 0, 0),
         (lambda host, gpu: host.pin_memory()[2:].to(gpu.device, non_blocking=True), 1, 0, 0),
+        (
+            torch.inference_mode()(lambda host, gpu: host.pin_memory().cuda(gpu.device, True)),
+            1,
+            0,
+            0,
+        ),
         (lambda host, gpu: gpu.copy_(host), 1, 0, 1),
         (lambda host, gpu: gpu[host], 1, 0, 1),
         (lambda host, gpu: torch.tensor([1, 2], device=gpu.device), 1, 0, 1),
@@ -78,6 +84,8 @@ def test_values():
         x = gpu.put(torch.tensor([3, 1, 3, 0]))
         found, place = (x + torch.arange(4, device="cuda")).unique(return_inverse=True)
         assert found.tolist() == [2, 3, 5] and place.tolist() == [1, 0, 2, 1]
+        gap = torch.empty(1, dtype=torch.int64, device="cuda")
+        assert torch.cat([x, gap])[:4].view(torch.uint8).cpu().view(torch.int64)[2] == 3
         x[1:] = 7
         assert x.tolist() == [3, 7, 7, 7]
         assert torch.rand(2, device="cuda").tolist() == [1, 1]
