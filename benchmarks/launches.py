@@ -74,6 +74,9 @@ class Gpu(TorchDispatchMode):
         counts: ``copies to the GPU``, ``copies to the host``, ``waits`` and ``bytes``.
     """
 
+    # under such a mode torch makes tensors on CUDA without starting it
+    _mode_key = torch._C._TorchDispatchModeKey.FAKE
+
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
@@ -226,7 +229,6 @@ def played() -> Iterator[Gpu]:
         (torch.Tensor, "is_meta", property(lambda x: device(x).type == "meta")),
         (torch, "autocast", lambda *_, **__: nothing()),
         (torch.cuda, "device", nothing),
-        (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "get_device_properties", lambda *_: h100),
         (torch.cuda, "current_stream", lambda *_: stream),
