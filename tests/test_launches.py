@@ -9,8 +9,8 @@ import rmfast
 import tiny
 from rmfast.benchmarks import launches
 
-# by case: copies to the GPU, copies to the host, waits
 LARGE = {"vocab_size": 30_000, "max_position_embeddings": 2048}  # for the rows of the benchmark
+# by case: copies to the GPU, copies to the host, waits
 MOST = {
     "padded batch, forward": (5, 2, 8),
     "padded batch, forward and backward": (5, 2, 7),
