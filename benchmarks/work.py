@@ -8,8 +8,9 @@ as the rows of a batch fit into it), and each store each time. Launches are coun
 step of head and loss, forward and backward: Triton's, and torch's operations that write memory
 (views and allocations launch nothing; an operation counts as one, though on a GPU some launch
 several kernels). The gradient of the loss, a one, is given. Attention: tiles visited, against the
-mask itself; instructions of the loop over full tiles, against those of plain causal attention
-compiled from the same source.
+mask itself; launches that list them; tiles on the longest way to dK and dV, on 132 processors,
+against a processor's on average; instructions of the loop over full tiles, against those of plain
+causal attention compiled from the same source.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmfast.benchmarks import attention_work, launches
 from rmfast.kernels import chips
+from rmfast.trie import PackedTrie
 
 
 class Figure(NamedTuple):
@@ -305,15 +307,51 @@ def launches_per_step() -> list[Figure]:
 TILES = ((128, 64, None), (64, 128, None), (128, 64, 128))  # queries, keys, sliding window
 
 
-def tiles_visited(data: Path | None = None) -> list[Figure]:
+def tiles_visited(tries: dict[str, PackedTrie]) -> list[Figure]:
     """Tiles that the kernels visit, against those that hold a pair the mask allows."""
+    cases = {f"{name}, {len(trie)} nodes": (trie, 0) for name, trie in tries.items()}
+    groups = tries["8 groups of 8"]
+    piece, first = attention_work.carried(groups, len(groups) // 16)
+    cases[f"half a group, {len(piece) - first} nodes after {first}"] = (piece, first)
     out = []
-    for name, trie in attention_work.tries(data).items():
+    for name, (trie, first) in cases.items():
         for rows, nodes, window in TILES:
-            case = f"{name}, {len(trie)} nodes, {rows} x {nodes}"
+            case = f"{name}, {rows} x {nodes}"
             case += "" if window is None else f", window {window}"
-            counted, least = attention_work.tiles(trie, rows, nodes, window)
+            counted, least = attention_work.tiles(trie, rows, nodes, window, first)
             out.append(figure("tiles visited", case, counted, least, 1.0))
+    return out
+
+
+def plan_launches(tries: dict[str, PackedTrie]) -> list[Figure]:
+    """Launches that make the rule and the lists of one kernel, of the largest batch."""
+    from rmfast.kernels import trie_plan
+
+    trie = max(tries.values(), key=len)
+    out = []
+    for rows, nodes, window in TILES:
+        by_block = rows < nodes
+        with Launches() as seen:
+            seen_by = (trie.subtree_end, trie.position_ids, None, len(trie) - 100, window)
+            plan = trie_plan.plan(trie_plan.rule(*seen_by), rows, nodes, by_block)
+            if by_block:
+                trie_plan.cut(plan.counts, 55, 8)
+        case = f"{len(trie)} nodes, 100 carried, {rows} x {nodes}{', cut' * by_block}"
+        case += "" if window is None else f", window {window}"
+        out.append(figure("launches a plan", case, len(seen.names), limit=60 if window else 40))
+    return out
+
+
+def tile_steps(tries: dict[str, PackedTrie]) -> list[Figure]:
+    """Tile steps until the last program of dK and dV ends, against a processor's on average."""
+    from rmfast.kernels import trie_attention
+
+    config = trie_attention._TABLE["sm_90", 128][2]
+    what, out = "tile steps until dK and dV are done", []
+    for name in ("64 pairs", "8 groups of 8", attention_work.WORDS):
+        for how, cut, limit in (("", True, 1.3), (", no list cut", False, None)):
+            path = attention_work.critical_path(tries[name], 32, 8, config, cut)
+            out.append(figure(what, f"{name}, {len(tries[name])} nodes{how}", *path, limit))
     return out
 
 
@@ -333,7 +371,10 @@ def count(chip_names: Iterable[str], data: Path | None = None) -> list[Figure]:
     with launches.processes(1, interpret=True) as pool:
         interpreted = [pool.submit(function) for function in (bytes_moved, launches_per_step)]
         figures = [one for done in interpreted for one in done.result()]
-    return [*figures, *tiles_visited(data), *loop_instructions(chip_names)]
+    tries = attention_work.tries(data)
+    for function in (tiles_visited, plan_launches, tile_steps):
+        figures += function(tries)
+    return [*figures, *loop_instructions(chip_names)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
