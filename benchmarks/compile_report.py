@@ -208,22 +208,25 @@ def attention_cases() -> Iterable[tuple[str, Case]]:
         if keep:
             trie_attention.trie_attention_backward(out, q, k, v, *rest, out, lse)
 
-    forward, dq, dkv = (f"trie_attention._{name}_kernel" for name in ("forward", "dq", "dkv"))
+    forward, dq, dkv, add = (
+        f"trie_attention._{name}_kernel" for name in ("forward", "dq", "dkv", "add")
+    )
     every = (forward, dq, dkv)
+    wide = (*every, add)
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for width in (64, 128):
-        yield f"attention, D {width}, bf16", Case(_bind(call, width, bf16), every, every)
-        yield f"attention, D {width}, fp32", Case(_bind(call, width, fp32), every)
+        yield f"attention, D {width}, bf16", Case(_bind(call, width, bf16), wide, every)
+        yield f"attention, D {width}, fp32", Case(_bind(call, width, fp32), wide)
     # two fp32 sums of head_dim 256 leave no room for 64 keys
-    yield "attention, D 256, bf16", Case(_bind(call, 256, bf16), every, every, (dkv,))
-    case = Case(_bind(call, 256, bf16, softcap=50.0, window=64), every, every, (dkv,))
+    yield "attention, D 256, bf16", Case(_bind(call, 256, bf16), wide, every, (dkv,))
+    case = Case(_bind(call, 256, bf16, softcap=50.0, window=64), wide, every, (dkv,))
     yield "attention, D 256, bf16, soft cap, window", case
     for width in (64, 128):
-        case = Case(_bind(call, width, bf16, window=64, sinks=True), every, every)
+        case = Case(_bind(call, width, bf16, window=64, sinks=True), wide, every)
         yield f"attention, D {width}, bf16, window, sinks", case
-    case = Case(_bind(call, 128, bf16, pooled=True), every, every, (forward, dq))
+    case = Case(_bind(call, 128, bf16, pooled=True), wide, every, (forward, dq))
     yield "attention, D 128, bf16, pooled queries", case
-    case = Case(_bind(call, 192, bf16, value_width=128), every, every, (dkv,))
+    case = Case(_bind(call, 192, bf16, value_width=128), wide, every, (dkv,))
     yield "attention, D 192 and 128, bf16", case
     case = Case(_bind(call, 80, fp16, keep=False), (forward,), (forward,))
     yield "attention, D 80, fp16, inference", case

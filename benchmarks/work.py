@@ -6,8 +6,9 @@ No GPU is needed. Bytes are counted while Triton's interpreter runs the kernels,
 each address that is read once, whatever read it how often (a repeat is served by the cache as long
 as the rows of a batch fit into it), and each store each time. Launches are counted in one training
 step of head and loss, forward and backward, as :mod:`rmfast.benchmarks.launches` does; the gradient
-of the loss, a one, is given. Attention: tiles visited, against the mask itself; instructions of the
-loop over full tiles, against those of plain causal attention compiled from the same source.
+of the loss, a one, is given. Attention: tiles visited, against the mask itself; tiles on the longest
+way to dK and dV, on 132 processors, against a processor's on average; instructions of the loop over
+full tiles, against those of plain causal attention compiled from the same source.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from rmfast.benchmarks import attention_work, offline
 from rmfast.kernels import chips
+from rmfast.trie import PackedTrie
 
 
 class Figure(NamedTuple):
@@ -259,15 +261,32 @@ def launches_per_step() -> list[Figure]:
 TILES = ((128, 64, None), (64, 128, None), (128, 64, 128))  # queries, keys, sliding window
 
 
-def tiles_visited(data: Path | None = None) -> list[Figure]:
+def tiles_visited(tries: dict[str, PackedTrie]) -> list[Figure]:
     """Tiles that the kernels visit, against those that hold a pair the mask allows."""
+    cases = {f"{name}, {len(trie)} nodes": (trie, 0) for name, trie in tries.items()}
+    groups = tries["8 groups of 8"]
+    piece, first = attention_work.carried(groups, len(groups) // 16)
+    cases[f"half a group, {len(piece) - first} nodes after {first}"] = (piece, first)
     out = []
-    for name, trie in attention_work.tries(data).items():
+    for name, (trie, first) in cases.items():
         for rows, nodes, window in TILES:
-            case = f"{name}, {len(trie)} nodes, {rows} x {nodes}"
+            case = f"{name}, {rows} x {nodes}"
             case += "" if window is None else f", window {window}"
-            counted, least = attention_work.tiles(trie, rows, nodes, window)
+            counted, least = attention_work.tiles(trie, rows, nodes, window, first)
             out.append(figure("tiles visited", case, counted, least, 1.0))
+    return out
+
+
+def tile_steps(tries: dict[str, PackedTrie]) -> list[Figure]:
+    """Tile steps until the last program of dK and dV ends, against a processor's on average."""
+    from rmfast.kernels import trie_attention
+
+    config = trie_attention._TABLE["sm_90", 128][2]
+    what, out = "tile steps until dK and dV are done", []
+    for name in ("64 pairs", "8 groups of 8", attention_work.WORDS):
+        for how, cut, limit in (("", True, 1.3), (", no list cut", False, None)):
+            path = attention_work.critical_path(tries[name], 32, 8, config, cut)
+            out.append(figure(what, f"{name}, {len(tries[name])} nodes{how}", *path, limit))
     return out
 
 
@@ -286,7 +305,9 @@ def count(chip_names: Iterable[str], data: Path | None = None) -> list[Figure]:
     """Every figure."""
     with offline.processes(1, interpret=True) as pool:
         moved = pool.submit(bytes_moved).result()
-    return [*moved, *launches_per_step(), *tiles_visited(data), *loop_instructions(chip_names)]
+    tries = attention_work.tries(data)
+    counted = [*launches_per_step(), *tiles_visited(tries), *tile_steps(tries)]
+    return [*moved, *counted, *loop_instructions(chip_names)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -187,9 +187,7 @@ class PackedForward(Override):
         **kwargs: Any,
     ) -> Any:
         first = 0 if carried is None else carried.count
-        end, positions = trie.subtree_end, trie.position_ids
-        rows = torch.arange(first, len(trie), device=end.device) if first else None
-        plan = TriePlan(end, positions, rows)
+        plan = TriePlan(trie.subtree_end, trie.position_ids, first=first)
         run = attention.TrieRun(trie, plan, shared, self.patch.options.attention, pooled, carried)
         # a 4D mask is handed to the layers as it is; this one fails loudly should any use it
         no_mask = torch.empty(0, 0, 0, 0, device=trie.input_ids.device)
