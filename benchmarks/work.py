@@ -6,9 +6,9 @@ No GPU is needed. Bytes are counted while Triton's interpreter runs the kernels,
 each address that is read once, whatever read it how often (a repeat is served by the cache as long
 as the rows of a batch fit into it), and each store each time. Launches are counted in one training
 step of head and loss, forward and backward, as :mod:`rmfast.benchmarks.launches` does; the gradient
-of the loss, a one, is given. Attention: tiles visited, against the mask itself; tiles on the longest
-way to dK and dV, on 132 processors, against a processor's on average; instructions of the loop over
-full tiles, against those of plain causal attention compiled from the same source.
+of the loss, a one, is given. Attention: tiles visited, against the mask itself; tiles on the
+longest way to dK and dV, on 132 processors, against a processor's on average; instructions of the
+loop over full tiles, against those of plain causal attention compiled from the same source.
 """
 
 from __future__ import annotations
