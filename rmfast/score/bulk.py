@@ -24,6 +24,7 @@ from rmfast.data.values import Side
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
 from rmfast.packed.models import keeping_modes
+from rmfast.packed.survey import walk
 from rmfast.score.windows import (
     Scored,
     Stats,
@@ -260,6 +261,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     the rows that ran before.
     """
     with _lock_of(patching.attached(model) or model), keeping_modes(model):
-        model.eval()
+        if any(module.training for module in walk(model)):
+            model.eval()
         with torch.inference_mode():
             yield
