@@ -304,15 +304,20 @@ class NoCache:
 
 
 @contextlib.contextmanager
-def keeping_modes(model: nn.Module) -> Iterator[None]:
-    """Put every module back into the mode, training or eval, that it had before."""
-    modes = [(module, module.training) for module in walk(model)]
+def keeping_modes(model: nn.Module) -> Iterator[bool]:
+    """Put every module back into the mode, training or eval, that it had before.
+
+    Yields:
+        Whether any is in training mode.
+    """
+    modules = walk(model)
+    modes = [module.training for module in modules]
     try:
-        yield
+        yield any(modes)
     finally:
-        changed = [(module, training) for module, training in modes if module.training != training]
+        changed = [pair for pair in zip(modules, modes, strict=True) if pair[0].training != pair[1]]
         for module, training in changed:
             module.train(training)  # which may do more than to set it, also for what is inside
-        for module, training in modes:
-            if module.training != training:
+        if changed:
+            for module, training in zip(modules, modes, strict=True):
                 module.training = training

@@ -24,7 +24,6 @@ from rmfast.data.values import Side
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
 from rmfast.packed.models import keeping_modes
-from rmfast.packed.survey import walk
 from rmfast.score.windows import (
     Scored,
     Stats,
@@ -260,8 +259,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     One thread at a time: these modes are the model's, and so are rotary frequencies that depend on
     the rows that ran before.
     """
-    with _lock_of(patching.attached(model) or model), keeping_modes(model):
-        if any(module.training for module in walk(model)):
+    with _lock_of(patching.attached(model) or model), keeping_modes(model) as training:
+        if training:
             model.eval()
         with torch.inference_mode():
             yield
