@@ -18,12 +18,13 @@ from torch import nn
 
 from rmfast import reference
 from rmfast.packed import attention as packed_attention
-from rmfast.packed import backends, liger, models
+from rmfast.packed import backends, liger, models, survey
 from rmfast.packed.backbone import BackboneForward
 from rmfast.packed.last_layer import LastLayer
 from rmfast.packed.scoring import ScoringForward
 from rmfast.packed.stand_in import Override
 from rmfast.packed.state import Options, Report, State, Weak
+from rmfast.packed.survey import walk
 
 _POOLING = ("hf", "mask")
 _ATTRIBUTE = "_rmfast"
@@ -65,10 +66,10 @@ class Patch(State):
     def apply(self) -> None:
         for stand_in in self.overrides:
             stand_in.put()
-        if self.level != "head":
-            _keep_the_heap(self.base)
         self.active = True
-        self.prepare()
+        if self.packs:
+            _keep_the_heap(self.base)
+            self.prepare()
         for module in self.marked():
             setattr(module, _ATTRIBUTE, self)
 
@@ -97,7 +98,7 @@ class Patch(State):
             return Report("head", [why], [], Counter(self.fallbacks))
         reasons = list(self.reasons)
         cuts = self.level == "trie" and self.options.max_tokens != 0
-        if cuts and self.packs and not models.is_sharded(self.base):
+        if cuts and self.packs and not survey.is_sharded(walk(self.base)):
             budget = self.budget()
             reasons.append(f"without gradients at most {budget.tokens} tokens run at once")
             if budget.halvings:
@@ -146,7 +147,7 @@ class Patch(State):
                 "differ from Hugging Face's and from those of calls that run unpacked; loaded with "
                 "attn_implementation='eager', both have it"
             )
-        if self.options.share_prefixes and models.draws_noise(self.marked()[0], active=False):
+        if self.options.share_prefixes and survey.draws_noise(self.marked()[0], active=False):
             yield (
                 "the model has dropout: in training mode prefixes are not shared, because each "
                 "sequence draws its own noise"

@@ -15,6 +15,7 @@ from rmfast.packed.compiling import untraced
 from rmfast.packed.forward import PackedForward, _on_cpu
 from rmfast.packed.stand_in import Unservable
 from rmfast.packed.step import Rows
+from rmfast.packed.survey import Seen
 from rmfast.trie import PackedTrie
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ class ScoringForward(PackedForward):
         patch = self.patch
         if patch.level == "trie":
             try:
-                self.check(call)
-                return self.packed(call)
+                return self.packed(call, self.check(call))
             except Unservable as reason:
                 patch.fallbacks[str(reason)] += 1
         if patch.options.pooling == "mask" or self.pools_first(call):
@@ -52,37 +52,30 @@ class ScoringForward(PackedForward):
         half = reference.wide(dtype) != dtype
         return half or torch.is_autocast_enabled(linear.weight.device.type)
 
-    def check(self, call: dict[str, Any]) -> None:
+    @untraced(whole=True)
+    def check(self, call: dict[str, Any]) -> Seen:
         if self.patch.base is None or models.inner(self.module) is not self.patch.base:
             raise Unservable("the backbone was replaced after the patch")
-        super().check(call)
         if not models.is_pointwise(self.module.score):
             raise Unservable("the score head mixes tokens")
         if not self.has_loss(call):
             raise Unservable("labels: this family writes its loss out in its own forward")
+        return super().check(call)
 
     def has_loss(self, call: dict[str, Any]) -> bool:
         return call.get("labels") is None or models.is_generic(self.module)
 
-    def packed(self, call: dict[str, Any]) -> Any:
-        patch = self.patch
+    def packed(self, call: dict[str, Any], seen: Seen) -> Any:
         ids, mask, positions = _on_cpu(call)
-        trie, shared, _ = self.pack(ids, mask, positions, self.pooled(ids, mask))
-        if self.in_pieces(call["input_ids"].device):
+        trie, shared, _ = self.pack(ids, mask, positions, self.pooled(ids, mask), seen.noisy)
+        cuts = self.patch.options.max_tokens != 0 and not seen.whole
+        if cuts and call["input_ids"].device == models.device(self.patch.base):
             return self.scored(call, self.by_piece(trie, shared))
         rows = trie.pool_index.unique() if self.may_prune() else None
         device = call["input_ids"].device
         trie, rows = trie.to(device), rows.to(device) if rows is not None else None
-        patch.prepare()
-        out = self.backbone(patch.base, trie, shared, rows)
+        out = self.backbone(self.patch.base, trie, shared, rows)
         return self.scored(call, self.scores(out[0][0], trie.pool_index))
-
-    def in_pieces(self, device: torch.device) -> bool:
-        """Whether a call keeps nothing for a backward, so that its trie may run in pieces."""
-        if self.patch.options.max_tokens == 0 or device != models.device(self.patch.base):
-            return False
-        needed = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
-        return not needed and not models.is_sharded(self.patch.base)
 
     @untraced()
     def by_piece(self, trie: PackedTrie, shared: bool) -> Tensor:  # [B, num_labels]
@@ -113,7 +106,6 @@ class ScoringForward(PackedForward):
             scores = self.of_padded(batch)
             rows = Rows(lambda: scores)
         else:
-            patch.prepare()
             few = batch["pooled"] if self.may_prune() else None
             out = self.backbone(patch.base, packed_step.trie_of(batch), batch["shared"], few)
             hidden = out[0][0]
@@ -138,10 +130,10 @@ class ScoringForward(PackedForward):
     def check_packed(self, batch: packed_step.Batch) -> None:
         if self.patch.level != "trie":
             raise Unservable(f"a packed batch at level {self.patch.level}")
-        self.check({"input_ids": batch["input_ids"][None]})
+        seen = self.check({"input_ids": batch["input_ids"][None]})
         if batch["longest"] >= self.patch.position_limit:
             raise Unservable(self.too_long())
-        if batch["shared"] and models.draws_noise(self.module, active=True):
+        if batch["shared"] and seen.noisy:
             raise Unservable("a packed batch with shared prefixes while dropout is active")
 
     def inside(self) -> Callable:

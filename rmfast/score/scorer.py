@@ -20,6 +20,7 @@ from rmfast.data.form import Form
 from rmfast.packed import models, patching, pieces
 from rmfast.packed.stand_in import Unservable
 from rmfast.packed.step import inputs_of
+from rmfast.packed.survey import is_sharded, walk
 from rmfast.reference import until_scored
 from rmfast.score import memory
 from rmfast.score.bulk import BulkScorer, evaluating
@@ -150,7 +151,7 @@ class Scorer(BulkScorer):
         return pieces.Budget(tokens, fixed=sharded)
 
     def _is_sharded(self) -> bool:
-        return models.is_sharded(self.model)
+        return is_sharded(walk(self.model))
 
     @staticmethod
     def _check(model: nn.Module) -> None:
@@ -219,10 +220,12 @@ class Scorer(BulkScorer):
 
     def _check_hooks(self, patch: patching.Patch) -> None:
         """Hooks around the model may change its scores, and run with its own forward alone."""
-        inside = set(patch.classifier.modules()) - {patch.classifier}
-        for module in self.model.modules():
-            if module not in inside and (module._forward_hooks or module._forward_pre_hooks):
+        around = [self.model]
+        for module in around:
+            if module._forward_hooks or module._forward_pre_hooks:
                 raise Unservable("forward hooks on the model or on what wraps it")
+            if module is not patch.classifier:
+                around += [m for m in module.children() if m is not patch.base]
 
     def _run_trie(
         self, rows: list[np.ndarray], which: np.ndarray, lengths: np.ndarray, raw: Tensor
