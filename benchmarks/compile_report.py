@@ -55,7 +55,7 @@ def head_cases() -> Iterable[tuple[str, Case]]:
         else:
             hidden = torch.empty(BATCH, 64, width, dtype=dtype)
             ids = torch.empty(BATCH, 64, dtype=torch.int64)
-            reward_head.pooled_reward_head(hidden, ids, weight, bias, ids != 0, 7, pooling)
+            reward_head.reward_head(hidden, None, weight, bias, ids, ids != 0, 7, pooling)
 
     def backward(width: int, dtype: torch.dtype, labels: int, batch: int) -> None:
         from rmfast.kernels import reward_head
@@ -116,22 +116,26 @@ def pairwise_cases() -> Iterable[tuple[str, Case]]:
 def fused_cases() -> Iterable[tuple[str, Case]]:
     def call(
         width: int, dtype: torch.dtype, batch: int, layout: str, all_options: bool,
-        gamma: float = 0.0,
+        gamma: float = 0.0, pooling: str | None = None,
     ) -> None:  # fmt: skip
         from rmfast.kernels import fused_loss
 
         count = batch // 2
         hidden, weight = torch.empty(TOKENS, width, dtype=dtype), torch.empty(1, width, dtype=dtype)
-        index = torch.empty(batch, dtype=torch.int64)
+        given = index = torch.empty(batch, dtype=torch.int64)
+        rule: tuple = (None, None, None, "hf")
+        if pooling is not None:
+            given, ids = None, torch.empty(batch, 64, dtype=torch.int64)
+            hidden, rule = hidden.expand(batch, -1, -1)[:, :64], (ids, ids != 0, 7, pooling)
         bias = torch.empty(1, dtype=dtype) if all_options else None
         pairs = torch.empty(count, 2, dtype=torch.int64) if layout == "index" else None
         each = [torch.empty(count) if all_options else None for _ in ("margin", "target", "weight")]
         *_, grads, partial = fused_loss.fused_loss(
-            hidden, index, weight, bias, pairs, *each, layout, 0.0, 0.01 * all_options, gamma,
-            "mean",
+            hidden, given, weight, bias, pairs, *each, *rule, layout, 0.0, 0.01 * all_options,
+            gamma, "mean",
         )  # fmt: skip
         fused_loss.fused_loss_backward(
-            torch.empty(()), grads, partial, index, weight, bias, pairs, layout, TOKENS, dtype
+            torch.empty(()), grads, partial, index, weight, bias, pairs, layout, hidden.shape, dtype
         )
 
     wide = ("fused_loss._forward_kernel",)
@@ -146,6 +150,12 @@ def fused_cases() -> Iterable[tuple[str, Case]]:
     for width, name in ((4096, "bf16"), (4096, "fp32"), (8192, "bf16")):
         case = Case(_bind(call, width, DTYPES[name], BATCH, "halves", False, 2.0), wide)
         yield f"head and loss, H {width}, {name}, focal", case
+    for width, pooling in ((64, "hf"), (4096, "hf"), (4096, "mask"), (16384, "hf")):
+        call_ = _bind(call, width, torch.bfloat16, BATCH, "halves", False, pooling=pooling)
+        case = Case(call_, wide if width >= 1024 else ())
+        yield f"head and loss, H {width}, bf16, pooled by {pooling}", case
+    case = _bind(call, 4096, torch.bfloat16, BATCH, "index", True, pooling="mask")
+    yield "head and loss, H 4096, bf16, pooled by mask, index, all options", Case(case, wide)
     case = Case(_bind(call, 5, torch.float32, BATCH, "halves", True))
     yield "head and loss, H 5, fp32, all options", case
     many = Case(_bind(call, 4096, torch.bfloat16, 4096, "halves", False), wide)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,12 +169,20 @@ def _fused_bytes() -> Iterable[_Case]:
         forward = _bytes(hidden[index], weight, index, scores, pairs, metrics, loss)
         backward = _bytes(weight, index, pairs, loss) + _bytes(hidden, weight)
 
-        def step(hidden=hidden, index=index, weight=weight) -> None:
+        def step(hidden=hidden, index=index, weight=weight, ids=None) -> None:
             leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-            loss = ops.reward_head_pairwise_loss(leaves[0], index, leaves[1]).loss
+            rule = {} if ids is None else {"input_ids": ids, "pad_token_id": 0}
+            loss = ops.reward_head_pairwise_loss(leaves[0], index, leaves[1], **rule).loss
             loss.backward(torch.ones(()))
 
         yield f"head and loss, forward and backward, {name}", step, forward + backward
+        # the ids are read from the pooled one on; the index, read before, is written
+        ids = torch.randint(0, 2, (BATCH, TOKENS // BATCH))
+        padded = hidden.view(*ids.shape, WIDTH)
+        passed = sum(int(row.flip(0).argmax()) + 1 for row in ids)
+        least = forward + backward + passed * ids.itemsize
+        run = functools.partial(step, padded, None, weight, ids)
+        yield f"head and loss, padded, forward and backward, {name}", run, least
 
 
 def _pairwise_bytes() -> Iterable[_Case]:
@@ -218,6 +227,11 @@ def launches_per_step() -> list[Figure]:
     def rmfast(hidden, index, weight):
         return ops.reward_head_pairwise_loss(hidden, index, weight).loss
 
+    def rmfast_padded(hidden, ids, weight):
+        return ops.reward_head_pairwise_loss(
+            hidden, None, weight, input_ids=ids, pad_token_id=0
+        ).loss
+
     def rmfast_apart(hidden, index, weight):
         return ops.pairwise_loss(ops.reward_head(hidden, index, weight)).loss
 
@@ -238,6 +252,7 @@ def launches_per_step() -> list[Figure]:
     padded = hidden.view(*ids.shape, WIDTH)
     contestants: list[tuple[str, Callable, Tensor, Tensor, int | None]] = [
         ("rmfast, one op", rmfast, hidden, index, 2),
+        ("rmfast, one op on the padded batch", rmfast_padded, padded, ids, 2),
         ("rmfast, head and loss apart", rmfast_apart, hidden, index, 4),
         ("eager torch on the pooled rows", eager, hidden, index, None),
         ("Hugging Face and TRL on the padded batch", hugging_face, padded, ids, None),

@@ -317,6 +317,9 @@ OF_ONE = {  # by name a function of [2, N, 4], which is read in all that has a d
     "head and pairs": lambda x: ops.reward_head_pairwise_loss(
         x[0, 0], torch.tensor([1, 0, 1]), x[0, 1, :1], **BOTH
     ).loss,
+    "head and pairs, padded": lambda x: ops.reward_head_pairwise_loss(
+        x[0], None, x[0, 1, :1], input_ids=torch.ones(2, len(TRIE)).int(), pad_token_id=0
+    ).loss,
     "ratings": lambda x: losses.regression(x[0, 0, :4, 0], x[0, 1, :4, 0].detach()),
     "all pairs": lambda x: ops.listwise_loss(x[0, 0, :5, 0], *GROUPS),
     "plackett-luce": lambda x: ops.listwise_loss(

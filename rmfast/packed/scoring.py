@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmfast import ops, reference
 from rmfast.packed import models
@@ -103,29 +103,42 @@ class ScoringForward(PackedForward):
             self.check_packed(batch)
         except Unservable as reason:
             patch.fallbacks[str(reason)] += 1
-            scores = self.of_padded(batch)
-            rows = Rows(lambda: scores)
+            rows = self.of_padded(batch)
         else:
             few = batch["pooled"] if self.may_prune() else None
             out = self.backbone(patch.base, packed_step.trie_of(batch), batch["shared"], few)
-            hidden = out[0][0]
-            head = models.linear(self.module.score)
-            if head is not None and {head.weight.device, hidden.device} != {batch["pooled"].device}:
-                head = None  # the loss is where the batch is
-            rows = Rows(lambda: self.scores(hidden, batch["pool_index"])[:, 0], hidden, head)
+            hidden, index = out[0][0], batch["pool_index"]
+            head, where = self.head_beside(hidden, index), {"index": index}
+            rows = Rows(lambda: self.scores(hidden, index)[:, 0], hidden, head, where)
         loss, step.scores, step.metrics = step.objective(rows, batch)
         loss = loss / step.count
         step.loss = loss.detach()
         return SequenceClassifierOutputWithPast(loss=loss, logits=step.scores[:, None])
 
-    def of_padded(self, batch: packed_step.Batch) -> Tensor:  # [B]
-        """Scores of a packed batch that runs padded; row by row, where no token fills it up."""
+    def of_padded(self, batch: packed_step.Batch) -> Rows:
+        """Of a packed batch that runs padded; row by row, where no token fills it up."""
         pad, how = models.pad_token(self.module), {"use_cache": False, "return_dict": True}
         inputs = packed_step.padded(batch, pad or 0)
+        if pad is not None and self.patch.level == "head":
+            hidden = models.inner(self.module)(**inputs, **how)[0]
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            head = self.head_beside(hidden, ids) if ids.shape == hidden.shape[:2] else None
+            where = {"index": None, "input_ids": ids, "attention_mask": mask, "pad_token_id": pad}
+            where["pooling"] = self.patch.options.pooling
+            return Rows(lambda: self.pooled_scores(hidden, ids, mask)[:, 0], hidden, head, where)
         if pad is not None:
-            return self.run(**inputs, **how).logits[:, 0]
-        rows = [ids[mask != 0][None] for ids, mask in zip(*inputs.values(), strict=True)]
-        return torch.cat([self.run(input_ids=row, **how).logits[:, 0] for row in rows])
+            scores = self.run(**inputs, **how).logits[:, 0]
+        else:
+            each = [ids[mask != 0][None] for ids, mask in zip(*inputs.values(), strict=True)]
+            scores = torch.cat([self.run(input_ids=row, **how).logits[:, 0] for row in each])
+        return Rows(lambda: scores)
+
+    def head_beside(self, *tensors: Tensor) -> nn.Linear | None:
+        """The head, where it is a bare linear one on the device of all of these."""
+        linear = models.linear(self.module.score)
+        if linear is None or {linear.weight.device} != {x.device for x in tensors}:
+            return None
+        return linear
 
     def check_packed(self, batch: packed_step.Batch) -> None:
         if self.patch.level != "trie":
@@ -148,22 +161,22 @@ class ScoringForward(PackedForward):
             return self.unpacked(call)
         inputs = {k: v for k, v in call.items() if k not in ("labels", "return_dict")}
         out = models.inner(self.module)(**inputs, return_dict=True)
-        hidden, mask = out[0], call.get("attention_mask")
-        linear = models.linear(self.module.score)
-        fused = linear is not None and linear.weight.device == hidden.device
-        if fused and ids.shape == hidden.shape[:2]:
+        return self.scored(call, self.pooled_scores(out[0], ids, call.get("attention_mask")), out)
+
+    def pooled_scores(self, hidden: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """``[B, num_labels]`` of hidden states ``[B, T, H]``."""
+        linear = self.head_beside(hidden)
+        if linear is not None and ids.shape == hidden.shape[:2]:
             pad, pooling = self.rule(ids)
             mask = mask.to(hidden.device) if mask is not None and pooling == "mask" else None
-            scores = ops.pooled_reward_head(
+            return ops.pooled_reward_head(
                 hidden, ids.to(hidden.device), linear.weight, linear.bias,
                 attention_mask=mask, pad_token_id=pad, pooling=pooling,
             )  # fmt: skip
-            return self.scored(call, scores, out)
         batch, length, width = hidden.shape
         start = torch.arange(batch, device=hidden.device) * length
         index = start + self.pooled(ids, mask).to(hidden.device)
-        scores = self.scores(hidden.reshape(batch * length, width), index)
-        return self.scored(call, scores, out)
+        return self.scores(hidden.reshape(batch * length, width), index)
 
     def unpacked(self, call: dict[str, Any]) -> Any:
         as_dict = self.return_dict(call)

@@ -3,7 +3,7 @@
 from rmfast.reference.attention import trie_attention, trie_mask
 from rmfast.reference.head import (
     last_token,
-    pooled_reward_head,
+    pooled_rows,
     reward_head,
     until_scored,
     wide,
@@ -20,7 +20,7 @@ __all__ = [
     "listwise_loss",
     "pair_scores",
     "pairwise_loss",
-    "pooled_reward_head",
+    "pooled_rows",
     "reward_head",
     "reward_head_pairwise_loss",
     "trie_attention",
