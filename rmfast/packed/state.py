@@ -46,9 +46,7 @@ class Options:
     prune_last_layer: bool = True
     pooling: str = "hf"
     attention: str = "auto"
-    compile: bool = False
     max_tokens: int | None = None
-    backbone_kernels: str | None = None
 
 
 @dataclasses.dataclass
@@ -127,10 +125,6 @@ class State(Member):
             config = module.__dict__.get("config")
             if getattr(config, "_attn_implementation", None) is not None:
                 self.attention_before = attention.use(config)
-        if self.options.compile:
-            for layer in models.decoder_layers(self.base):
-                if layer is not self.last_layer and layer._compiled_call_impl is None:
-                    layer.compile(dynamic=True)
 
     def budget(self) -> pieces.Budget:
         """The budget of calls without gradients, on the device of the model."""
