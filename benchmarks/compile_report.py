@@ -215,8 +215,7 @@ def elementwise_cases() -> Iterable[tuple[str, Case]]:
         (64, "bf16", (14, 2)), (96, "fp16", (32, 32)), (128, "bf16", (32, 8)),
         (256, "bf16", (8, 4)), (128, "fp32", (16, 8)),
     ):  # fmt: skip
-        case = Case(_bind(rotary, size, DTYPES[name], heads), wide if size > 64 else ())
-        yield f"rotary, D {size}, {name}", case
+        yield f"rotary, D {size}, {name}", Case(_bind(rotary, size, DTYPES[name], heads), wide)
     wide = ("elementwise._gated_kernel", "elementwise._gated_backward_kernel")
     yield "SwiGLU, bf16", Case(_bind(gated, torch.bfloat16, False), wide)
     yield "GEGLU, fp32", Case(_bind(gated, torch.float32, True), wide)

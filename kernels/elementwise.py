@@ -6,9 +6,9 @@ bf16). With R rows of H elements of s bytes, each byte counted once:
 rms_norm, 1 launch: whole rows a program. ``2*R*H*s + H*s`` bytes. Backward, 1 launch and with the
     gradient of the weight 2: it computes the scale of a row again. ``3*R*H*s + H*s``; for the
     weight at most 512 programs each sum ``H`` values in fp32, written, and read by a second launch.
-rotary, 1 launch: one program a token, of queries and keys. Each of their elements is read and
-    written once, each of the two tables read once. The backward is the same with the matrix of a
-    rotation transposed.
+rotary, 1 launch: some heads of some tokens a program, of queries or of keys. Each of their elements
+    is read and written once, each of the two tables read once. The backward is the same with the
+    matrix of a rotation transposed.
 gated, 1 launch: ``3*R*H*s``. Backward, 1 launch: ``5*R*H*s``; it computes the activation again.
 """
 
@@ -25,7 +25,6 @@ from rmfast.kernels.reward_head import sum_parts
 
 WIDEST = 8192  # columns of a row that a program holds whole
 _TILE = 2048  # elements that a program holds at once, where they need not be a whole row
-_TURNED = 1024  # of each half of a token's heads
 _ROOT_8_OVER_PI = tl.constexpr(math.sqrt(8 / math.pi))
 _CUBE = tl.constexpr(0.044715)
 
@@ -84,50 +83,56 @@ def _sum_kernel(parts, out, count, width, PARTS: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def _turn(
-    x, out, cos_1, cos_2, sin_1, sin_2, heads, half, stride, stride_out,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
+    block, x, out, cos, sin, tokens, rows, heads, half,
+    stride_batch, stride_head, stride_token,
+    stride_cos_batch, stride_cos_token, stride_sin_batch, stride_sin_token,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """``[a, b]`` to ``[a * cos_1 - b * sin_1, b * cos_2 + a * sin_2]`` for all heads of a token."""
-    col = tl.arange(0, HALF)
-    for start in range(0, heads, HEADS):
-        head = start + tl.arange(0, HEADS).to(tl.int64)
-        inside = (head < heads)[:, None] & (col < half)[None, :]
-        at = x + head[:, None] * stride + col[None, :]
-        a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
-        at = out + head[:, None] * stride_out + col[None, :]
-        tl.store(at, a * cos_1 - b * sin_1, mask=inside)
-        tl.store(at + half, b * cos_2 + a * sin_2, mask=inside)
+    """``[a, b]`` to ``[a, b] * cos + [-b, a] * sin``; row ``t * heads + h``: head h of token t."""
+    row = block * ROWS + tl.arange(0, ROWS)
+    place, head = row // heads, row % heads
+    batch, token = place // tokens, place % tokens
+    col = tl.arange(0, HALF)[None, :]
+    inside = (row < rows)[:, None] & (col < half)
+    at = cos + (batch * stride_cos_batch + token * stride_cos_token)[:, None] + col
+    cos_1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    cos_2 = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    at = sin + (batch * stride_sin_batch + token * stride_sin_token)[:, None] + col
+    sin_1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    sin_2 = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    if BACKWARD:
+        sin_1, sin_2 = -sin_2, -sin_1
+    at = (batch * stride_batch + head * stride_head + token * stride_token)[:, None] + col
+    a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + at + half, mask=inside, other=0.0).to(tl.float32)
+    at = out + row[:, None] * (2 * half) + col
+    tl.store(at, a * cos_1 - b * sin_1, mask=inside)
+    tl.store(at + half, b * cos_2 + a * sin_2, mask=inside)
 
 
 @triton.jit
 def _rotary_kernel(
-    q, k, cos, sin, out_q, out_k, tokens, heads_q, heads_k, half,
+    q, k, cos, sin, out_q, out_k, tokens, rows_q, rows_k, heads_q, heads_k, half,
     stride_q_batch, stride_q_head, stride_q_token, stride_k_batch, stride_k_head, stride_k_token,
     stride_cos_batch, stride_cos_token, stride_sin_batch, stride_sin_token,
-    BACKWARD: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, HALF: tl.constexpr,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    batch, token = program // tokens, program % tokens
-    col = tl.arange(0, HALF)
-    cos += batch * stride_cos_batch + token * stride_cos_token + col
-    sin += batch * stride_sin_batch + token * stride_sin_token + col
-    cos_1 = tl.load(cos, mask=col < half, other=0.0).to(tl.float32)
-    cos_2 = tl.load(cos + half, mask=col < half, other=0.0).to(tl.float32)
-    sin_1 = tl.load(sin, mask=col < half, other=0.0).to(tl.float32)
-    sin_2 = tl.load(sin + half, mask=col < half, other=0.0).to(tl.float32)
-    if BACKWARD:
-        sin_1, sin_2 = -sin_2, -sin_1
-    _turn(
-        q + batch * stride_q_batch + token * stride_q_token, out_q + program * heads_q * 2 * half,
-        cos_1[None, :], cos_2[None, :], sin_1[None, :], sin_2[None, :],
-        heads_q, half, stride_q_head, 2 * half, HEADS_Q, HALF,
-    )  # fmt: skip
-    _turn(
-        k + batch * stride_k_batch + token * stride_k_token, out_k + program * heads_k * 2 * half,
-        cos_1[None, :], cos_2[None, :], sin_1[None, :], sin_2[None, :],
-        heads_k, half, stride_k_head, 2 * half, HEADS_K, HALF,
-    )  # fmt: skip
+    block = tl.program_id(0).to(tl.int64)
+    blocks_q = tl.cdiv(rows_q, ROWS)
+    if block < blocks_q:
+        _turn(
+            block, q, out_q, cos, sin, tokens, rows_q, heads_q, half,
+            stride_q_batch, stride_q_head, stride_q_token,
+            stride_cos_batch, stride_cos_token, stride_sin_batch, stride_sin_token,
+            BACKWARD, ROWS, HALF,
+        )  # fmt: skip
+    else:
+        _turn(
+            block - blocks_q, k, out_k, cos, sin, tokens, rows_k, heads_k, half,
+            stride_k_batch, stride_k_head, stride_k_token,
+            stride_cos_batch, stride_cos_token, stride_sin_batch, stride_sin_token,
+            BACKWARD, ROWS, HALF,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -205,6 +210,8 @@ def rms_norm_backward(
     eps: float,
     offset: float,
     needs_weight: bool = True,
+    *,
+    most: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and weight; None where not needed."""
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -213,8 +220,8 @@ def rms_norm_backward(
     sizes = _norm_sizes(width)
     tiles = programs = triton.cdiv(rows, sizes["ROWS"])
     if needs_weight:
-        # two a multiprocessor; of short rows, whose sums are small, more
-        programs = min(512 if width <= 1024 else 256, programs)
+        # about two a multiprocessor; of short rows, whose sums are small, more
+        programs = min(most or (512 if width <= 1024 else 256), programs)
     span = triton.cdiv(tiles, max(1, programs)) * sizes["ROWS"]
     grad_weight = parts = None
     if needs_weight:
@@ -252,14 +259,14 @@ def rotary(
         )
         for x in (q, k)
     ]  # fmt: skip
+    rows = [batch * tokens * x.shape[1] for x in (q, k)]
     half = triton.next_power_of_2(size // 2)
-    heads = [max(1, min(_TURNED // half, triton.next_power_of_2(x.shape[1]))) for x in (q, k)]
-    _rotary_kernel[(batch * tokens,)](
-        q, k, cos, sin, *outs, tokens, q.shape[1], k.shape[1], size // 2,
+    tall = max(1, _TILE // half)
+    _rotary_kernel[(sum(triton.cdiv(x, tall) for x in rows),)](
+        q, k, cos, sin, *outs, tokens, *rows, q.shape[1], k.shape[1], size // 2,
         *q.stride()[:3], *k.stride()[:3],
         *cos.expand(batch, -1, -1).stride()[:2], *sin.expand(batch, -1, -1).stride()[:2],
-        BACKWARD=backward, HEADS_Q=heads[0], HEADS_K=heads[1], HALF=half,
-        num_warps=2,
+        BACKWARD=backward, ROWS=tall, HALF=half,
     )  # fmt: skip
     return tuple(x.transpose(1, 2) for x in outs)
 
