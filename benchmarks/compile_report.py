@@ -188,6 +188,49 @@ def listwise_cases() -> Iterable[tuple[str, Case]]:
     yield "listwise backward, K 64, bf16", Case(_bind(backward, torch.bfloat16, 64))
 
 
+def elementwise_cases() -> Iterable[tuple[str, Case]]:
+    """Widths of heads and of hidden states, to the widest that a program holds."""
+
+    def norm(width: int, dtype: torch.dtype, late: bool, needs_weight: bool) -> None:
+        from rmfast.kernels import elementwise
+
+        x, weight = torch.empty(TOKENS, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        out = elementwise.rms_norm(x, weight, 1e-6, float(late), late)
+        elementwise.rms_norm_backward(out, x, weight, 1e-6, float(late), needs_weight)
+
+    def rotary(size: int, dtype: torch.dtype, heads: tuple[int, int]) -> None:
+        from rmfast.kernels import elementwise
+
+        q, k = (torch.empty(1, TOKENS, n, size, dtype=dtype).transpose(1, 2) for n in heads)
+        cos, sin = torch.empty(2, 1, TOKENS, size, dtype=dtype)
+        for backward in (False, True):
+            elementwise.rotary(q, k, cos, sin, backward)
+
+    def gated(dtype: torch.dtype, gelu: bool) -> None:
+        from rmfast.kernels import elementwise
+
+        gate, up = torch.empty(2, TOKENS, 3072, dtype=dtype)
+        elementwise.gated_backward(elementwise.gated(gate, up, gelu), gate, up, gelu)
+
+    wide = ("elementwise._norm_kernel", "elementwise._norm_backward_kernel")
+    for width, name in ((128, "bf16"), (2304, "bf16"), (4096, "bf16"), (8192, "fp32")):
+        yield (
+            f"RMSNorm, H {width}, {name}",
+            Case(_bind(norm, width, DTYPES[name], False, True), wide),
+        )
+    case = Case(_bind(norm, 4096, torch.bfloat16, True, False), wide)
+    yield "RMSNorm of Gemma, frozen, H 4096, bf16", case
+    wide = ("elementwise._rotary_kernel",)
+    for size, name, heads in (
+        (64, "bf16", (14, 2)), (96, "fp16", (32, 32)), (128, "bf16", (32, 8)),
+        (256, "bf16", (8, 4)), (128, "fp32", (16, 8)),
+    ):  # fmt: skip
+        yield f"rotary, D {size}, {name}", Case(_bind(rotary, size, DTYPES[name], heads), wide)
+    wide = ("elementwise._gated_kernel", "elementwise._gated_backward_kernel")
+    yield "SwiGLU, bf16", Case(_bind(gated, torch.bfloat16, False), wide)
+    yield "GEGLU, fp32", Case(_bind(gated, torch.float32, True), wide)
+
+
 def attention_cases() -> Iterable[tuple[str, Case]]:
     """Every row of the table of configurations, and each option on one of them."""
 
@@ -252,7 +295,9 @@ def _bind(call: Callable, *arguments: object, **options: object) -> Callable[[],
     return lambda: call(*arguments, **options)
 
 
-for _cases in (head_cases, pairwise_cases, fused_cases, listwise_cases, attention_cases):
+for _cases in (
+    head_cases, pairwise_cases, fused_cases, listwise_cases, elementwise_cases, attention_cases
+):  # fmt: skip
     CASES.update(_cases())
 
 

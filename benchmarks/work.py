@@ -117,8 +117,9 @@ TOKENS, WIDTH, BATCH = 512, 4096, 32  # rows of hidden; sequences, half of them 
 
 
 def bytes_moved() -> list[Figure]:
-    """Head and losses. The least is what the kernels' own docstrings say, tensor by tensor."""
-    cases = [*_head_bytes(), *_fused_bytes(), *_pairwise_bytes(), *_listwise_bytes()]
+    """All but attention. The least is what the kernels' own docstrings say, tensor by tensor."""
+    kinds = (_head_bytes, _fused_bytes, _pairwise_bytes, _listwise_bytes, _elementwise_bytes)
+    cases = [case for kind in kinds for case in kind()]
     out = []
     for name, call, least in cases:
         with traffic() as moved:
@@ -214,6 +215,34 @@ def _listwise_bytes() -> Iterable[_Case]:
             loss.backward(torch.ones(32))
 
         yield f"{kind}, forward and backward", step, least
+
+
+def _elementwise_bytes() -> Iterable[_Case]:
+    from rmfast.kernels import elementwise as kernel
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        x, grad, up = torch.randn(3, 64, 1024).to(dtype)
+        weight, eps = torch.randn(1024).to(dtype), 1e-6
+        q, k = (torch.randn(1, 32, heads, 128).to(dtype).transpose(1, 2) for heads in (16, 8))
+        cos, sin = torch.randn(2, 1, 32, 128).to(dtype)
+        turned, norms = 2 * _bytes(q, k) + _bytes(cos, sin), 3 * _bytes(x) + _bytes(weight)
+        parts = torch.empty(2, 32, 1024)  # of two rows each, written and read
+        cases = {
+            "RMSNorm": (kernel.rms_norm, (x, weight, eps, 0.0, False), norms - _bytes(x)),
+            "RMSNorm backward, frozen": (
+                kernel.rms_norm_backward, (grad, x, weight, eps, 0.0, False), norms,
+            ),
+            "RMSNorm backward": (
+                kernel.rms_norm_backward, (grad, x, weight, eps, 0.0),
+                norms + _bytes(parts, weight),
+            ),
+            "rotary": (kernel.rotary, (q, k, cos, sin), turned),
+            "rotary backward": (kernel.rotary, (q, k, cos, sin, True), turned),
+            "SwiGLU": (kernel.gated, (x, up, False), 3 * _bytes(x)),
+            "SwiGLU backward": (kernel.gated_backward, (grad, x, up, False), 5 * _bytes(x)),
+        }  # fmt: skip
+        for case, (function, arguments, least) in cases.items():
+            yield f"{case}, {name}", functools.partial(function, *arguments), least
 
 
 # --- launches

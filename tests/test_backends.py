@@ -253,5 +253,3 @@ def test_an_absent_or_unknown_backend_is_refused_at_the_patch():
         rmfast.patch(tiny.model(), attention="flash")
     with pytest.raises(ValueError, match="attention must be one of"):
         rmfast.patch(tiny.model(), attention="xformers")
-    with pytest.raises(ValueError, match="compile=True goes with"):
-        rmfast.patch(tiny.model(), attention="flex", compile=True)

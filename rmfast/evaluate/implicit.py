@@ -109,7 +109,7 @@ class ImplicitScorer(LikelihoodScorer):
         tokenizer: of both.
         beta: β of the training; above 0.
         options: ``max_tokens``, ``max_length``, ``on_overlong``, ``system_prompt``,
-            ``chat_template``, ``chat``, ``window``, ``attention``, ``compile``, ``progress``. The
+            ``chat_template``, ``chat``, ``window``, ``attention``, ``progress``. The
             default of ``max_tokens`` is the lower limit that the two models were patched with.
 
     Raises:

@@ -48,9 +48,7 @@ class Options:
     prune_last_layer: bool = True
     pooling: str = "hf"
     attention: str = "auto"
-    compile: bool = False
     max_tokens: int | None = None
-    backbone_kernels: str | None = None
 
 
 @dataclasses.dataclass
@@ -135,10 +133,6 @@ class State(Member):
         for config in survey.configs(modules):
             if getattr(config, "_attn_implementation", None) is not None:
                 self.attention_before = attention.use(config)
-        if self.options.compile:
-            for layer in models.decoder_layers(self.base):
-                if layer is not self.last_layer and layer._compiled_call_impl is None:
-                    layer.compile(dynamic=True)
         return survey.look(modules)
 
     def budget(self) -> pieces.Budget:

@@ -1,6 +1,7 @@
 """The specification of every kernel, in plain torch: fp32 sums of any dtype, fp64 of fp64."""
 
 from rmfast.reference.attention import trie_attention, trie_mask
+from rmfast.reference.elementwise import gated, rms_norm, rotary
 from rmfast.reference.head import (
     last_token,
     pooled_rows,
@@ -16,6 +17,7 @@ from rmfast.reference.losses import (
 )
 
 __all__ = [
+    "gated",
     "last_token",
     "listwise_loss",
     "pair_scores",
@@ -23,6 +25,8 @@ __all__ = [
     "pooled_rows",
     "reward_head",
     "reward_head_pairwise_loss",
+    "rms_norm",
+    "rotary",
     "trie_attention",
     "trie_mask",
     "until_scored",

@@ -67,7 +67,6 @@ class Scorer(BulkScorer):
         sigmoid: ``1 / (1 + exp(-score))``, after ``normalize``.
         attention: as for :func:`rmfast.patch`; None: as the model was patched, ``"auto"`` if it was
             not.
-        compile: likewise; ``False`` if it was not.
         progress: show a bar; or a function that is called with the conversations and the tokens
             each micro-batch finished.
 
@@ -100,7 +99,6 @@ class Scorer(BulkScorer):
         normalize: bool = False,
         sigmoid: bool = False,
         attention: str | None = None,
-        compile: bool | None = None,
         progress: bool | Callable[[int, int], None] = False,
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("window", window)):
@@ -116,7 +114,7 @@ class Scorer(BulkScorer):
         form = Form.of(model)
         if pooling is None and form is not None and patching.attached(model) is None:
             pooling = form.pooling
-        self._patch = patching.repatch(model, pooling=pooling, attention=attention, compile=compile)
+        self._patch = patching.repatch(model, pooling=pooling, attention=attention)
         self._patches = [(model, self._patch)]
         self._pooling = self._patch.options.pooling
         self._pad = models.pad_token(model)
