@@ -7,7 +7,7 @@ device, and the backbone's ``forward`` is replaced, on the instance, by one that
 zeros for each token: no module is taken out, so a call looks at as many as it would. The head and
 the loss do run, on a CPU, where a GPU would have their launches. No GPU is needed.
 
-Each figure is the least of several medians: whatever else runs on the machine only adds to it.
+Each figure is the least of several medians of CPU time, which what else runs there only adds to.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def milliseconds(call: Callable[[], Any], repeats: int, each: int = 20) -> float
     for _ in range(repeats):
         times = []
         for _ in range(each):
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         medians.append(statistics.median(times))
     return 1e3 * min(medians)
 

@@ -56,11 +56,12 @@ class ScoringForward(PackedForward):
     def check(self, call: dict[str, Any]) -> Seen:
         if self.patch.base is None or models.inner(self.module) is not self.patch.base:
             raise Unservable("the backbone was replaced after the patch")
+        seen = super().check(call)
         if not models.is_pointwise(self.module.score):
             raise Unservable("the score head mixes tokens")
         if not self.has_loss(call):
             raise Unservable("labels: this family writes its loss out in its own forward")
-        return super().check(call)
+        return seen
 
     def has_loss(self, call: dict[str, Any]) -> bool:
         return call.get("labels") is None or models.is_generic(self.module)
