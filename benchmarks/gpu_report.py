@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 import rmfast
 from rmfast import ops
@@ -230,24 +231,6 @@ def steps(timed: bool, name: str) -> Iterator[Row]:
         yield from contest(f"training {name}", kind, model, rows, who, rounds)
 
 
-def compiled(timed: bool) -> Iterator[Row]:
-    for step in (False, True):
-        model, rows = build("0.6B").train(step), rows_of("pairs")
-        rmfast.patch(model, attention=ATTENTION)
-        for layer in model.model.layers[:0] if DRY else model.model.layers:
-            layer.compile(dynamic=True)
-        run, batches = train_packed if step else score, [list(range(len(rows)))]
-        entry = Entry({}, run, packed(rows) if step else batches)
-        took = [seconds(model, rows, entry) for _ in range(2 + ROUNDS * timed)][2:]
-        if took:
-            what = "step, packed before" if step else "scoring"
-            yield {
-                "kind": "pairs",
-                "who": f"rmfast, layers compiled: {what}",
-                "ms": 1e3 * median(took),
-            }
-
-
 # --- where the time goes
 
 
@@ -437,6 +420,40 @@ def heads(timed: bool) -> Iterator[Row]:
         yield goal(what, most / ours if ours and most else None, 1.15, most=True)
 
 
+def elementwise(timed: bool) -> Iterator[Row]:
+    """What a layer of 8B does element by element, with its backward, beside transformers' own."""
+    n, h, inner, heads, d = (9, 16, 24, (2, 1), 8) if DRY else (16384, 4096, 14336, (32, 8), 128)
+    norm = LlamaRMSNorm(h).to(DEV, BF16)
+    x, gate, up = (noise(n, size, dtype=BF16).requires_grad_() for size in (h, inner, inner))
+    q, k = (noise(n, m, d, dtype=BF16)[None].transpose(1, 2).requires_grad_() for m in heads)
+    cos, sin = noise(2, 1, n, d, dtype=BF16)
+    cases = {  # ours, theirs, leaves, bytes there and back
+        "RMSNorm": (lambda x, w: ops.rms_norm(x, w, 1e-6), lambda x, _: norm(x), (x, norm.weight),
+                    5 * x.nbytes),
+        "rotary": (lambda q, k: ops.rotary(q, k, cos, sin),
+                   lambda q, k: apply_rotary_pos_emb(q, k, cos, sin), (q, k),
+                   4 * (q.nbytes + k.nbytes + cos.nbytes)),
+        "SwiGLU": (ops.gated, lambda g, u: F.silu(g) * u, (gate, up), 8 * gate.nbytes),
+    }  # fmt: skip
+
+    def step(function: Callable, leaves: Sequence) -> None:
+        out = function(*leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        torch.autograd.grad(out, leaves, [y.detach() for y in out])
+
+    copy, size = bench.roof("bytes", DEV, DRY)
+    for what, (ours, theirs, leaves, least) in cases.items():
+        who = {"rmfast": ours, "transformers": theirs}
+        if not DRY:
+            who["torch.compile"] = torch.compile(theirs)
+        calls = {name: functools.partial(step, call, leaves) for name, call in who.items()}
+        took = bench.measure({**calls, "copy": copy}, 5 * ROUNDS * timed, bench.Clock(DEV))
+        for name, times in took.items():
+            if times:
+                rate = (size if name == "copy" else least) / median(times) / 1e12
+                yield {"what": what, "who": name, "ms": 1e3 * median(times), "TB/s": rate}
+
+
 def tuning(timed: bool) -> Iterator[Row]:
     """The configurations of all chips: a row of the table against the fastest."""
     from triton.testing import do_bench
@@ -473,7 +490,7 @@ SECTIONS: dict[str, tuple[Callable, tuple, float, bool]] = {
     "against": (against, (), 60, True), "dualkv": (dualkv, (), 30, True),
     "heads": (heads, (), 30, True), "scoring 8B": (scoring, ("8B",), 70, False),
     "training 8B": (steps, ("8B, 12 layers",), 60, False), "profiles": (profiles, (), 50, False),
-    "compiled": (compiled, (), 60, True), "scoring 1B": (scoring, ("1B",), 40, True),
+    "elementwise": (elementwise, (), 40, True), "scoring 1B": (scoring, ("1B",), 40, True),
     "tuning": (tuning, (), 90, False),
 }  # fmt: skip
 

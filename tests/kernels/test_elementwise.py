@@ -61,12 +61,12 @@ def test_rms_norm(rows, width, dtypes, kind, device, poison):
     x, w = x.detach(), w.detach() + offset
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
     n, g = (x * scale).abs(), (grad * w).abs()
-    # a thread adds at most 32 squares, a tree of at most 13 floors the rest; the root halves that
+    # a thread adds at most 32 numbers, a tree of at most 13 floors the rest; a root halves that
     norm = (24 + 4) * U
     early = 0 if late else ulp(n, dtypes[0]) * w.abs() * (dtypes[0] != FP32)
     bound = (
         (norm + 3 * U) * y.detach().abs() + early,
-        scale * (2 * norm + 4 * U) * (g + n * (2 + 48) * (g * n).mean(-1, keepdim=True)),
+        scale * ((norm + 4 * U) * g + (2 * norm + 52 * U) * n * (g * n).mean(-1, keepdim=True)),
         (norm + (2 + rows) * U) * (grad.abs() * n).sum(0),
     )
     within(got, exact, bound)
