@@ -229,6 +229,7 @@ def played() -> Iterator[Gpu]:
         (torch.Tensor, "is_meta", property(lambda x: device(x).type == "meta")),
         (torch, "autocast", lambda *_, **__: nothing()),
         (torch.cuda, "device", nothing),
+        (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "get_device_properties", lambda *_: h100),
         (torch.cuda, "current_stream", lambda *_: stream),
