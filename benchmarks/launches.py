@@ -356,9 +356,7 @@ def plan(nodes: int, first: int, window: int | None, backward: bool) -> Counter[
         query.requires_grad_(backward)
         end, position = gpu.put(trie.subtree_end), gpu.put(trie.position_ids)
         totals = [gpu.total()]
-        made = ops.TriePlan(
-            end, position, torch.arange(first, nodes, device=GPU) if first else None
-        )
+        made = ops.TriePlan(end, position, first=first)
         for _ in range(2):
             out = ops.trie_attention(query, key, value, made, window=window)
             if backward:

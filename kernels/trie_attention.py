@@ -1,17 +1,19 @@
 """Flash attention over a packed trie: query ``q`` sees key ``k`` iff ``k <= q < subtree_end[k]``.
 
-The mask is an interval per key, so it is known tile by tile before anything is multiplied, from
-the least and the greatest ``subtree_end`` of each block: :func:`plan` lists for a tile of queries
-the blocks of keys in which some pair is allowed, those in which all are first. A block that is not
-listed costs nothing, a full one runs without a mask.
+The mask is an interval per key, so it is known tile by tile before anything is multiplied:
+:func:`rmfast.kernels.trie_plan.plan` lists for a tile of queries the blocks of keys in which some
+pair is allowed, those in which all are first. A block that is not listed costs nothing, a full one
+runs without a mask.
 
 Forward: one launch; a program per query tile and head, online softmax in base 2 (Dao, 2023, arXiv
-2307.08691). Backward: two launches; ``dQ`` by query tile, then ``dK`` and ``dV`` by key block over
-the query heads that share it. Each sum belongs to one program: fp32, no atomics, the same bits in
-every run.
+2307.08691). Backward: three launches; ``dQ`` by query tile, then ``dK`` and ``dV`` by key block
+over the query heads that share it. A block that far more tiles see than others, as they see a first
+token common to all, is cut among several programs; the third launch adds their sums in order. All
+sums are fp32, without atomics: the same bits in every run.
 
-Wanted for some queries only (``queries``, rising packed indices), key ``k`` is seen by the rows
-between those indices' insertion points of ``k`` and ``subtree_end[k]``: an interval again.
+The queries are the last M nodes, or those that are given (``queries``, rising packed indices): then
+key ``k`` is seen by the rows between those indices' insertion points of ``k`` and
+``subtree_end[k]``, an interval again.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels import chips
+from rmfast.kernels import chips, trie_plan
+from rmfast.kernels.trie_plan import Rule
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -55,7 +58,7 @@ _TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
     ("sm_120", 128): (Config(128, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm_120", 256): (Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 2)),
     ("gfx942", 64): (Config(128, 64, 4, 1), Config(128, 64, 8, 1), Config(32, 64, 4, 1)),
-    ("gfx942", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),
+    ("gfx942", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(32, 64, 8, 1)),
     ("gfx942", 256): (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
     ("gfx950", 64): (Config(128, 64, 4, 1), Config(128, 64, 8, 1), Config(64, 64, 4, 1)),
     ("gfx950", 128): (Config(128, 64, 8, 1), Config(64, 32, 4, 1), Config(32, 128, 4, 1)),
@@ -67,6 +70,7 @@ _WINDOWED: dict[tuple[str, int], tuple[Config, Config, Config]] = {
     ("sm_90", 64): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
     ("sm_90", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm_120", 64): (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+    ("gfx942", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(16, 64, 4, 1)),
 }
 # any chip, by padded head_dim: without tensor cores the operands are in registers
 _FP32: dict[int, tuple[Config, Config, Config]] = {
@@ -92,122 +96,6 @@ def _config(
         row = _WINDOWED.get(key, _TABLE[key]) if windowed else _TABLE[key]
     found = row[("forward", "dq", "dkv").index(kernel)]
     return found._replace(rows=16) if pooled else found
-
-
-# --- which tiles
-
-
-class Plan(NamedTuple):
-    """For each tile, the blocks to visit: ``blocks[t, : counts[t, 0]]`` are full."""
-
-    blocks: Tensor  # int32 [tiles, blocks + 1]; full ones, then partial ones, each rising; rest
-    counts: Tensor  # int32 [tiles, 2]: full ones; all to visit
-
-
-class Rule(NamedTuple):
-    """Who sees whom, in rows of the query tensor: key ``k`` is seen by ``first <= row < last``."""
-
-    first: Tensor | None  # int [N]; None: every node is a row, and first[k] == k
-    last: Tensor  # int [N]
-    row_position: Tensor  # int [M]
-    node_position: Tensor  # int [N]
-    window: int | None
-
-
-def rule(
-    subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, window: int | None
-) -> Rule:
-    subtree_end, position_ids = subtree_end.contiguous(), position_ids.contiguous()
-    if queries is None:
-        return Rule(None, subtree_end, position_ids, position_ids, window)
-    nodes = torch.arange(subtree_end.shape[0], device=subtree_end.device)
-    first = torch.searchsorted(queries, nodes, out_int32=True)
-    last = torch.searchsorted(queries, subtree_end.long(), out_int32=True)
-    return Rule(first, last, position_ids[queries], position_ids, window)
-
-
-_CHUNK = 1 << 21  # tiles x nodes looked at together: 16 MB a tensor
-
-
-def plan(who: Rule, rows: int, nodes: int, by_block: bool = False) -> Plan:
-    """Tiles of ``rows`` queries by blocks of ``nodes`` keys; ``by_block`` lists tiles by block.
-
-    Exact, windows included: a block is listed iff the tile has an allowed pair in it.
-    """
-    size, count = who.row_position.shape[0], who.last.shape[0]
-    device, pad = who.last.device, torch.nn.functional.pad
-    first = torch.arange(count, device=device) if who.first is None else who.first
-    padding = (0, -count % nodes)  # nodes that nobody sees
-    first, last = (pad(first, padding, value=count), pad(who.last, padding))
-    start = torch.arange(0, size, rows, device=device)[:, None]
-    stop = (start + rows).clamp(max=size)
-    if who.first is None and who.window is None:
-        # a block that begins inside the tile has the pair of a node and itself: extrema tell all
-        first, last = first.view(-1, nodes), last.view(-1, nodes)
-        some = (first[:, 0] < stop) & (last.amax(1) > start)
-        full = (first[:, -1] <= start) & (last.amin(1) >= stop)
-    else:
-        position = pad(who.node_position, padding)
-        extrema = None if who.window is None else _extrema(who.row_position, rows)
-        few = max(1, _CHUNK // first.numel())
-        pieces = [
-            _by_node(who, first, last, position, extrema, a, b, rows, nodes)
-            for a, b in zip(start.split(few), stop.split(few), strict=True)
-        ]
-        some, full = (torch.cat(piece) for piece in zip(*pieces, strict=True))
-    if by_block:  # a program that goes from tile to tile wants whole ones
-        full &= start + rows <= size
-        some, full = some.T, full.T
-    counts = torch.stack([full.sum(1), some.sum(1)], 1).to(torch.int32)
-    order = torch.where(full, 0, torch.where(some, 1, 2)).sort(dim=1, stable=True).indices
-    return Plan(pad(order.to(torch.int32), (0, 1)), counts)  # a loop looks one ahead
-
-
-def _by_node(
-    who: Rule, first: Tensor, last: Tensor, position: Tensor,
-    extrema: tuple[Tensor, Tensor] | None, start: Tensor, stop: Tensor, rows: int, nodes: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Which blocks hold an allowed pair, and which nothing else, by tile."""
-    size = who.row_position.shape[0]
-    begin, end = first.maximum(start), last.minimum(stop)
-    seen, covered = begin < end, (first <= start) & (last >= stop)
-    if who.window is not None:
-        lowest, highest = extrema
-        level = torch.frexp((end - begin).clamp(min=1).double()).exponent.long() - 1
-        left, right = begin.clamp(max=size - 1), (end - (1 << level)).clamp(min=0)
-        nearest = lowest[level, left].minimum(lowest[level, right])
-        seen &= nearest - position < who.window
-        covered &= highest[start // rows] - position < who.window
-    return seen.unflatten(1, (-1, nodes)).any(2), covered.unflatten(1, (-1, nodes)).all(2)
-
-
-def _extrema(position: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """``[l, i]``: the lowest of ``position[i : i + 2**l]``, up to ``rows``; each tile's highest."""
-    pad, table = torch.nn.functional.pad, [position]
-    for level in range(rows.bit_length() - 1):
-        shifted = pad(table[-1], (0, 1 << level), value=1 << 62)
-        table.append(table[-1].minimum(shifted[1 << level :]))
-    tiles = pad(position, (0, -position.shape[0] % rows)).view(-1, rows)
-    return torch.stack(table), tiles.amax(1)
-
-
-def planned(
-    subtree_end: Tensor,
-    position_ids: Tensor,
-    queries: Tensor | None,
-    window: int | None,
-    config: Config,
-    by_block: bool,
-    made: dict,
-) -> tuple[Rule, Plan]:
-    """The rule and the plan, from ``made`` where a layer before this one has put them there."""
-    if ("rule", window) not in made:
-        made["rule", window] = rule(subtree_end, position_ids, queries, window)
-    who = made["rule", window]
-    key = (config.rows, config.nodes, by_block, window)
-    if key not in made:
-        made[key] = plan(who, config.rows, config.nodes, by_block)
-    return who, made[key]
 
 
 # --- kernels
@@ -261,12 +149,13 @@ def _seen(
 ):  # fmt: skip
     """Whether ``row`` may see ``node``; one is a column, the other a row."""
     there = node < nodes
-    begin = node
     if POOLED:
-        begin = tl.load(first + node, mask=there, other=0)
-    seen = (begin <= row) & (row < tl.load(last + node, mask=there, other=0))
+        begin, place, places = tl.load(first + node, mask=there, other=0), row, rows
+    else:  # rows are the last nodes
+        begin, place, places = node, row + (nodes - rows), nodes
+    seen = (begin <= place) & (place < tl.load(last + node, mask=there, other=0))
     if WINDOW:
-        at = tl.load(row_position + row, mask=row < rows, other=0)
+        at = tl.load(row_position + place, mask=place < places, other=0)
         seen &= at - tl.load(node_position + node, mask=there, other=0) < window
     return seen
 
@@ -498,31 +387,45 @@ def _dkv_tiles(
     return grad_k, grad_v
 
 
+@triton.jit
+def _slot(item, block, share):
+    """Where the sums of a share are: its block's first item comes after ``item - block`` cuts.
+
+    Of a list that is cut ``n`` times, ``n + 1`` slots are used, and ``2 * n`` kept.
+    """
+    return 2 * (item - block) + share
+
+
 @triton.jit(do_not_specialize=["rows", "nodes", "listed", "window"])
 def _dkv_kernel(
-    query, key, value, grad, lse, delta, grad_key, grad_value,
-    first, last, row_position, node_position, tiles, counts,
+    query, key, value, grad, lse, delta, grad_key, grad_value, partial,
+    first, last, row_position, node_position, tiles, blocks, lists,
     rows, nodes, listed, window, scale, softcap,
     q_head, q_row, q_col, k_head, k_row, k_col, v_head, v_row, v_col,
     grad_head, grad_row, grad_col, gk_head, gk_row, gv_head, gv_row, lse_head,
     GROUP: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-
     WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)  # the earlier, the longer
-    kv_head = tl.program_id(1)
+    block, kv_head = tl.load(blocks + tl.program_id(0)), tl.program_id(1)
     begin = block * N
+    if begin >= nodes:
+        return
+    lists += 4 * block
+    item, shares = tl.load(lists), tl.load(lists + 1)
+    full, count = tl.load(lists + 2), tl.load(lists + 3)
+    share = tl.program_id(0) - item
+    start, stop = share * count // shares, (share + 1) * count // shares
+    full = tl.minimum(tl.maximum(full, start), stop)
     k = _load(key, kv_head, begin, nodes, k_head, k_row, k_col, N, WIDTH, D, True, DOT)
     v = _load(value, kv_head, begin, nodes, v_head, v_row, v_col, N, V_WIDTH, DV, True, DOT)
     grad_k, grad_v = tl.zeros([N, D], tl.float32), tl.zeros([N, DV], tl.float32)
-    full, stop = tl.load(counts + 2 * block), tl.load(counts + 2 * block + 1)
     tiles += block.to(tl.int64) * listed
     for member in range(GROUP):
         head = kv_head * GROUP + member
         grad_k, grad_v = _dkv_tiles(
             grad_k, grad_v, k, v, query, grad, lse, delta, head, begin,
-            first, last, row_position, node_position, tiles, 0, full,
+            first, last, row_position, node_position, tiles, start, full,
             rows, nodes, window, scale, softcap,
             q_head, q_row, q_col, grad_head, grad_row, grad_col, lse_head,
             False, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
@@ -534,8 +437,34 @@ def _dkv_kernel(
             q_head, q_row, q_col, grad_head, grad_row, grad_col, lse_head,
             True, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
         )  # fmt: skip
-    _store(grad_key, grad_k * scale, kv_head, begin, nodes, gk_head, gk_row, N, WIDTH, D)
-    _store(grad_value, grad_v, kv_head, begin, nodes, gv_head, gv_row, N, V_WIDTH, DV)
+    if shares == 1:
+        _store(grad_key, grad_k * scale, kv_head, begin, nodes, gk_head, gk_row, N, WIDTH, D)
+        _store(grad_value, grad_v, kv_head, begin, nodes, gv_head, gv_row, N, V_WIDTH, DV)
+    else:
+        at = (_slot(item, block, share) * tl.num_programs(1) + kv_head) * N
+        _store(partial, grad_k, kv_head, at, at + N, 0, D + DV, N, D, D)
+        _store(partial + D, grad_v, kv_head, at, at + N, 0, D + DV, N, DV, DV)
+
+
+@triton.jit(do_not_specialize=["nodes"])
+def _add_kernel(
+    partial, lists, grad_key, grad_value, nodes, scale, gk_head, gk_row, gv_head, gv_row,
+    WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """``M`` rows of the gradients of a block whose list was cut: its shares, added in order."""
+    block, kv_head, begin = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M
+    item, shares = tl.load(lists + 4 * block), tl.load(lists + 4 * block + 1)
+    if shares == 1:
+        return
+    grad_k, grad_v = tl.zeros([M, D], tl.float32), tl.zeros([M, DV], tl.float32)
+    for share in range(shares):
+        at = (_slot(item, block, share) * tl.num_programs(1) + kv_head) * N + begin
+        grad_k += _load(partial, kv_head, at, 0, 0, D + DV, 1, M, D, D, False, tl.float32)
+        grad_v += _load(partial + D, kv_head, at, 0, 0, D + DV, 1, M, DV, DV, False, tl.float32)
+    begin += block * N
+    _store(grad_key, grad_k * scale, kv_head, begin, nodes, gk_head, gk_row, M, WIDTH, D)
+    _store(grad_value, grad_v, kv_head, begin, nodes, gv_head, gv_row, M, V_WIDTH, DV)
 
 
 # --- launchers
@@ -568,6 +497,40 @@ def _tile(
     }
 
 
+# a share of dK and dV is at most this much of what a processor has to do on average: so the longest
+# one ends soon after the others, whatever the order in which they begin
+_LONGEST = 0.3
+_LEAST_STEPS = 32  # tiles times query heads; for less, a sum's way through memory does not pay
+_ADDED = 16  # rows of a block that a program adds up
+
+
+def most_shares(processors: int, kv_heads: int) -> int:
+    """How many shares of that length there are in all lists of a head together."""
+    return math.ceil(processors / (_LONGEST * kv_heads))
+
+
+def least_share(group: int) -> int:
+    """The least tiles of a share, whatever there is to do in all."""
+    return -(-_LEAST_STEPS // group)
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _planned(
+    subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, rows: int,
+    window: int | None, config: Config, by_block: bool, made: dict,
+) -> tuple[Rule, trie_plan.Plan]:  # fmt: skip
+    """The rule and the plan, from ``made`` where a layer before this one has put them there."""
+    seen = (subtree_end, position_ids, queries, rows, window)
+    who = trie_plan.once(made, ("rule", window), lambda: trie_plan.rule(*seen))
+    key, tile = (config.rows, config.nodes, by_block, window), (config.rows, config.nodes)
+    return who, trie_plan.once(made, key, lambda: trie_plan.plan(who, *tile, by_block))
+
+
 def _mask(who: Rule) -> tuple[Tensor, ...]:
     first = who.last if who.first is None else who.first  # not read
     return first, who.last, who.row_position, who.node_position
@@ -579,7 +542,7 @@ def trie_attention(
     value: Tensor,  # [1, Hk, N, Dv]
     subtree_end: Tensor,  # int32 [N]
     position_ids: Tensor,  # int64 [N]
-    queries: Tensor | None,  # int64 [M], rising packed indices; None: all, M == N
+    queries: Tensor | None,  # int64 [M], rising packed indices; None: the last M nodes
     sinks: Tensor | None,  # [Hq]
     scale: float,  # above zero
     window: int | None,
@@ -593,8 +556,8 @@ def trie_attention(
     sinks = None if sinks is None else sinks.contiguous()
     options = (pooled, softcap is not None, window is not None)
     chosen, constants = _tile("forward", query, value, *options, config)
-    seen = (subtree_end, position_ids, queries, window)
-    who, tiles = planned(*seen, chosen, False, {} if made is None else made)
+    seen = (subtree_end, position_ids, queries, rows, window)
+    who, tiles = _planned(*seen, chosen, False, {} if made is None else made)
     out = query.new_empty(1, rows, heads, value.shape[-1])
     # each head's begins at 64 bytes
     lse = query.new_empty((heads, -(-rows // 16) * 16) if keep else (1, 0), dtype=torch.float32)
@@ -630,7 +593,7 @@ def trie_attention_backward(
     _, heads, rows, _ = query.shape
     kv_heads, nodes = key.shape[1:3]
     pooled = queries is not None
-    seen, made = (subtree_end, position_ids, queries, window), {} if made is None else made
+    seen, made = (subtree_end, position_ids, queries, rows, window), {} if made is None else made
     sinks = None if sinks is None else sinks.contiguous()
     grad_q, grad_k, grad_v = (
         torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
@@ -642,7 +605,7 @@ def trie_attention_backward(
 
     options = (pooled, softcap is not None, window is not None)
     chosen, constants = _tile("dq", query, value, *options, configs[0])
-    who, tiles = planned(*seen, chosen, False, made)
+    who, tiles = _planned(*seen, chosen, False, made)
     delta = torch.empty_like(lse)
     partial = lse.new_empty(tiles.counts.shape[0], heads) if sinks is not None else lse
     _dq_kernel[(tiles.counts.shape[0], heads)](
@@ -655,15 +618,25 @@ def trie_attention_backward(
     )  # fmt: skip
 
     chosen, constants = _tile("dkv", query, value, *options, configs[1])
-    _, blocks = planned(*seen, chosen, True, made)
-    _dkv_kernel[(blocks.counts.shape[0], kv_heads)](
-        query, key, value, grad, lse, delta, grad_k, grad_v,
-        *_mask(who), *blocks,
-        rows, nodes, blocks.blocks.shape[1], window or 0, scale, softcap or 1.0,
-        *strides, *g_strides,
-        grad_k.stride(1), grad_k.stride(2), grad_v.stride(1), grad_v.stride(2), lse.stride(0),
+    _, tiles = _planned(*seen, chosen, True, made)
+    most = most_shares(_processors(key.device), kv_heads)
+    of_item, lists = trie_plan.once(
+        made, ("cut", chosen.rows, chosen.nodes, window, most),
+        lambda: trie_plan.cut(tiles.counts, most, least_share(heads // kv_heads)),
+    )  # fmt: skip
+    of_grads = (grad_k.stride(1), grad_k.stride(2), grad_v.stride(1), grad_v.stride(2))
+    sizes = {name: constants[name] for name in ("WIDTH", "V_WIDTH", "D", "DV", "N")}
+    partial_kv = lse.new_empty(2 * most, kv_heads, chosen.nodes, sizes["D"] + sizes["DV"])
+    _dkv_kernel[(len(of_item), kv_heads)](
+        query, key, value, grad, lse, delta, grad_k, grad_v, partial_kv,
+        *_mask(who), tiles.blocks, of_item, lists,
+        rows, nodes, tiles.blocks.shape[1], window or 0, scale, softcap or 1.0,
+        *strides, *g_strides, *of_grads, lse.stride(0),
         **flags, **constants,
     )  # fmt: skip
+    _add_kernel[(len(lists), kv_heads, chosen.nodes // _ADDED)](
+        partial_kv, lists, grad_k, grad_v, nodes, scale, *of_grads, **sizes, M=_ADDED, num_warps=4
+    )
     grad_sinks = None if sinks is None else partial.sum(0).to(sinks.dtype)
     return grad_q, grad_k, grad_v, grad_sinks
 

@@ -99,16 +99,12 @@ def test_carried_keys_and_values(family):
         assert scorer.stats.tokens_run == scorer.stats.nodes == len(rmfast.pack(rows))
 
 
-def test_compiled_layers_carry_too(monkeypatch):
-    compile = torch.nn.Module.compile
-    monkeypatch.setattr(  # inductor takes seconds, and test_compose.py has it
-        torch.nn.Module,
-        "compile",
-        lambda *args, **kwargs: compile(*args, **kwargs, backend="eager"),
-    )
+def test_compiled_layers_carry_too():
     model = tiny.model("llama", num_hidden_layers=2)
     expected = one_by_one(model, groups())
-    got = Scorer(model, max_tokens=12, compile=True).score(groups())
+    for layer in model.model.layers:  # inductor takes seconds, and test_compose.py has it
+        layer.compile(dynamic=True, backend="eager")
+    got = Scorer(model, max_tokens=12).score(groups())
     assert np.abs(got - expected).max() <= 1e-4 * expected.std()
 
 
@@ -303,7 +299,7 @@ def test_a_model_that_was_unpatched_or_patched_anew():
 def test_what_the_model_was_patched_with_stays():
     options = {
         "share_prefixes": False, "prune_last_layer": False, "pooling": "mask",
-        "attention": "sdpa", "compile": False, "max_tokens": 24, "backbone_kernels": None,
+        "attention": "sdpa", "max_tokens": 24,
     }  # fmt: skip
     for family in ("llama", "bloom"):
         model = rmfast.patch(tiny.model(family), **options)

@@ -50,17 +50,20 @@ def inputs_of(
 
 
 class Rows(NamedTuple):
-    """Where the scores of a packed batch come from.
+    """Where the scores of a batch come from.
 
     Attributes:
         scores: gives the scores ``[B]``, in fp32 (fp64 of fp64 models).
-        hidden: ``[N, H]``, the hidden states of the trie's nodes; None where only scores are known.
+        hidden: hidden states ``[N, H]`` of the trie's nodes, ``[B, T, H]`` of a padded batch; None
+            where only scores are known.
         head: the linear head on them; None where it is not a bare one, or on another device.
+        where: what else of :func:`rmfast.ops.reward_head_pairwise_loss` says which are scored.
     """
 
     scores: Callable[[], Tensor]
     hidden: Tensor | None = None
     head: nn.Linear | None = None
+    where: dict[str, Any] | None = None
 
 
 # the sum of the losses [], the scores [B] and the metrics [6] of a batch
