@@ -345,7 +345,7 @@ def of_models() -> Iterator[Figure]:
 
 
 def plan(nodes: int, first: int, window: int | None, backward: bool) -> Counter[str]:
-    """What the first call of attention has beyond the second, with queries from ``first`` on."""
+    """What the first call of attention, on nodes from ``first`` on, has beyond the second."""
     start = list(range(1024))
     trie = rmfast.pack([start + [i] * 512 for i in range((nodes - len(start)) // 512)])
     with played() as gpu:
