@@ -229,6 +229,7 @@ def played() -> Iterator[Gpu]:
         (torch.Tensor, "is_meta", property(lambda x: device(x).type == "meta")),
         (torch, "autocast", lambda *_, **__: nothing()),
         (torch.cuda, "device", nothing),
+        (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "get_device_properties", lambda *_: h100),
         (torch.cuda, "current_stream", lambda *_: stream),
@@ -344,7 +345,7 @@ def of_models() -> Iterator[Figure]:
 
 
 def plan(nodes: int, first: int, window: int | None, backward: bool) -> Counter[str]:
-    """What the first call of attention has beyond the second, with queries from ``first`` on."""
+    """What the first call of attention, on nodes from ``first`` on, has beyond the second."""
     start = list(range(1024))
     trie = rmfast.pack([start + [i] * 512 for i in range((nodes - len(start)) // 512)])
     with played() as gpu:

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 import rmfast
 import tiny
-from rmfast.benchmarks import launches
+from rmfast.benchmarks import gpu_common, launches
 
 LARGE = {"vocab_size": 30_000, "max_position_embeddings": 2048}  # for the rows of the benchmark
 # by case: copies to the GPU, copies to the host, waits
@@ -29,6 +29,20 @@ def test_copies_and_waits(case):
     assert all(found[way] <= most for way, most in zip(ways, MOST[case], strict=True)), found
     assert found["copies to the GPU"] >= 1
     assert "trie_attention._forward_kernel" in gpu.launches  # not the way of a CPU
+
+
+@pytest.mark.parametrize("name, eager", [("Qwen3-0.6B", 290_418), ("Llama-8B", 590_902)])
+def test_elementwise_bytes_of_a_layer(name, eager):
+    """Beside those of transformers' own code, counted before there were kernels."""
+    with launches.played() as gpu:
+        two, three = (launches.padded(launches.build(name, layers), gpu) for layers in (2, 3))
+    nodes = len(rmfast.pack(gpu_common.rows_of("pairs")[: 2 * launches.PAIRS]))
+    assert 0 < (three["bytes"] - two["bytes"]) / nodes <= 0.35 * eager
+
+
+@pytest.mark.parametrize("first", [0, 1024])
+def test_launches_of_a_plan(first):
+    assert 0 < launches.plan(1 << 14, first, None, backward=False)["launches"] <= 40
 
 
 def test_launches():
