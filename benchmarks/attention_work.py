@@ -24,7 +24,7 @@ from rmfast.kernels import chips
 from rmfast.packed import pieces
 
 if TYPE_CHECKING:
-    from rmfast.kernels.trie_attention import Config
+    from rmfast.kernels.trie_configs import Config
 
 # --- tiles
 
@@ -154,7 +154,7 @@ def _loops(chip: str, width: int, plain: bool) -> dict[str, int]:
     """By kernel. ``plain``: the same source with tiles one after the other, no list."""
     import triton
 
-    from rmfast.kernels import trie_attention
+    from rmfast.kernels import trie_attention, trie_backward, trie_forward
 
     if plain:
 
@@ -162,7 +162,7 @@ def _loops(chip: str, width: int, plain: bool) -> dict[str, int]:
         def one_after_the_other(tiles, i, SIZE):
             return i * SIZE
 
-        trie_attention._listed = one_after_the_other
+        trie_forward.listed = trie_backward.listed = one_after_the_other
     trie = rmfast.pack([torch.arange(1024)])
     q, k = (
         torch.empty(1, 1024, heads, width, dtype=torch.bfloat16).transpose(1, 2) for heads in (4, 2)

@@ -261,9 +261,8 @@ def attention_cases() -> Iterable[tuple[str, Case]]:
         if keep:
             trie_attention.trie_attention_backward(out, q, k, v, *rest, out, lse)
 
-    forward, dq, dkv, add = (
-        f"trie_attention._{name}_kernel" for name in ("forward", "dq", "dkv", "add")
-    )
+    forward = "trie_forward._forward_kernel"
+    dq, dkv, add = (f"trie_backward._{name}_kernel" for name in ("dq", "dkv", "add"))
     every = (forward, dq, dkv)
     wide = (*every, add)
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32

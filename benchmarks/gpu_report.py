@@ -39,7 +39,7 @@ from rmfast.benchmarks import contestants, gpu_common
 from rmfast.benchmarks import kernels as bench
 from rmfast.benchmarks.gpu_common import BF16, DEV, DRY, build, heads_of, noise, padded, rows_of
 from rmfast.kernels import trie_attention as kernels
-from rmfast.kernels import trie_plan
+from rmfast.kernels import trie_configs, trie_plan
 from rmfast.packed import backends
 from rmfast.packed import step as packed_step
 from rmfast.train import batches as train_batches
@@ -318,7 +318,7 @@ def launches(timed: bool) -> Iterator[Row]:
             continue
         seen = [] if DRY else on_gpu(lambda run=run: run(7))[0]
         pairs = bench.allowed_pairs(trie.to("cpu"))
-        config = kernels._config("dkv", q, d, False, False)
+        config = trie_configs.config("dkv", q, d, False, False)
         rule = trie_plan.rule(*rest[:3], len(trie), None)
         lists = trie_plan.plan(rule, config.rows, config.nodes, True).counts[:, 1].float()
         row = {"kind": kind, "start": start, "D": d, "heads": h, "nodes": len(trie),
@@ -472,8 +472,8 @@ def tuning(timed: bool) -> Iterator[Row]:
 
         rule = (trie.subtree_end, trie.position_ids, None, None, d**-0.5, None, None)
         best = kernels.tune(grad, q, k, v, *rule, timer=timer)
-        kernels._tuned.clear()
-        row = kernels._TABLE[chips.chip(q.device), d]
+        trie_configs.TUNED.clear()
+        row = trie_configs.TABLE[chips.chip(q.device), d]
         yield {"kind": kind, "D": d, "table": row, "best": best, "ms": times}
 
 

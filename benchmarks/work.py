@@ -323,9 +323,9 @@ def tiles_visited(tries: dict[str, PackedTrie]) -> list[Figure]:
 
 def tile_steps(tries: dict[str, PackedTrie]) -> list[Figure]:
     """Tile steps until the last program of dK and dV ends, against a processor's on average."""
-    from rmfast.kernels import trie_attention
+    from rmfast.kernels import trie_configs
 
-    config = trie_attention._TABLE["sm_90", 128][2]
+    config = trie_configs.TABLE["sm_90", 128][2]
     what, out = "tile steps until dK and dV are done", []
     for name in ("64 pairs", "8 groups of 8", attention_work.WORDS):
         for how, cut, limit in (("", True, 1.3), (", no list cut", False, None)):

@@ -141,7 +141,7 @@ class PackedForward(Override):
         rows = trie.pool_index.unique() if prune and self.may_prune() else None
         if rows is not None and not rows.numel():
             rows = rows.new_tensor([len(trie) - 1])  # nobody is scored here: any one will do
-        carried = attention.Carried(piece.carried, piece.keep, before or {})
+        carried = attention.Carried(piece.carried, piece.keep, before or {}, piece.old)
         out = self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)
         return out[0][0], carried.after
 

@@ -351,16 +351,17 @@ def test_opcheck_of_the_op_that_launches_them(options, device):
 @pytest.mark.parametrize("window", [None, 9])
 def test_tuning_keeps_what_was_fastest(device, window):
     from rmfast.kernels import trie_attention as kernels
+    from rmfast.kernels import trie_configs
 
     torch.manual_seed(0)
     problem = Problem(random_trie(6), device, heads=(1, 1), dtype=torch.bfloat16, window=window)
     kinds = ("forward", "dq", "dkv")
-    other = lambda: [kernels._config(k, problem.q, 16, False, False, not window) for k in kinds]  # noqa: E731
+    other = lambda: [trie_configs.config(k, problem.q, 16, False, False, not window) for k in kinds]  # noqa: E731
     before = other()
     used, tile = [], kernels._tile
     args = (problem.grad, problem.q, problem.k, problem.v, *problem.mask, None, *problem.options)
     order = iter(range(1000, 0, -1))  # the last one is the fastest
-    tables = (kernels._TABLE, kernels._WINDOWED)
+    tables = (trie_configs.TABLE, trie_configs.WINDOWED)
     try:
         best = kernels.tune(*args, timer=lambda run: next(order))
         assert best == {
@@ -373,7 +374,7 @@ def test_tuning_keeps_what_was_fastest(device, window):
         assert [config for config, _ in used] == list(best.values())
     finally:
         kernels._tile = tile
-        kernels._tuned.clear()
+        trie_configs.TUNED.clear()
 
 
 # --- the plan
