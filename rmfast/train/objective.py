@@ -67,7 +67,7 @@ class Objective:
             return self.of_scores(rows.scores(), batch)
         loss, scores, *metrics = ops.reward_head_pairwise_loss(
             rows.hidden,
-            batch["pool_index"],
+            rows.index,
             rows.head.weight,
             rows.head.bias,
             **self._options(batch),
