@@ -506,10 +506,17 @@ def test_scores_of_a_window_are_fetched_in_one_copy(transfers):
     assert transfers == [*seen[-1], "there", "back"] and len(seen) >= 4
 
 
-def test_a_packed_batch_that_runs_padded_goes_each_way_once(transfers):
+def test_of_a_packed_batch_nothing_is_moved_unless_it_runs_padded(transfers):
     rows = tiny.rows()
     batch = batches.Collator(tiny.PAD)([{"chosen_ids": rows[0], "rejected_ids": rows[1]}])
     batch = {n: There(x) if isinstance(x, torch.Tensor) else x for n, x in batch.items()}
+
+    def objective(given, batch):
+        scores = given.scores()
+        return scores.sum(), scores.detach(), None
+
+    all_there()(rmfast_step=step.Step(batch, objective)).loss.backward()
+    assert transfers == []
     inputs = step.padded(batch, tiny.PAD)
     assert transfers == ["back", "there"]
     for name, x in tiny.padded(rows[:2]).items():

@@ -21,8 +21,8 @@ class LastLayer(Override):
 
     The layer runs until its attention function has the keys and values and is left there by an
     exception; then it runs on the pooled rows with those keys and values. Nothing is known of the
-    layer's inside. The pooled rows alone come back where what follows takes any number of rows;
-    elsewhere the others come back as zeros.
+    layer's inside, so the first run makes queries too, which nobody reads. The pooled rows alone
+    come back where a norm is all that follows; elsewhere the others come back as zeros.
     """
 
     @untraced(whole=True)
