@@ -8,8 +8,9 @@ if and only if ``k <= q < subtree_end[k]``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,23 +32,58 @@ class PackedTrie:
         subtree_end: int32 ``[N]``, first packed index after the node's subtree.
         pool_index: int64 ``[B]``, for each input sequence, in input order, the node of its last
             token (it may be an inner node, and it may repeat).
+        pooled: int64 ``[P]``, rising, each node of ``pool_index`` once. Left out, it is made of it.
+        place: int64 ``[B]``, where in ``pooled`` each sequence's node is. Likewise.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     subtree_end: Tensor
     pool_index: Tensor
+    pooled: Tensor = None  # type: ignore[assignment]
+    place: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.place is None:
+            pooled, place = self.pool_index.unique(return_inverse=True)
+            self.__dict__.update(pooled=pooled, place=place)
 
     def __len__(self) -> int:
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> PackedTrie:
-        return PackedTrie(*(getattr(self, field.name).to(device) for field in fields(self)))
+        """The trie on a device, in one copy: pinned and non-blocking from the host to a GPU."""
+        return self.sent(device)[0]
+
+    def sent(self, device: torch.device | str, *more: Tensor) -> tuple[Any, ...]:
+        """The trie on a device, and more tensors in the same copy."""
+        own = [getattr(self, field.name) for field in fields(self)]
+        there = moved([*own, *more], device)
+        return PackedTrie(*there[: len(own)]), *there[len(own) :]
 
     def paths(self) -> list[np.ndarray]:
         """For each input sequence, in input order, the packed indices of its tokens, root first."""
         end = self.subtree_end.cpu().numpy()
         return [np.flatnonzero(end[: node + 1] > node) for node in self.pool_index.tolist()]
+
+
+def moved(tensors: Iterable[Any], device: torch.device | str) -> list[Any]:
+    """The same tensors on a device, in one copy from each other device; what is None stays None."""
+    out, device = list(tensors), torch.device(device)
+    for source in {x.device for x in out if x is not None} - {device}:
+        which = [i for i, x in enumerate(out) if x is not None and x.device == source]
+        # as_strided: a contiguous tensor of one element or none may have any stride
+        flat = [out[i].contiguous().as_strided((out[i].numel(),), (1,)) for i in which]
+        raw, gap = [x.view(torch.uint8) for x in flat], flat[0].new_empty(16, dtype=torch.uint8)
+        # each begins at a multiple of 16 bytes, as kernels want it
+        parts = [part for x in raw for part in (x, gap[: -len(x) % 16])]
+        buffer, pinned = torch.cat(parts), source.type == "cpu" and device.type == "cuda"
+        if pinned:  # torch keeps this memory until the copy has passed
+            buffer = buffer.pin_memory()
+        there = buffer.to(device, non_blocking=pinned).split([len(part) for part in parts])
+        for i, x in zip(which, there[::2], strict=True):
+            out[i] = x.view(out[i].dtype).view(out[i].shape)
+    return out
 
 
 def pack(
@@ -81,6 +117,9 @@ def pack(
     """
     if isinstance(input_ids, Tensor):
         device = input_ids.device
+        input_ids, attention_mask, position_ids = moved(
+            (input_ids, attention_mask, position_ids), "cpu"
+        )
         tokens, positions, lengths = _flatten_padded(input_ids, attention_mask, position_ids)
     else:
         if attention_mask is not None or position_ids is not None:
@@ -109,13 +148,13 @@ def pack(
     pool = np.empty(order.size, np.int64)
     pool[order] = ends - 1  # a row that adds no node equals the row before it: same last node
     return PackedTrie(
-        torch.from_numpy(tokens[source]).to(device),
+        torch.from_numpy(tokens[source]),
         torch.from_numpy(
             nodes + np.repeat(shared - starts, new) if positions is None else positions[source]
-        ).to(device),
-        torch.from_numpy(_subtree_end(shared, starts, ends)).to(device),
-        torch.from_numpy(pool).to(device),
-    )
+        ),
+        torch.from_numpy(_subtree_end(shared, starts, ends)),
+        torch.from_numpy(pool),
+    ).to(device)
 
 
 def integers(name: str, ids: Tensor | np.ndarray | Sequence[int], shape: str) -> np.ndarray:
@@ -143,7 +182,7 @@ def _flatten_padded(
                 f"attention_mask {tuple(attention_mask.shape)} does not match "
                 f"input_ids {tuple(input_ids.shape)}"
             )
-        keep = attention_mask.cpu().numpy() != 0
+        keep = attention_mask.numpy() != 0
     if position_ids is not None:
         positions = integers("position_ids", position_ids, "[B, T]")
         if positions.shape not in (ids.shape, (1, ids.shape[1])):

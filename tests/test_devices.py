@@ -9,6 +9,7 @@ import functools
 import os
 from pathlib import Path
 
+import numpy as np
 import processes
 import pytest
 import torch
@@ -17,19 +18,23 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import rmfast
 import tiny
 from rmfast.diagnosis import trials
 from rmfast.diagnosis.case import Case
 from rmfast.evaluate import implicit
-from rmfast.packed import pieces, step
+from rmfast.packed import backends, pieces, step
 from rmfast.packed.survey import is_sharded
 from rmfast.score import memory
 from rmfast.train import batches
 from rmfast.train import objective as train_objective
-from rmfast.trie import PackedTrie
+from rmfast.trie import PackedTrie, moved
 
 CPU, THERE = torch.device("cpu"), torch.device("meta")
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -416,3 +421,121 @@ def test_memory_that_runs_out_where_the_model_is_sharded():
     with pytest.raises(MemoryError, match="sharded: set max_tokens"):
         budget.attempt(work, size=1)
     assert (budget.tokens, budget.halvings) == (64, 0)
+
+
+# --- copies between the devices, all of a model being on the other one
+
+WAITS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten._unique2}
+
+
+class Transfers(TwoDevices):
+    """Lists them: to the other device, or back, for which the host waits."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(op, types, args, kwargs)
+        ends = [isinstance(x, There) for x in (args[:2] if op is COPIES[1] else (*args[:1], out))]
+        if op in COPIES and ends[0] != ends[1]:
+            self.listed.append("there" if ends[0] == (op is COPIES[1]) else "back")
+        elif op.overloadpacket in WAITS and any(isinstance(x, There) for x in args):
+            self.listed.append("back")
+        return out
+
+
+@pytest.fixture
+def transfers(monkeypatch, no_inference_mode):
+    """The list, but for what the CPU's attention, which runs here, reads of the trie."""
+    mode, attend = Transfers(), backends.trie_attention
+    mode.listed = []
+
+    def unseen(*args, **kwargs):
+        before = mode.listed[:]
+        try:
+            return attend(*args, **kwargs)
+        finally:
+            mode.listed[:] = before
+
+    monkeypatch.setattr(backends, "trie_attention", unseen)
+    with mode:
+        yield mode.listed
+
+
+def all_there(cls=AutoModelForSequenceClassification, **options):
+    model = rmfast.patch(tiny.model(cls=cls), **options)
+    for module in model.modules():
+        move(module)
+    return model
+
+
+def inputs_there():
+    ids, mask = INPUTS["input_ids"], INPUTS["attention_mask"].bool()
+    there = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.arange(16)[None]}
+    return {name: There(x) for name, x in there.items()}
+
+
+@pytest.mark.parametrize(
+    "cls", [AutoModelForSequenceClassification, AutoModelForTokenClassification]
+)
+def test_a_call_is_fetched_in_one_copy_and_sent_in_one(cls, transfers):
+    want = tiny.model(cls=cls)(**INPUTS).logits.detach()
+    got = all_there(cls)(**inputs_there()).logits.held
+    assert transfers == ["back", "there"]
+    if got.ndim == 3:  # hidden states of padding are zeros
+        got, want = (x[INPUTS["attention_mask"] != 0] for x in (got, want))
+    assert tiny.score_error(got, want) <= 1e-4
+
+
+def test_pieces_are_sent_in_one_copy_each_and_nothing_waits(transfers):
+    want = tiny.model()(**INPUTS).logits.detach()
+    model, passes = all_there(max_tokens=12), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        got = model(**inputs_there()).logits.held
+    assert len(passes) >= 4 and tiny.score_error(got, want) <= 1e-4
+    # and where in them each sequence is scored
+    assert transfers == ["back"] + ["there"] * (len(passes) + 1)
+
+
+def test_scores_of_a_window_are_fetched_in_one_copy(transfers):
+    want = tiny.model()(**INPUTS).logits.detach()[:, 0]
+    seen = []
+    scorer = rmfast.Scorer(
+        all_there(), max_tokens=12, progress=lambda *_: seen.append(transfers[:])
+    )
+    got = torch.from_numpy(scorer.score(tiny.rows()))
+    assert tiny.score_error(got, want) <= 1e-4
+    assert seen == [["there"] * (i + 1) for i in range(scorer.stats.micro_batches)]
+    assert transfers == [*seen[-1], "there", "back"] and len(seen) >= 4
+
+
+def test_of_a_packed_batch_nothing_is_moved_unless_it_runs_padded(transfers):
+    rows = tiny.rows()
+    batch = batches.Collator(tiny.PAD)([{"chosen_ids": rows[0], "rejected_ids": rows[1]}])
+    batch = {n: There(x) if isinstance(x, torch.Tensor) else x for n, x in batch.items()}
+
+    def objective(given, batch):
+        scores = given.scores()
+        return scores.sum(), scores.detach(), None
+
+    all_there()(rmfast_step=step.Step(batch, objective)).loss.backward()
+    assert transfers == []
+    inputs = step.padded(batch, tiny.PAD)
+    assert transfers == ["back", "there"]
+    for name, x in tiny.padded(rows[:2]).items():
+        assert torch.equal(inputs[name].held, x)
+
+
+def test_moved_tensors_are_the_same():
+    tensors = [
+        torch.arange(5), None, torch.tensor([True, False, True]), torch.arange(9)[3::4][:1],
+        torch.from_numpy(np.flatnonzero(np.zeros(3))),
+        torch.tensor(3.5, dtype=torch.float64), torch.arange(6, dtype=torch.int32).view(2, 3).T,
+    ]  # fmt: skip
+    with TwoDevices():
+        there = moved(tensors, THERE)
+        back = moved(there, CPU)
+        mixed = moved([tensors[0], there[2]], CPU)
+    assert all(x.device == THERE for x in there if x is not None)
+    for before, after in zip([*tensors, tensors[0], tensors[2]], [*back, *mixed], strict=True):
+        assert before is after or (before.dtype == after.dtype and torch.equal(before, after))
+    assert all(x.held.storage_offset() * x.held.itemsize % 16 == 0 for x in there if x is not None)
+    assert all(x is y for x, y in zip(moved(tensors, CPU), tensors, strict=True)), "nothing to do"

@@ -6,13 +6,16 @@ Left-padded rows get other (shifted) angles than packed ones; an angle of up to 
 by up to 16 units. In fp32 the bounds are the library's promise: 1e-4.
 """
 
+import copy
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
 import rmfast
 import tiny
-from rmfast.packed.families import TRIE_BACKBONES
+from rmfast.packed import last_layer, scoring
+from rmfast.packed.families import RESHAPING, TRIE_BACKBONES
 
 UNIT = 2.0**-24
 # Eager attention in transformers masks with the smallest fp64 number and takes the softmax in
@@ -44,6 +47,19 @@ def family_model(family, dtype):
     return tiny.model(family, dtype)
 
 
+@pytest.fixture
+def handed_on(monkeypatch):
+    """How many rows each packed pass gave the head."""
+    counts = []
+
+    def pooled_rows(hidden, *args):
+        counts.append(len(hidden))
+        return last_layer.pooled_rows(hidden, *args)
+
+    monkeypatch.setattr(scoring, "pooled_rows", pooled_rows)
+    return counts
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", sorted(TRIE_BACKBONES - NO_FP64))
 def test_fp64(family, side):
@@ -56,7 +72,7 @@ def test_fp64(family, side):
 
 @pytest.mark.parametrize("mask", [True, False], ids=["mask", "no-mask"])
 @pytest.mark.parametrize("family", sorted(TRIE_BACKBONES))
-def test_fp32(family, mask):
+def test_fp32(family, mask, handed_on):
     model = family_model(family, torch.float32)
     inputs = tiny.padded(tiny.rows(seed=1), "right" if mask else "left")
     if not mask:  # the caller's bug, which must come out the same: pads count as tokens
@@ -64,6 +80,8 @@ def test_fp32(family, mask):
     scores, grads = compare(model, **inputs)
     assert scores <= 1e-4
     assert grads <= 1e-4
+    # the final norm runs on pooled rows only: of six rows, one twice
+    assert (handed_on == [5]) == (family not in RESHAPING)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
@@ -91,6 +109,51 @@ def test_last_layer_runs_pooled_rows_only():
             model(**tiny.padded(tiny.rows()))
         hook.remove()
         assert [shape[1] for shape in seen] == [5], family  # six rows, one of them twice
+
+
+class Doubled(torch.nn.Module):
+    """A norm of somebody's own."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden):
+        return 2 * self.norm(hidden)
+
+
+def _whole(seen):
+    return lambda module, args, *_: seen.append(args[0].shape[1])
+
+
+OTHERS = {
+    "hook on the norm": lambda m, seen: m.model.norm.register_forward_hook(_whole(seen)),
+    "hook before it": lambda m, seen: m.model.norm.register_forward_pre_hook(_whole(seen)),
+    "forward of the norm": lambda m, seen: setattr(
+        m.model.norm, "forward", Doubled(copy.deepcopy(m.model.norm)).forward
+    ),
+    "another norm": lambda m, seen: setattr(m.model, "norm", Doubled(m.model.norm)),
+    "hook on the backbone": lambda m, seen: m.model.register_forward_hook(
+        lambda module, args, out: seen.append(out[0].shape[1])
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_is_not_known_after_the_last_layer_gets_a_row_for_each_node(other, when, handed_on):
+    model, seen = tiny.model(), []
+    if when == "after":
+        rmfast.patch(model)
+    OTHERS[other](model, seen)
+    rmfast.patch(model)
+    inputs = tiny.padded(tiny.rows())
+    ours = tiny.run(model, **inputs)
+    nodes = len(rmfast.pack(tiny.rows()))
+    assert handed_on == [nodes] and set(seen) <= {nodes}
+    theirs = tiny.run(rmfast.unpatch(model), **inputs)
+    assert tiny.score_error(ours[0], theirs[0]) <= 1e-4
+    assert tiny.grad_error(ours[1], theirs[1]) <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

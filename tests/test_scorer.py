@@ -800,6 +800,22 @@ def test_out_of_memory_in_the_middle_runs_nothing_again():
     assert sum(calls) == calls[2] + scorer.stats.nodes
 
 
+def test_memory_that_runs_out_after_a_piece_was_scored():
+    """What is scored again, in smaller pieces, counts once."""
+    model = tiny.model("llama")
+    expected, calls = one_by_one(model, groups()), []
+
+    def progress(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    scorer = Scorer(model, max_tokens=40, progress=progress)
+    got = scorer.score(groups())
+    assert np.abs(got - expected).max() <= 1e-4 * expected.std()
+    assert scorer.stats.halvings == 1
+
+
 def test_other_errors_are_not_taken_for_memory():
     model = tiny.model("llama")
     Full(model, 10, RuntimeError("a bug"))

@@ -42,16 +42,16 @@ class BackboneForward(PackedForward):
         except Unservable as reason:
             self.patch.fallbacks[str(reason)] += 1
             return self.original(*args, **kwargs)
-        device, as_dict = call["input_ids"].device, call.get("return_dict")
-        trie = trie.to(device)
-        passed = {k: call[k] for k in ("output_hidden_states",) if k in call}
-        out = self.backbone(self.original, trie, shared, None, return_dict=True, **passed)
         node = torch.full(keep.shape, len(trie))  # one row more, of zeros, for what is not attended
         node[keep] = torch.cat([torch.from_numpy(path) for path in trie.paths()])
+        trie, node = trie.sent(call["input_ids"].device, node)
+        passed = {k: call[k] for k in ("output_hidden_states",) if k in call}
+        out = self.backbone(self.original, trie, shared, None, return_dict=True, **passed)
         out.last_hidden_state = _unpack(out.last_hidden_state, node)
         if out.get("hidden_states") is not None:
             out.hidden_states = tuple(_unpack(h, node) for h in out.hidden_states)
         out.past_key_values = self.no_cache(call)
+        as_dict = call.get("return_dict")
         as_dict = self.module.config.return_dict if as_dict is None else as_dict
         return out if as_dict else out.to_tuple()
 

@@ -10,6 +10,8 @@ TRIE_BACKBONES = frozenset(
     """.split()
 )
 
+# Those that give their last hidden states the shape of the input; others end with a norm alone.
+RESHAPING = frozenset({"gpt2", "gpt_bigcode"})
 
 # Sequence classifiers that write out transformers' generic last-token forward for themselves.
 LAST_TOKEN_HEADS = frozenset(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from rmfast.packed.compiling import untraced
 from rmfast.packed.pieces import Piece
 from rmfast.packed.stand_in import Override, Unservable
 from rmfast.packed.survey import Seen
-from rmfast.trie import PackedTrie, pack
+from rmfast.trie import PackedTrie, moved, pack
+
+untraced(whole=True)(PackedTrie.sent)
 
 # Arguments the stand-ins read themselves, or may drop: they change no number.
 _KNOWN = frozenset(
@@ -136,11 +138,11 @@ class PackedForward(Override):
         prune: bool,
         shared: bool,
     ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
-        """Hidden states ``[n, H]`` of a piece's own nodes, and its keys and values for the next."""
+        """What :func:`rmfast.packed.pieces.run` asks for."""
         trie = piece.trie
-        rows = trie.pool_index.unique() if prune and self.may_prune() else None
-        if rows is not None and not rows.numel():
-            rows = rows.new_tensor([len(trie) - 1])  # nobody is scored here: any one will do
+        rows = trie.pooled if prune and self.may_prune() else None
+        if rows is not None and not len(rows):
+            rows = rows.new_full((1,), len(trie) - 1)  # nobody is scored here: any one will do
         carried = attention.Carried(piece.carried, piece.keep, before or {}, piece.old)
         out = self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)
         return out[0][0], carried.after
@@ -202,9 +204,14 @@ class PackedForward(Override):
         )
 
 
+@untraced(whole=True)
+def sent(tensors: Iterable[Tensor | None], device: torch.device | str) -> list[Any]:
+    """What :func:`rmfast.trie.moved` gives."""
+    return moved(tensors, device)
+
+
 def _on_cpu(call: dict[str, Any]) -> list[Tensor | None]:
-    names = ("input_ids", "attention_mask", "position_ids")
-    return [None if call.get(name) is None else call[name].cpu() for name in names]
+    return sent([call.get(x) for x in ("input_ids", "attention_mask", "position_ids")], "cpu")
 
 
 # of this thread alone: others may run the same model

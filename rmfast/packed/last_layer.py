@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rmfast.ops import TriePlan
-from rmfast.packed import attention
+from rmfast.packed import attention, models
 from rmfast.packed.compiling import untraced
+from rmfast.packed.families import RESHAPING
 from rmfast.packed.stand_in import Override
+from rmfast.trie import PackedTrie
 
 
 class LastLayer(Override):
@@ -19,7 +21,8 @@ class LastLayer(Override):
 
     The layer runs until its attention function has the keys and values and is left there by an
     exception; then it runs on the pooled rows with those keys and values. Nothing is known of the
-    layer's inside. Rows that were not asked for come back as zeros.
+    layer's inside, so the first run makes queries too, which nobody reads. The pooled rows alone
+    come back where a norm is all that follows; elsewhere the others come back as zeros.
     """
 
     @untraced(whole=True)
@@ -48,6 +51,8 @@ class LastLayer(Override):
         few = dataclasses.replace(run, plan=plan, keys_and_values=(key, value))
         kwargs["rmfast_run"] = few
         out = self.layer(pick(hidden), *tree_map(pick, args), **tree_map(pick, kwargs))
+        if ends_with_norm(self.patch.base):
+            return out
 
         def put(x: Any) -> Any:
             along = isinstance(x, Tensor) and x.ndim > 1 and x.shape[:2] == (1, len(rows))
@@ -64,3 +69,26 @@ class LastLayer(Override):
         while forward.__code__.co_name == "forward_with_checkpointing":
             forward = forward.__wrapped__  # an exception must not leave through checkpointing
         return forward(self.module, *args, **kwargs)
+
+
+def ends_with_norm(base: nn.Module) -> bool:
+    """Whether a norm that is known runs after the last layer, and nothing else.
+
+    Hooks, and code of somebody else, may count on a row for each node.
+    """
+    layers, embeddings = models.decoder_layers(base), base.get_input_embeddings()
+    rest = [m for m in base.children() if m is not layers and m is not embeddings]
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return base.config.model_type not in RESHAPING and not any(
+        any(getattr(m, name) for name in hooks)
+        or not isinstance(models.replaced(m), (Override, type(None)))
+        or not type(m).__module__.startswith(("transformers.models.", "torch.nn.", "peft."))
+        for m in (base, *rest)
+    )
+
+
+def pooled_rows(hidden: Tensor, trie: PackedTrie, first: int = 0) -> Tensor:  # [n, H] -> [P, H]
+    """The hidden states of pooled nodes, given those, or those of all nodes from ``first`` on."""
+    if len(hidden) == len(trie.pooled):
+        return hidden
+    return hidden.index_select(0, (trie.pooled - first).to(hidden.device))

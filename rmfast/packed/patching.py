@@ -242,8 +242,9 @@ def patch(
         model: a reward model, or any module around one supported backbone (PEFT included).
         share_prefixes: run a prefix that several sequences of a batch share once. Off by itself
             while dropout is active.
-        prune_last_layer: run the last decoder layer's attention and MLP on pooled tokens only; its
-            queries and the final norm still run on all tokens.
+        prune_last_layer: run the last decoder layer's attention and MLP, and the final norm, on
+            pooled tokens only; its queries, keys and values are made of all. The final norm runs on
+            all in gpt2 and gpt_bigcode, and where a hook or somebody else's code may see it.
         pooling: the token that carries the score. ``"hf"``: the rightmost that is not the pad
             token, as Hugging Face has it. ``"mask"``: the last one the attention mask lets through.
         attention: ``"triton"``, the kernel of this library; ``"sdpa"``, torch's own operations,

@@ -52,7 +52,7 @@ class Piece:
     old: bool
 
     def to(self, device: torch.device | str) -> Piece:
-        trie, keep = self.trie.to(device), self.keep.to(device)
+        trie, keep = self.trie.sent(device, self.keep)
         return dataclasses.replace(self, trie=trie, keep=keep)
 
 
@@ -184,11 +184,12 @@ def run(
 
     Args:
         forward: runs a piece; given what it returned of the piece before (None for the first),
-            returns the hidden states ``[n, H]`` of the piece's own nodes, and what it needs for
-            the next one.
+            returns the hidden states ``[n, H]`` of the piece's own nodes, or ``[P, H]`` of its
+            pooled ones, and what it needs for the next one.
         trie: on the CPU, as :func:`rmfast.pack` gives it.
         take: called with each piece and its hidden states; called again with a smaller piece
-            should it run out of memory.
+            should it run out of memory. Where it does not wait for a GPU, the next piece is cut
+            and sent there while this one runs.
         device: where pieces run.
 
     Raises:

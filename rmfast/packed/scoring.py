@@ -12,14 +12,15 @@ from rmfast import ops, reference
 from rmfast.packed import models
 from rmfast.packed import step as packed_step
 from rmfast.packed.compiling import untraced
-from rmfast.packed.forward import PackedForward, _on_cpu
+from rmfast.packed.forward import PackedForward, _on_cpu, sent
+from rmfast.packed.last_layer import pooled_rows
 from rmfast.packed.stand_in import Unservable
 from rmfast.packed.step import Rows
 from rmfast.packed.survey import Seen
 from rmfast.trie import PackedTrie
 
 if TYPE_CHECKING:
-    from rmfast.packed.pieces import Piece
+    from rmfast.packed.pieces import Budget, Piece
 
 
 class ScoringForward(PackedForward):
@@ -69,27 +70,35 @@ class ScoringForward(PackedForward):
     def packed(self, call: dict[str, Any], seen: Seen) -> Any:
         ids, mask, positions = _on_cpu(call)
         trie, shared, _ = self.pack(ids, mask, positions, self.pooled(ids, mask), seen.noisy)
-        cuts = self.patch.options.max_tokens != 0 and not seen.whole
-        if cuts and call["input_ids"].device == models.device(self.patch.base):
-            return self.scored(call, self.by_piece(trie, shared))
-        rows = trie.pool_index.unique() if self.may_prune() else None
-        device = call["input_ids"].device
-        trie, rows = trie.to(device), rows.to(device) if rows is not None else None
-        out = self.backbone(self.patch.base, trie, shared, rows)
-        return self.scored(call, self.scores(out[0][0], trie.pool_index))
+        patch, device = self.patch, call["input_ids"].device
+        cuts = patch.options.max_tokens != 0 and not seen.whole
+        if cuts and device == models.device(patch.base):
+            return self.scored(call, self.by_piece(trie, shared, patch.budget()))
+        trie = trie.to(device)
+        out = self.backbone(patch.base, trie, shared, trie.pooled if self.may_prune() else None)
+        return self.scored(call, self.scores(pooled_rows(out[0][0], trie), trie.place))
 
     @untraced()
-    def by_piece(self, trie: PackedTrie, shared: bool) -> Tensor:  # [B, num_labels]
-        rows, scores = [], []
+    def by_piece(
+        self,
+        trie: PackedTrie,
+        shared: bool,
+        budget: Budget,
+        launched: Callable[[Piece], None] = lambda piece: None,
+    ) -> Tensor:  # [B, num_labels]
+        """Scores of a trie on the CPU; nothing waits for the device that they are on."""
+        found = {}  # by where a piece begins, should one run again in parts
 
         def take(piece: Piece, hidden: Tensor) -> None:
-            if piece.rows.size:
-                scores.append(self.scores(hidden, piece.trie.pool_index - piece.carried))
-                rows.append(torch.from_numpy(piece.rows))
+            if piece.rows.size:  # a node once: a matmul may round equal rows differently
+                rows = pooled_rows(hidden, piece.trie, piece.carried)
+                every = torch.arange(len(rows), device=piece.trie.place.device)
+                found[piece.start] = self.scores(rows, every)
+            launched(piece)
 
-        self.run_pieces(trie, take, self.patch.budget(), shared=shared)
-        scores = torch.cat(scores)
-        return scores[torch.cat(rows).argsort().to(scores.device)]
+        self.run_pieces(trie, take, budget, shared=shared)
+        scores = torch.cat([*found.values()])  # of the pooled nodes, in preorder
+        return scores[sent([trie.place], scores.device)[0]]
 
     def prepacked(self, step: packed_step.Step, call: dict[str, Any]) -> Any:
         """The loss of a batch that was packed before; nothing waits for a GPU."""
@@ -106,9 +115,10 @@ class ScoringForward(PackedForward):
             patch.fallbacks[str(reason)] += 1
             rows = self.of_padded(batch)
         else:
-            few = batch["pooled"] if self.may_prune() else None
-            out = self.backbone(patch.base, packed_step.trie_of(batch), batch["shared"], few)
-            hidden, index = out[0][0], batch["pool_index"]
+            trie = packed_step.trie_of(batch)
+            few = trie.pooled if self.may_prune() else None
+            out = self.backbone(patch.base, trie, batch["shared"], few)
+            hidden, index = pooled_rows(out[0][0], trie), trie.place
             head, where = self.head_beside(hidden, index), {"index": index}
             rows = Rows(lambda: self.scores(hidden, index)[:, 0], hidden, head, where)
         loss, step.scores, step.metrics = step.objective(rows, batch)

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmfast.trie import SEGMENT, PackedTrie
+from rmfast.trie import SEGMENT, PackedTrie, moved
 
 Batch = dict[str, Any]
 
 
 def trie_of(batch: Batch) -> PackedTrie:
-    names = ("input_ids", "position_ids", "subtree_end", "pool_index")
-    return PackedTrie(*(batch[name] for name in names))
+    return PackedTrie(**{field.name: batch[field.name] for field in fields(PackedTrie)})
 
 
 def padded(batch: Batch, pad_token_id: int) -> dict[str, Tensor]:
     """What a model's own forward takes of a packed batch, each ``[B, T]``, padded on the right."""
-    trie = trie_of(batch)
-    device = trie.input_ids.device
-    rows = [trie.input_ids[torch.from_numpy(path).to(device)] for path in trie.paths()]
-    return inputs_of(rows, pad_token_id, batch["segments"])
+    trie = trie_of(batch).to("cpu")
+    rows = [trie.input_ids[path] for path in trie.paths()]
+    inputs = inputs_of(rows, pad_token_id, batch["segments"])
+    return dict(zip(inputs, moved(inputs.values(), batch["input_ids"].device), strict=True))
 
 
 def pad(
@@ -54,8 +54,8 @@ class Rows(NamedTuple):
 
     Attributes:
         scores: gives the scores ``[B]``, in fp32 (fp64 of fp64 models).
-        hidden: hidden states ``[N, H]`` of the trie's nodes, ``[B, T, H]`` of a padded batch; None
-            where only scores are known.
+        hidden: hidden states of nodes ``[M, H]``, of a padded batch ``[B, T, H]``; None where only
+            scores are known.
         head: the linear head on them; None where it is not a bare one, or on another device.
         where: what else of :func:`rmfast.ops.reward_head_pairwise_loss` says which are scored.
     """

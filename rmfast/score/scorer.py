@@ -68,7 +68,7 @@ class Scorer(BulkScorer):
         attention: as for :func:`rmfast.patch`; None: as the model was patched, ``"auto"`` if it was
             not.
         progress: show a bar; or a function that is called with the conversations and the tokens
-            each micro-batch finished.
+            of each micro-batch, once it was launched: a GPU may still be at it.
 
     Attributes:
         max_tokens: tokens a micro-batch, now.
@@ -233,16 +233,12 @@ class Scorer(BulkScorer):
         self.stats.nodes += len(trie)
         forward = self._patch.overrides[0]
 
-        def take(piece: pieces.Piece, hidden: Tensor) -> None:
+        def launched(piece: pieces.Piece) -> None:
             done = which[piece.rows]
-            if done.size:
-                # a node once: a matmul may round equal rows differently, and equal is a tie
-                nodes, place = piece.trie.pool_index.unique(return_inverse=True)
-                scores = forward.scores(hidden, nodes - piece.carried)
-                raw[done] = scores[place, 0].cpu().double()
             self._ran(piece.stop - piece.start, done.size, int(lengths[done].sum()))
 
-        forward.run_pieces(trie, take, self._budget)
+        scores = forward.by_piece(trie, True, self._budget, launched)
+        raw[which] = scores[:, 0].cpu().double()
 
     def _run_padded(self, rows: list[np.ndarray], which: np.ndarray, raw: Tensor) -> None:
         """The same for rows that cannot run packed: sorted by length, or by shared prefixes."""

@@ -38,7 +38,6 @@ class Collator:
     nodes (pairs: all chosen, then all rejected; groups: one after another), and of
 
     - ``sizes``: int64 ``[G]``, responses of each group; only with groups.
-    - ``pooled``: int64 ``[P]``, rising, the nodes that carry a score.
     - ``pairs``: int64 ``[Q, 2]``, better and worse sequence; only with groups.
     - ``margin``: fp32 ``[B / 2]``, where the examples have one.
     - ``ranks``: fp32 ``[B]``, ``offsets``: int64 ``[G + 1]``, ``largest``: the most responses in a
@@ -120,7 +119,8 @@ class Collator:
             "input_ids": trie.input_ids,
             "position_ids": trie.position_ids,
             "subtree_end": trie.subtree_end,
-            "pooled": trie.pool_index.unique(),
+            "pooled": trie.pooled,
+            "place": trie.place,
             "tokens": sum(row.size for row in arrays),
             "longest": max(row.size for row in arrays),
             "shared": self.share_prefixes,

@@ -8,6 +8,7 @@ import torch
 
 import rmfast
 import tiny
+from rmfast.packed import pieces
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "qwen3"])
 SEEDS = 8
@@ -110,3 +111,13 @@ def test_layers_on_two_devices(order, last, triton_calls):
     rows = [row[keep.bool()].tolist() for row, keep in zip(*batch(0).values(), strict=True)]
     bulk = torch.from_numpy(rmfast.Scorer(m, max_tokens=16).score(rows))
     assert tiny.score_error(bulk, theirs[:, 0].cpu()) <= 1e-4
+
+
+def test_pieces_wait_for_nothing(no_sync):
+    m = patched(model("llama", torch.bfloat16), "triton")
+    forward, trie = m._rmfast.overrides[0], rmfast.pack(tiny.rows())
+    with torch.no_grad():
+        want = forward.by_piece(trie, True, pieces.Budget(12))  # compiles
+        with no_sync():
+            got = forward.by_piece(trie, True, pieces.Budget(12))
+    assert torch.equal(got, want)
