@@ -327,7 +327,7 @@ def fused_loss(
         count, batch, span, triton.cdiv(batch, grid), padded.shape[1], width, skipped,
         *padded.stride(), *tokens.stride(), weight.stride(1),
         **options(layout, margin, target, pair_weight, label_smoothing, center, gamma),
-        POOL=pool, TOKENS=min(256, max(16, block)),
+        POOL=pool, TOKENS=min(128, max(16, block)),
         HAS_BIAS=bias is not None, MEAN=reduction == "mean",
         GRADS=grads is not None, PARTIAL=needs_weight, ACC=accumulator(hidden.dtype),
         TILE=held, BLOCK=block, WHOLE=whole, PROGRAMS=triton.next_power_of_2(grid),
