@@ -83,8 +83,6 @@ def head_cases() -> Iterable[tuple[str, Case]]:
         yield f"head backward, H {width}, {name}", case
     five = Case(_bind(backward, 4096, torch.bfloat16, 5, BATCH))
     yield "head backward, H 4096, bf16, 5 labels", five
-    many = Case(_bind(backward, 4096, torch.bfloat16, 1, 4096), wide)
-    yield "head backward, H 4096, bf16, B 4096", many
 
 
 def pairwise_cases() -> Iterable[tuple[str, Case]]:
