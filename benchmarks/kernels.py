@@ -282,15 +282,15 @@ def preparations(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str
         "FlexAttention": lambda: backends._block_mask(ops.TriePlan(end, position), None)
     }
     if importlib.util.find_spec("triton") is not None:
-        from rmfast.kernels import trie_attention as kernels
+        from rmfast.kernels import trie_configs, trie_plan
 
         like = torch.empty(0, dtype=torch.bfloat16, device=device)
 
         def plans() -> None:
-            who = kernels.rule(end, position, None, None)
+            who = trie_plan.rule(end, position, None, len(end), None)
             for kernel in ("forward", "dq", "dkv"):
-                config = kernels._config(kernel, like, shape.head_dim, False, False)
-                kernels.plan(who, config.rows, config.nodes, kernel == "dkv")
+                config = trie_configs.config(kernel, like, shape.head_dim, False, False)
+                trie_plan.plan(who, config.rows, config.nodes, kernel == "dkv")
 
         calls = {"rmfast": plans, **calls}
     if importlib.util.find_spec("flash_attn") is not None:

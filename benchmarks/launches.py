@@ -1,277 +1,391 @@
-"""Records what a launcher launches, and compiles it for chips that are not there.
+"""Counts what a GPU would be given, without one: launches, copies each way, waits, bytes.
 
-    with launches.record() as recorded:
-        reward_head.reward_head(hidden, index, weight, None)  # ordinary CPU tensors
-    compiled = launches.compile(recorded[0], "sm_90")
+    python -m rmfast.benchmarks.launches
 
-Compiling goes through ``JITFunction.run`` itself, told that the chip is there, so arguments are
-specialised exactly as a launch would. Triton must have been imported without TRITON_INTERPRET:
-:func:`processes` starts some where it was.
+Tensors of the meta device, which have shapes and no numbers, say that they are on a GPU, and what
+would run on them is listed instead. Whole numbers keep their values beside it, so that what depends
+on them goes the way of a real batch. An operation of torch counts as one launch, though some launch
+several kernels; views, allocations and empty outputs launch nothing. A wait is where the host stops
+until the GPU is done: a copy that is not ``non_blocking`` or whose memory on the host is not
+pinned, and every operation whose result, or the shape of it, the host must know. Bytes are of all
+launches but matrix products and the kernels of attention, head and loss: what is read and written,
+a broadcast input once.
+
+Models have 2 and 3 layers; a layer is the difference, and the whole is as deep as the real one.
 """
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
+import argparse
 import contextlib
-import functools
-import multiprocessing
-import os
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
+import csv
+import itertools
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+import torch
+from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+import rmfast
+from rmfast import ops
+from rmfast.benchmarks import contestants, gpu_common, offline
 from rmfast.kernels import chips
+from rmfast.packed.step import Step
+from rmfast.train.batches import Collator
+from rmfast.train.objective import Objective
+
+# --- the GPU that is not there
+
+GPU, META, CPU = torch.device("cuda", 0), torch.device("meta"), torch.device("cpu")
+# allocations, and a view whose schema does not say so
+_FREE = set("empty empty_like empty_strided new_empty new_empty_strided _unsafe_view".split())
+_PRODUCTS = set("mm addmm bmm baddbmm".split())
+_INDEXES = set("index index_put index_put_ _index_put_impl_".split())
+_LOOKS_UP = set("embedding gather index index_select".split())  # and reads no other row
+_FILLS = set("copy_ fill_ zero_".split())  # what was there is not read
+_ASKED = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+_KNOWN = 1 << 20  # elements up to which values are kept
+
+_device, _there = torch._C.TensorBase.device.__get__, torch._C.TensorBase.is_meta.__get__
 
 
-class Launch(NamedTuple):
-    fn: Any  # triton.JITFunction
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]  # by name, the constexprs and defaults among them
-    options: dict[str, Any]  # num_warps, num_stages, ...: what the kernel has no parameter for
+def _tensors(x: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
 
 
-class Compiled(NamedTuple):
-    kernel: str
-    chip: str
-    num_warps: int
-    num_stages: int
-    registers: int  # of a thread; on AMD vector registers, accumulators included
-    spills: int  # NVIDIA: instructions to or from local memory; AMD: vector registers spilled
-    scalar_spills: int  # AMD: scalar registers kept in lanes of vector ones, not in memory
-    local_bytes: int  # of a thread: stack, spilled registers, arrays indexed at run time
-    shared: int  # bytes of a program
-    programs: int  # that a multiprocessor (compute unit) can hold at once
-    occupancy: float  # their warps over the most it can hold
-    text: str  # SASS, or AMD's assembly; empty where it was not asked for
-
-    def opcodes(self) -> collections.Counter[str]:
-        """How often each instruction stands in the text, by its full name."""
-        pattern = _SASS if chips.CHIPS[self.chip].backend == "cuda" else _AMDGCN
-        return collections.Counter(pattern.findall(self.text))
+def _bytes(x: Tensor) -> int:
+    sizes = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride]
+    return x.element_size() * torch.Size(sizes).numel() if x.numel() else 0
 
 
-_SASS = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-_AMDGCN = re.compile(r"^\t([a-z]\w*)", re.MULTILINE)
+class Gpu(TorchDispatchMode):
+    """What the block gives to the GPU.
 
-
-@contextlib.contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Inside the block kernels are not run: their launches are listed, in order."""
-    import triton
-    from triton.runtime.jit import JITFunction
-
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            "TRITON_INTERPRET=1: kernels are interpreted and cannot be compiled; unset it before "
-            "triton is imported"
-        )
-    recorded: list[Launch] = []
-
-    def run(fn, *args, grid, warmup, **kwargs):
-        options = {k: kwargs.pop(k) for k in list(kwargs) if k not in fn.arg_names}
-        bound = fn.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        arguments = dict(bound.arguments)
-        recorded.append(Launch(fn, grid(arguments) if callable(grid) else grid, arguments, options))
-
-    before, JITFunction.run = JITFunction.run, run
-    try:
-        yield recorded
-    finally:
-        JITFunction.run = before
-
-
-# --- compiling
-
-
-def name(launch: Launch) -> str:
-    """``file.function`` of its kernel."""
-    return f"{launch.fn.fn.__module__.split('.')[-1]}.{launch.fn.fn.__name__}"
-
-
-def compile(launch: Launch, chip: str, text: bool = True) -> Compiled:
-    """What the launch would run on ``chip``, one of ``chips.CHIPS``.
-
-    Which configuration that is was settled when the launch was recorded: do that inside
-    ``chips.launching_for(chip)``. Without ``text`` it is a third faster on NVIDIA's.
+    Attributes:
+        launches: how often each operation of torch and each kernel of Triton was launched.
+        counts: ``copies to the GPU``, ``copies to the host``, ``waits`` and ``bytes``.
     """
-    kernel = _kernel(launch, chip)
-    if chips.CHIPS[chip].backend == "cuda":
-        figures = _nvidia(kernel.asm["cubin"], text)
-    else:
-        figures = _amd(kernel.asm["amdgcn"])
-    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-    programs = resident(chip, warps, figures["registers"], shared)
-    return Compiled(
-        kernel=name(launch),
-        chip=chip,
-        num_warps=warps,
-        num_stages=kernel.metadata.num_stages,
-        shared=shared,
-        programs=programs,
-        occupancy=programs * warps / LIMITS[chip].warps,
-        **figures,
-    )
 
+    # under such a mode torch makes tensors on CUDA without starting it
+    _mode_key = torch._C._TorchDispatchModeKey.FAKE
 
-def specialised(launch: Launch, chip: str) -> Any:
-    """The ``ASTSource`` that is compiled: signature, constants and attributes."""
-    return _kernel(launch, chip).src
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.honest = False  # while torch works out shapes: tensors are on the meta device
+        self._values = WeakTensorKeyDictionary()
+        self._pinned: dict[int, Any] = {}  # storages on the host, by address
 
+    def total(self) -> Counter[str]:
+        return Counter(launches=self.launches.total(), **self.counts)
 
-def _kernel(launch: Launch, chip: str) -> Any:
-    with _driver(chip):
-        return launch.fn.run(**launch.arguments, grid=launch.grid, warmup=True, **launch.options)
+    def put(self, x: Tensor) -> Tensor:
+        """``x`` on the GPU, where it has been all along: no copy is counted."""
+        return self._know(torch.empty_like(x, device=META), x)
 
+    def triton(self, launch: offline.Launch) -> None:
+        name = offline.name(launch)
+        self.launches[name] += 1
+        if name.startswith("elementwise."):
+            tensors = {id(x): x for x in _tensors(launch.arguments)}
+            self.counts["bytes"] += sum(map(_bytes, tensors.values()))
 
-class _Absent:
-    """All of a driver that is asked for before the launch itself."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func._schema.name.partition("::")[2]
+        if func.namespace == "rmfast":  # opaque to torch: what is inside counts
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        inputs, target = _tensors((args, kwargs)), kwargs.get("device")
+        if not any(map(_there, inputs)) and (target or CPU).type == "cpu":
+            return self._on_host(func, name, args, kwargs)
+        with self:  # where autograd is off, operations made of others come here whole
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        if name in ("_to_copy", "copy_"):
+            source = args[name == "copy_"]
+            to_host = (args[0].device if name == "copy_" else target or source.device).type == "cpu"
+            if _there(source) == to_host:
+                return self._copy(func, name, source, args, kwargs)
+            if target is not None and kwargs.get("dtype") in (None, source.dtype):
+                return source.detach()  # it is there
+        for x in inputs if name.startswith("index") else ():  # indices are moved first
+            self._count_copy("copies to the GPU", x.dim() and not _there(x), True)
+        return self._launch(func, name, inputs, args, kwargs)
 
-    def __init__(self, chip: str):
-        from triton.backends.compiler import GPUTarget
+    def _on_host(self, func, name, args, kwargs):
+        kwargs = dict(kwargs)
+        pinning = name in ("pin_memory", "_pin_memory")
+        pins = kwargs.pop("pin_memory", None) or pinning
+        if name == "is_pinned":
+            return self._is_pinned(args[0])
+        out = args[0].clone() if pinning else func(*args, **kwargs)
+        if pins:
+            self._pinned[out.untyped_storage().data_ptr()] = out.untyped_storage()
+        return out
 
-        self.name = chip
-        self.target = GPUTarget(*chips.CHIPS[chip][:3])
+    def _is_pinned(self, x: Tensor) -> bool:
+        return x.untyped_storage().data_ptr() in self._pinned
 
-    def get_current_target(self):
-        return self.target
+    def _count_copy(self, way: str, some: bool | int, waits: bool) -> None:
+        self.counts.update({way: bool(some), "waits": bool(some) and waits})
 
-    def get_current_device(self):  # what compiled kernels are kept under
-        return self.name
+    def _copy(self, func, name, source, args, kwargs):
+        """Between the host and the GPU."""
+        waits = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,)))
+        if not _there(source):
+            self._count_copy(
+                "copies to the GPU", source.numel(), waits or not self._is_pinned(source)
+            )
+            out = self._shaped(func, args, kwargs)
+            return self._know(out, source.to(out.dtype, copy=True))
+        # torch pins what it makes for a copy that does not wait
+        waits |= name == "copy_" and not self._is_pinned(args[0])
+        self._count_copy("copies to the host", source.numel(), waits)
+        args, kwargs = self._valued((args, kwargs))
+        return func(*args, **kwargs)
 
-    def get_current_stream(self, device):
-        return 0
+    def _launch(self, func, name, inputs, args, kwargs):
+        waits = bool(_ASKED & set(func.tags))
+        if name in _INDEXES:  # by a mask only
+            waits = any(x is not None and x.dtype == torch.bool for x in args[1])
+        view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        known = all(x in self._values for x in inputs if _there(x))
+        out = None if waits else self._shaped(func, args, kwargs)
+        small = all(x.numel() <= _KNOWN and not x.is_floating_point() for x in _tensors(out))
+        if waits or (known and small):
+            args, kwargs = self._valued((args, kwargs))
+            values = func(*args, **kwargs)
+            if waits:
+                out = tree_map(lambda x: self.put(x) if isinstance(x, Tensor) else x, values)
+            for x, value in zip(_tensors(out), _tensors(values), strict=True):
+                self._know(x, torch.zeros_like(value) if "empty" in name else value)
+        elif not view:
+            for x in _tensors(out):
+                self._values.pop(x, None)
+        outs = _tensors(out)
+        self.counts.update({"waits": waits, "copies to the host": name == "_local_scalar_dense"})
+        if not view and name not in _FREE and (waits or any(x.numel() for x in outs)):
+            self.launches[name] += name != "_local_scalar_dense"
+            if name not in _PRODUCTS:
+                read = [*outs, *inputs[1:]] if name in _LOOKS_UP else inputs[name in _FILLS :]
+                self.counts["bytes"] += sum(_bytes(x) for x in (*read, *outs) if _there(x))
+        return out
+
+    def _shaped(self, func, args, kwargs):
+        """What it returns, without numbers."""
+        kwargs = {k: META if isinstance(x, torch.device) else x for k, x in kwargs.items()}
+        self.honest = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.honest = False
+
+    def _valued(self, tree):
+        """Values on the host, ones where they are not known."""
+
+        def value(x: Any) -> Any:
+            if isinstance(x, torch.device):
+                return CPU
+            if not (isinstance(x, Tensor) and _there(x)):
+                return x
+            return self._values.get(x, torch.ones(x.shape, dtype=x.dtype))
+
+        return tree_map(value, tree)
+
+    def _know(self, x: Tensor, values: Tensor) -> Tensor:
+        if x.numel() <= _KNOWN and not x.is_floating_point():
+            self._values[x] = values
+        return x
 
 
 @contextlib.contextmanager
-def _driver(chip: str) -> Iterator[None]:
-    from triton.runtime import driver
+def played() -> Iterator[Gpu]:
+    """Inside the block tensors of the meta device are on an H100, as all Python code sees it."""
+    gpu, nothing, tensor = Gpu(), contextlib.nullcontext, torch.tensor
+    stream = types.SimpleNamespace(cuda_stream=-1)  # no real one: kernels keep counters by it
+    h100 = types.SimpleNamespace(multi_processor_count=132)
 
-    before = dict(vars(driver))  # `active` itself raises where there is no GPU
-    driver.set_active(_Absent(chip))
-    try:
-        yield
-    finally:
-        vars(driver).update(before)
+    def device(x: Tensor) -> torch.device:
+        return GPU if _there(x) and not gpu.honest else _device(x)
 
+    def made(data: Any, device: Any = None, **options: Any) -> Tensor:  # no mode sees that copy
+        return tensor(data, **options).to(device or CPU)
 
-@functools.cache
-def _nvidia(cubin: bytes, text: bool) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        local = used["STACK"] + used["LOCAL"]
-        # without local memory there is nothing to spill to
-        sass = _tool("nvdisasm", "-c", "-ndf", file.name) if text or local else ""
-    return {
-        "registers": used["REG"],
-        "spills": sum(op.startswith(("STL", "LDL")) for op in _SASS.findall(sass)),
-        "scalar_spills": 0,
-        "local_bytes": local,
-        "text": sass if text else "",
-    }
-
-
-def _tool(name: str, *arguments: str) -> str:
-    from triton.backends import nvidia
-
-    path = Path(nvidia.__file__).parent / "bin" / name
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+    changes: list[tuple[Any, str, Any]] = [
+        (torch, "tensor", made),
+        (torch.Tensor, "new_tensor", lambda x, data: made(data, x.device, dtype=x.dtype)),
+        (torch.Tensor, "device", property(device)),
+        (torch.Tensor, "is_cuda", property(lambda x: device(x).type == "cuda")),
+        (torch.Tensor, "is_meta", property(lambda x: device(x).type == "meta")),
+        (torch, "autocast", lambda *_, **__: nothing()),
+        (torch.cuda, "device", nothing),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (torch.cuda, "get_device_properties", lambda *_: h100),
+        (torch.cuda, "current_stream", lambda *_: stream),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, new in changes:
+            stack.enter_context(mock.patch.object(owner, name, new))
+        stack.enter_context(chips.launching_for("sm_90"))
+        stack.enter_context(offline.record(gpu.triton))
+        yield stack.enter_context(gpu)
 
 
-def _amd(text: str) -> dict[str, Any]:
-    fields = {k: int(v) for k, v in re.findall(r"^ +\.(\w+): +(\d+)$", text, re.MULTILINE)}
-    return {
-        "registers": fields["vgpr_count"],
-        "spills": fields["vgpr_spill_count"],
-        "scalar_spills": fields["sgpr_spill_count"],
-        "local_bytes": fields["private_segment_fixed_size"],
-        "text": text,
-    }
+# --- what is counted
+
+SHAPES = {"Qwen3-0.6B": "0.6B", "Llama-8B": "8B"}  # as they are called in gpu_common
+PAIRS = 16
 
 
-# --- occupancy
+class Figure(NamedTuple):
+    what: str
+    case: str
+    figure: float
 
 
-class Limits(NamedTuple):
-    """Of a multiprocessor or compute unit."""
+def build(name: str, layers: int) -> nn.Module:
+    """A patched reward model in bf16, on the GPU."""
+    made, *sizes = gpu_common.SHAPES[SHAPES[name]]
+    sizes = dict(zip(gpu_common.SIZES, sizes, strict=True)) | {"num_hidden_layers": layers}
+    config = made.config_class(num_labels=1, pad_token_id=0, use_cache=False, **sizes)
+    with torch.device(META):
+        return rmfast.patch(made._from_config(config, dtype=torch.bfloat16).eval())
 
-    warps: int
-    programs: int
-    shared: int  # bytes
-    granule: int  # bytes in which shared memory is given out
-    reserved: int  # bytes of it that each program loses
+
+def minus(a: Counter[str], b: Counter[str], times: int = 1) -> Counter[str]:
+    return Counter({name: a[name] - times * b[name] for name in a | b})
 
 
-# NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; 1 KiB a
-# program is the system's. AMD: CDNA3 and CDNA4 instruction set guides and white papers: 4 SIMDs of
-# 8 waves, 64 or 160 KiB of LDS, 16 workgroups that have a barrier.
-LIMITS = {
-    "sm_80": Limits(64, 32, 164 << 10, 128, 1 << 10),
-    "sm_90": Limits(64, 32, 228 << 10, 128, 1 << 10),
-    "sm_100": Limits(64, 32, 228 << 10, 128, 1 << 10),
-    "sm_120": Limits(48, 24, 100 << 10, 128, 1 << 10),
-    "gfx942": Limits(32, 16, 64 << 10, 512, 0),
-    "gfx950": Limits(32, 16, 160 << 10, 1280, 0),
+def twice(gpu: Gpu, run: Callable[[], object]) -> Counter[str]:
+    """Counts of the second run: what is made once does not count."""
+    run()
+    before = gpu.total()
+    run()
+    return minus(gpu.total(), before)
+
+
+def padded(model: nn.Module, gpu: Gpu, backward: bool = False) -> Counter[str]:
+    inputs = contestants.padded(gpu_common.rows_of("pairs"), range(2 * PAIRS), 0)
+    inputs = {name: gpu.put(x) for name, x in inputs.items()}
+
+    def run() -> None:
+        model.zero_grad()
+        with torch.set_grad_enabled(backward):
+            logits = model(**inputs).logits
+        if backward:
+            logits.backward(torch.empty_like(logits))
+
+    return twice(gpu, run)
+
+
+def window(model: nn.Module, gpu: Gpu) -> Counter[str]:
+    scorer = rmfast.Scorer(model, max_tokens=1 << 16)
+    return twice(gpu, lambda: scorer.score(gpu_common.rows_of("pairs")))
+
+
+def piece(model: nn.Module, gpu: Gpu) -> Counter[str]:
+    """From the end of the second piece to that of the third, both in the midst of a group."""
+    ends: list[Counter[str]] = []
+    scorer = rmfast.Scorer(model, max_tokens=512, progress=lambda *_: ends.append(gpu.total()))
+    scorer.score(gpu_common.rows_of("groups")[:8])  # 600 tokens that all share, 8 times 200
+    return minus(ends[2], ends[1])
+
+
+def step(model: nn.Module, gpu: Gpu) -> Counter[str]:
+    """With the copies of the batch, as a trainer makes them of what its data loader pinned."""
+    rows = gpu_common.rows_of("pairs")[: 2 * PAIRS]
+    pairs = zip(rows[::2], rows[1::2], strict=True)
+    batch = Collator(0)([{"chosen_ids": a, "rejected_ids": b} for a, b in pairs])
+    tensors = {name: x.pin_memory() for name, x in batch.items() if isinstance(x, Tensor)}
+
+    def run() -> None:
+        model.train().zero_grad()
+        moved = batch | {name: x.to(GPU, non_blocking=True) for name, x in tensors.items()}
+        loss = model(rmfast_step=Step(moved, Objective(), PAIRS)).loss
+        loss.backward()
+
+    return twice(gpu, run)
+
+
+CASES: dict[str, Callable[[nn.Module, Gpu], Counter[str]]] = {
+    "padded batch, forward": padded,
+    "padded batch, forward and backward": lambda model, gpu: padded(model, gpu, True),
+    "window of a Scorer": window,
+    "carried piece of a Scorer": piece,
+    "training step": step,
 }
 
 
-def resident(chip: str, num_warps: int, registers: int, shared: int) -> int:
-    """Programs that fit on one multiprocessor (compute unit) together."""
-    limits = LIMITS[chip]
-    if chips.CHIPS[chip].backend == "cuda":
-        # 64 Ki registers in four quarters; a warp takes multiples of 256
-        warps = 4 * ((16 << 10) // _up(32 * max(registers, 1), 256))
-        programs = limits.programs
-    else:
-        # 512 registers a lane in each of four SIMDs; a wave takes multiples of 8
-        warps = 4 * (512 // _up(max(registers, 1), 8))
-        programs = limits.programs if num_warps > 1 else limits.warps
-    taken = _up(shared + limits.reserved, limits.granule)
-    by_shared = limits.shared // taken if taken else programs
-    return min(programs, min(warps, limits.warps) // num_warps, by_shared)
+def of_models() -> Iterator[Figure]:
+    nodes = len(rmfast.pack(gpu_common.rows_of("pairs")[: 2 * PAIRS]))
+    for name, (about, run) in itertools.product(SHAPES, CASES.items()):
+        with played() as gpu:
+            two, three = (run(build(name, layers), gpu) for layers in (2, 3))
+        layer = minus(three, two)
+        whole = minus(two, layer, 2 - gpu_common.SHAPES[SHAPES[name]][3])
+        case = f"{about}, {name}"
+        for what in ("launches", "copies to the GPU", "copies to the host", "waits"):
+            yield Figure(what, case, whole[what])
+        yield Figure("launches a layer", case, layer["launches"])
+        if run is padded:
+            figure = round(layer["bytes"] / nodes)
+            yield Figure("elementwise bytes a token and layer, forward", name, figure)
 
 
-def _up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
+def plan(nodes: int, first: int, window: int | None, backward: bool) -> Counter[str]:
+    """What the first call of attention, on nodes from ``first`` on, has beyond the second."""
+    start = list(range(1024))
+    trie = rmfast.pack([start + [i] * 512 for i in range((nodes - len(start)) // 512)])
+    with played() as gpu:
+        query, key, value = (
+            torch.empty(1, n, 8, 128, dtype=torch.bfloat16, device=GPU).transpose(1, 2)
+            for n in (nodes - first, nodes, nodes)
+        )
+        query.requires_grad_(backward)
+        end, position = gpu.put(trie.subtree_end), gpu.put(trie.position_ids)
+        totals = [gpu.total()]
+        made = ops.TriePlan(end, position, first=first)
+        for _ in range(2):
+            out = ops.trie_attention(query, key, value, made, window=window)
+            if backward:
+                torch.autograd.grad(out, query, torch.empty_like(out))
+            totals.append(gpu.total())
+    return minus(minus(totals[1], totals[0]), minus(totals[2], totals[1]))
 
 
-# --- processes that import triton afresh
+def of_plans() -> Iterator[Figure]:
+    kinds = ("whole", "whole, with that of the backward", "carried")
+    for size, kind, window in itertools.product((16, 64), kinds, (None, 4096)):
+        found = plan(size << 10, 1024 if kind == "carried" else 0, window, "backward" in kind)
+        case = f"{size}k nodes, {kind}" + (f", window {window}" if window else "")
+        yield Figure("launches of a plan", case, found["launches"])
 
 
-@contextlib.contextmanager
-def processes(
-    jobs: int | None = None, interpret: bool = False
-) -> Iterator[concurrent.futures.Executor]:
-    """Workers in which triton compiles (or interprets), whatever this process does.
-
-    Their compiled kernels go with them. ``jobs``: how many, as many as there are CPUs if None.
-    """
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        concurrent.futures.ProcessPoolExecutor(
-            jobs or os.cpu_count(),
-            multiprocessing.get_context("spawn"),
-            initializer=_start,
-            initargs=(cache, interpret),
-        ) as pool,
-    ):
-        try:
-            yield pool
-        finally:
-            pool.shutdown(cancel_futures=True)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("launches", description=__doc__.partition("\n")[0])
+    results = Path(__file__).with_name("results")
+    default = results / "launches.csv" if results.is_dir() else None
+    parser.add_argument("--csv", type=Path, default=default, help="written anew: %(default)s")
+    args = parser.parse_args(argv)
+    lines = [Figure._fields, *sorted([*of_models(), *of_plans()])]
+    for number, line in enumerate(lines):
+        print(f"| {' | '.join(map(str, line))} |" + ("" if number else f"\n|{'---|' * len(line)}"))
+    if args.csv is not None:
+        with args.csv.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
 
 
-def _start(cache: str, interpret: bool) -> None:
-    os.environ["TRITON_CACHE_DIR"] = cache
-    os.environ["TRITON_INTERPRET"] = str(int(interpret))
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default, said aloud: 3.9 warns
-    import torch
-
-    torch.set_num_threads(1)
+if __name__ == "__main__":
+    main()

@@ -5,11 +5,10 @@
 No GPU is needed. Bytes are counted while Triton's interpreter runs the kernels, launch by launch:
 each address that is read once, whatever read it how often (a repeat is served by the cache as long
 as the rows of a batch fit into it), and each store each time. Launches are counted in one training
-step of head and loss, forward and backward: Triton's, and torch's operations that write memory
-(views and allocations launch nothing; an operation counts as one, though on a GPU some launch
-several kernels). The gradient of the loss, a one, is given. Attention: tiles visited, against the
-mask itself; instructions of the loop over full tiles, against those of plain causal attention
-compiled from the same source.
+step of head and loss, forward and backward, as :mod:`rmfast.benchmarks.launches` does; the gradient
+of the loss, a one, is given. Attention: tiles visited, against the mask itself; tiles on the
+longest way to dK and dV, on 132 processors, against a processor's on average; instructions of the
+loop over full tiles, against those of plain causal attention compiled from the same source.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmfast.benchmarks import attention_work, launches
+from rmfast.benchmarks import attention_work, offline
 from rmfast.kernels import chips
+from rmfast.trie import PackedTrie
 
 
 class Figure(NamedTuple):
@@ -118,8 +117,9 @@ TOKENS, WIDTH, BATCH = 512, 4096, 32  # rows of hidden; sequences, half of them 
 
 
 def bytes_moved() -> list[Figure]:
-    """Head and losses. The least is what the kernels' own docstrings say, tensor by tensor."""
-    cases = [*_head_bytes(), *_fused_bytes(), *_pairwise_bytes(), *_listwise_bytes()]
+    """All but attention. The least is what the kernels' own docstrings say, tensor by tensor."""
+    kinds = (_head_bytes, _fused_bytes, _pairwise_bytes, _listwise_bytes, _elementwise_bytes)
+    cases = [case for kind in kinds for case in kind()]
     out = []
     for name, call, least in cases:
         with traffic() as moved:
@@ -170,12 +170,20 @@ def _fused_bytes() -> Iterable[_Case]:
         forward = _bytes(hidden[index], weight, index, scores, pairs, metrics, loss)
         backward = _bytes(weight, index, pairs, loss) + _bytes(hidden, weight)
 
-        def step(hidden=hidden, index=index, weight=weight) -> None:
+        def step(hidden=hidden, index=index, weight=weight, ids=None) -> None:
             leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-            loss = ops.reward_head_pairwise_loss(leaves[0], index, leaves[1]).loss
+            rule = {} if ids is None else {"input_ids": ids, "pad_token_id": 0}
+            loss = ops.reward_head_pairwise_loss(leaves[0], index, leaves[1], **rule).loss
             loss.backward(torch.ones(()))
 
         yield f"head and loss, forward and backward, {name}", step, forward + backward
+        # the ids are read from the pooled one on; the index, read before, is written
+        ids = torch.randint(0, 2, (BATCH, TOKENS // BATCH))
+        padded = hidden.view(*ids.shape, WIDTH)
+        passed = sum(int(row.flip(0).argmax()) + 1 for row in ids)
+        least = forward + backward + passed * ids.itemsize
+        run = functools.partial(step, padded, None, weight, ids)
+        yield f"head and loss, padded, forward and backward, {name}", run, least
 
 
 def _pairwise_bytes() -> Iterable[_Case]:
@@ -209,61 +217,49 @@ def _listwise_bytes() -> Iterable[_Case]:
         yield f"{kind}, forward and backward", step, least
 
 
+def _elementwise_bytes() -> Iterable[_Case]:
+    from rmfast.kernels import elementwise as kernel
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        x, grad, up = torch.randn(3, 64, 1024).to(dtype)
+        weight, eps = torch.randn(1024).to(dtype), 1e-6
+        q, k = (torch.randn(1, 32, heads, 128).to(dtype).transpose(1, 2) for heads in (16, 8))
+        cos, sin = torch.randn(2, 1, 32, 128).to(dtype)
+        turned, norms = 2 * _bytes(q, k) + _bytes(cos, sin), 3 * _bytes(x) + _bytes(weight)
+        parts = torch.empty(2, 32, 1024)  # of two rows each, written and read
+        cases = {
+            "RMSNorm": (kernel.rms_norm, (x, weight, eps, 0.0, False), norms - _bytes(x)),
+            "RMSNorm backward, frozen": (
+                kernel.rms_norm_backward, (grad, x, weight, eps, 0.0, False), norms,
+            ),
+            "RMSNorm backward": (
+                kernel.rms_norm_backward, (grad, x, weight, eps, 0.0),
+                norms + _bytes(parts, weight),
+            ),
+            "rotary": (kernel.rotary, (q, k, cos, sin), turned),
+            "rotary backward": (kernel.rotary, (q, k, cos, sin, True), turned),
+            "SwiGLU": (kernel.gated, (x, up, False), 3 * _bytes(x)),
+            "SwiGLU backward": (kernel.gated_backward, (grad, x, up, False), 5 * _bytes(x)),
+        }  # fmt: skip
+        for case, (function, arguments, least) in cases.items():
+            yield f"{case}, {name}", functools.partial(function, *arguments), least
+
+
 # --- launches
-
-# allocations, and the one view whose schema does not say so
-_FREE = {
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"
-}  # fmt: skip
-
-
-class Launches(TorchDispatchMode):
-    """Names of what runs on the device inside the block, in a process where Triton interprets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self._interpreting = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace == "rmfast":  # opaque to torch: what is inside counts
-            with self:
-                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        name = func._schema.name.split("::")[1]
-        view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if not (self._interpreting or view or name in _FREE):
-            self.names.append(name)
-        return func(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def and_triton(self) -> Iterator[Launches]:
-        from triton.runtime import interpreter
-
-        launch = interpreter.GridExecutor.__call__
-
-        def run(executor, *args, **kwargs):
-            self.names.append(executor.fn.__name__)
-            self._interpreting = True  # the interpreter's own use of torch is nobody's launch
-            try:
-                launch(executor, *args, **kwargs)
-            finally:
-                self._interpreting = False
-
-        interpreter.GridExecutor.__call__ = run
-        try:
-            with self:
-                yield self
-        finally:
-            interpreter.GridExecutor.__call__ = launch
 
 
 def launches_per_step() -> list[Figure]:
     """A training step of head and loss, on the rows of a packed batch and on a padded one."""
     from rmfast import ops
+    from rmfast.benchmarks import launches  # not at the top: it brings transformers
 
     def rmfast(hidden, index, weight):
         return ops.reward_head_pairwise_loss(hidden, index, weight).loss
+
+    def rmfast_padded(hidden, ids, weight):
+        return ops.reward_head_pairwise_loss(
+            hidden, None, weight, input_ids=ids, pad_token_id=0
+        ).loss
 
     def rmfast_apart(hidden, index, weight):
         return ops.pairwise_loss(ops.reward_head(hidden, index, weight)).loss
@@ -274,9 +270,9 @@ def launches_per_step() -> list[Figure]:
 
     def hugging_face(hidden, ids, weight):  # its sequence classifiers' pooling, and TRL's loss
         logits = F.linear(hidden, weight)
-        columns = torch.arange(ids.shape[-1], dtype=torch.int32)
+        columns = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.int32)
         last = (columns * (ids != 0).to(torch.int32)).argmax(-1)
-        pooled = logits[torch.arange(len(ids)), last]
+        pooled = logits[torch.arange(len(ids), device=ids.device), last]
         chosen, rejected = pooled.squeeze(-1).chunk(2)
         return -F.logsigmoid(chosen - rejected).mean()
 
@@ -285,18 +281,22 @@ def launches_per_step() -> list[Figure]:
     padded = hidden.view(*ids.shape, WIDTH)
     contestants: list[tuple[str, Callable, Tensor, Tensor, int | None]] = [
         ("rmfast, one op", rmfast, hidden, index, 2),
+        ("rmfast, one op on the padded batch", rmfast_padded, padded, ids, 2),
         ("rmfast, head and loss apart", rmfast_apart, hidden, index, 4),
         ("eager torch on the pooled rows", eager, hidden, index, None),
         ("Hugging Face and TRL on the padded batch", hugging_face, padded, ids, None),
     ]
     out = []
-    for name, loss, states, rows, limit in contestants:
-        leaves = [x.clone().requires_grad_() for x in (states, weight)]
-        # once before: what is made at the first launch and kept does not count
-        one = torch.ones((), dtype=loss(leaves[0], rows, leaves[1]).dtype)
-        with Launches().and_triton() as seen:
-            loss(leaves[0], rows, leaves[1]).backward(one)
-        out.append(figure("launches a step", name, len(seen.names), limit=limit))
+    with launches.played() as gpu:
+        for name, loss, states, rows, limit in contestants:
+            leaves, rows = [gpu.put(x).requires_grad_() for x in (states, weight)], gpu.put(rows)
+
+            def step(loss=loss, leaves=leaves, rows=rows) -> None:
+                value = loss(leaves[0], rows, leaves[1])
+                torch.autograd.grad(value, leaves, torch.empty_like(value))
+
+            count = launches.twice(gpu, step)["launches"]
+            out.append(figure("launches a step", name, count, limit=limit))
     return out
 
 
@@ -305,15 +305,32 @@ def launches_per_step() -> list[Figure]:
 TILES = ((128, 64, None), (64, 128, None), (128, 64, 128))  # queries, keys, sliding window
 
 
-def tiles_visited(data: Path | None = None) -> list[Figure]:
+def tiles_visited(tries: dict[str, PackedTrie]) -> list[Figure]:
     """Tiles that the kernels visit, against those that hold a pair the mask allows."""
+    cases = {f"{name}, {len(trie)} nodes": (trie, 0) for name, trie in tries.items()}
+    groups = tries["8 groups of 8"]
+    piece, first = attention_work.carried(groups, len(groups) // 16)
+    cases[f"half a group, {len(piece) - first} nodes after {first}"] = (piece, first)
     out = []
-    for name, trie in attention_work.tries(data).items():
+    for name, (trie, first) in cases.items():
         for rows, nodes, window in TILES:
-            case = f"{name}, {len(trie)} nodes, {rows} x {nodes}"
+            case = f"{name}, {rows} x {nodes}"
             case += "" if window is None else f", window {window}"
-            counted, least = attention_work.tiles(trie, rows, nodes, window)
+            counted, least = attention_work.tiles(trie, rows, nodes, window, first)
             out.append(figure("tiles visited", case, counted, least, 1.0))
+    return out
+
+
+def tile_steps(tries: dict[str, PackedTrie]) -> list[Figure]:
+    """Tile steps until the last program of dK and dV ends, against a processor's on average."""
+    from rmfast.kernels import trie_configs
+
+    config = trie_configs.TABLE["sm_90", 128][2]
+    what, out = "tile steps until dK and dV are done", []
+    for name in ("64 pairs", "8 groups of 8", attention_work.WORDS):
+        for how, cut, limit in (("", True, 1.3), (", no list cut", False, None)):
+            path = attention_work.critical_path(tries[name], 32, 8, config, cut)
+            out.append(figure(what, f"{name}, {len(tries[name])} nodes{how}", *path, limit))
     return out
 
 
@@ -330,10 +347,11 @@ def loop_instructions(chip_names: Iterable[str]) -> list[Figure]:
 
 def count(chip_names: Iterable[str], data: Path | None = None) -> list[Figure]:
     """Every figure."""
-    with launches.processes(1, interpret=True) as pool:
-        interpreted = [pool.submit(function) for function in (bytes_moved, launches_per_step)]
-        figures = [one for done in interpreted for one in done.result()]
-    return [*figures, *tiles_visited(data), *loop_instructions(chip_names)]
+    with offline.processes(1, interpret=True) as pool:
+        moved = pool.submit(bytes_moved).result()
+    tries = attention_work.tries(data)
+    counted = [*launches_per_step(), *tiles_visited(tries), *tile_steps(tries)]
+    return [*moved, *counted, *loop_instructions(chip_names)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,12 +2,14 @@
 
     scores[b] = hidden[index[b]] . weight + bias,  then the loss of pairwise_loss.py
 
-With M rows of H elements of s bytes, B of them scored, in P pairs, by G programs:
+Of a padded batch the forward finds the rows itself, as reward_head.py does, and leaves them to the
+backward. With M rows of H elements of s bytes, B of them scored, in P pairs, by G programs:
 
 forward, 1 launch: a program has consecutive pairs. It reads their rows, scores them, knows by that
     the loss by each score, and adds the rows up into its own partial gradient of ``weight``. The
     program that is done last adds up the losses and metrics, in the programs' order. At least
-    ``B*H*s + H*s + 8*B + 4*B + 8*P`` bytes; ``4*G*H`` for the partial gradients.
+    ``B*H*s + H*s + 8*B + 4*B + 8*P`` bytes, of a padded batch also the token ids (or mask) from
+    the pooled one on; ``4*G*H`` for the partial gradients.
 backward, 1 launch: at least ``M*H*s + 2*H*s + 8*B + 8*P`` bytes, ``4*G*H`` for the partial
     gradients again.
 
@@ -20,13 +22,15 @@ pairs is read for each of them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rmfast.kernels.pairwise_loss import accumulator, item_of, options, packed, pair_loss, wide
-from rmfast.kernels.reward_head import row_blocks, sum_parts, write_rows
+from rmfast.kernels.reward_head import find_rows, row_blocks, searched, sum_parts, write_rows
 
 _TILE = 8192  # elements of chosen rows, and as many of rejected ones, that a program holds
 _MOST = 128  # programs
@@ -35,38 +39,39 @@ _WEIGHT_BLOCK = 128  # columns of a program that adds up partial gradients
 
 
 @triton.jit
-def _rows(
-    hidden, row, inside, col, width, stride_row, stride_col, ACC: tl.constexpr
-):  # fmt: skip
-    at = hidden + row[:, None] * stride_row + col[None, :] * stride_col
+def _rows(hidden, begin, inside, col, width, stride_col, ACC: tl.constexpr):
+    at = hidden + begin[:, None] + col[None, :] * stride_col
     return tl.load(at, mask=inside[:, None] & (col < width)[None, :], other=0.0).to(ACC)
 
 
 @triton.jit
 def _dot(
-    hidden, row, inside, weight, width, stride_row, stride_col, stride_weight,
+    hidden, begin, inside, weight, width, stride_col, stride_weight,
     ACC: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([TILE, BLOCK], ACC)
     for start in range(0, width, BLOCK):
         col = start + tl.arange(0, BLOCK).to(tl.int64)
         w = tl.load(weight + col * stride_weight, mask=col < width, other=0.0).to(ACC)
-        total += _rows(hidden, row, inside, col, width, stride_row, stride_col, ACC) * w[None, :]
+        total += _rows(hidden, begin, inside, col, width, stride_col, ACC) * w[None, :]
     return tl.sum(total, axis=1)
 
 
 @triton.jit
 def _forward_kernel(
-    hidden, index, weight, bias, pairs, margin, target, pair_weight,
+    hidden, index, tokens, weight, bias, pairs, margin, target, pair_weight,
     scores, grads, partial, sums, arrived, loss, metrics,
-    count, batch, span, items, width, stride_row, stride_col, stride_weight,
-    LAYOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    count, batch, span, items, length, width, skipped,
+    stride_batch, stride_row, stride_col, stride_sequence, stride_token, stride_weight,
+    LAYOUT: tl.constexpr, POOL: tl.constexpr, TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_MARGIN: tl.constexpr, HAS_TARGET: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     SMOOTHING: tl.constexpr, CENTER: tl.constexpr, GAMMA: tl.constexpr, MEAN: tl.constexpr,
     GRADS: tl.constexpr, PARTIAL: tl.constexpr, ACC: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
+    strides = (stride_sequence, stride_token, stride_batch, stride_row)
+    where = (index, tokens, length, skipped, strides)
     begin = program * span
     end = tl.minimum(begin + span, count)
     offset = tl.zeros([], ACC)
@@ -87,21 +92,21 @@ def _forward_kernel(
         inside = pair < end
         chosen_item = item_of(pair, inside, pairs, count, LAYOUT)
         rejected_item = item_of(pair + count, inside, pairs, count, LAYOUT)
-        chosen_row = tl.load(index + chosen_item, mask=inside, other=0)
-        rejected_row = tl.load(index + rejected_item, mask=inside, other=0)
+        chosen_row, chosen_at = find_rows(chosen_item, inside, where, POOL, TILE, TOKENS)
+        rejected_row, rejected_at = find_rows(rejected_item, inside, where, POOL, TILE, TOKENS)
         if WHOLE:
-            c = _rows(hidden, chosen_row, inside, whole, width, stride_row, stride_col, ACC)
-            r = _rows(hidden, rejected_row, inside, whole, width, stride_row, stride_col, ACC)
+            c = _rows(hidden, chosen_at, inside, whole, width, stride_col, ACC)
+            r = _rows(hidden, rejected_at, inside, whole, width, stride_col, ACC)
             chosen = tl.sum(c * w[None, :], axis=1) + offset
             rejected = tl.sum(r * w[None, :], axis=1) + offset
         else:
             chosen = offset + _dot(
-                hidden, chosen_row, inside, weight, width,
-                stride_row, stride_col, stride_weight, ACC, TILE, BLOCK,
+                hidden, chosen_at, inside, weight, width, stride_col, stride_weight,
+                ACC, TILE, BLOCK,
             )  # fmt: skip
             rejected = offset + _dot(
-                hidden, rejected_row, inside, weight, width,
-                stride_row, stride_col, stride_weight, ACC, TILE, BLOCK,
+                hidden, rejected_at, inside, weight, width, stride_col, stride_weight,
+                ACC, TILE, BLOCK,
             )  # fmt: skip
         value, up, down = pair_loss(
             chosen, rejected, pair, inside, margin, target, pair_weight,
@@ -122,20 +127,24 @@ def _forward_kernel(
         if LAYOUT != "index":
             tl.store(scores + chosen_item, chosen, mask=inside)
             tl.store(scores + rejected_item, rejected, mask=inside)
+            if POOL != "given":
+                tl.store(index + chosen_item, chosen_row, mask=inside)
+                tl.store(index + rejected_item, rejected_row, mask=inside)
             rewards += tl.where(inside, chosen + rejected, 0.0)
             low = tl.minimum(low, tl.where(inside, tl.minimum(chosen, rejected), float("inf")))
             high = tl.maximum(high, tl.where(inside, tl.maximum(chosen, rejected), float("-inf")))
     if LAYOUT == "index":  # a row may be in many pairs, or in none: the scores apart from them
         last = tl.minimum(program * items + items, batch)
         for start in range(program * items, last, TILE):
-            item = start + tl.arange(0, TILE)
+            item = (start + tl.arange(0, TILE)).to(tl.int64)
             inside = item < last
-            row = tl.load(index + item, mask=inside, other=0)
+            row, at = find_rows(item, inside, where, POOL, TILE, TOKENS)
             score = offset + _dot(
-                hidden, row, inside, weight, width,
-                stride_row, stride_col, stride_weight, ACC, TILE, BLOCK,
-            )  # fmt: skip
+                hidden, at, inside, weight, width, stride_col, stride_weight, ACC, TILE, BLOCK
+            )
             tl.store(scores + item, score, mask=inside)
+            if POOL != "given":
+                tl.store(index + item, row, mask=inside)
             rewards += tl.where(inside, score, 0.0)
             low = tl.minimum(low, tl.where(inside, score, float("inf")))
             high = tl.maximum(high, tl.where(inside, score, float("-inf")))
@@ -152,11 +161,11 @@ def _forward_kernel(
                     pair = start + tl.arange(0, TILE)
                     inside = pair < end
                     item = item_of(pair, inside, pairs, count, LAYOUT)
-                    row = tl.load(index + item, mask=inside, other=0)
-                    c = _rows(hidden, row, inside, col, width, stride_row, stride_col, ACC)
+                    _, at = find_rows(item, inside, where, POOL, TILE, TOKENS)
+                    c = _rows(hidden, at, inside, col, width, stride_col, ACC)
                     item = item_of(pair + count, inside, pairs, count, LAYOUT)
-                    row = tl.load(index + item, mask=inside, other=0)
-                    r = _rows(hidden, row, inside, col, width, stride_row, stride_col, ACC)
+                    _, at = find_rows(item, inside, where, POOL, TILE, TOKENS)
+                    r = _rows(hidden, at, inside, col, width, stride_col, ACC)
                     up = tl.load(grads + pair, mask=inside, other=0.0)
                     down = tl.load(grads + count + pair, mask=inside, other=0.0)
                     part += tl.sum(up[:, None] * c + down[:, None] * r, axis=0)
@@ -262,14 +271,18 @@ def programs(
 
 
 def fused_loss(
-    hidden: Tensor,  # [M, H], any strides
-    index: Tensor,  # int64 [B]
+    hidden: Tensor,  # [M, H], or [B, T, H] without index; any strides
+    index: Tensor | None,  # int64 [B]
     weight: Tensor,  # [1, H], any strides
     bias: Tensor | None,  # [1]
     pairs: Tensor | None,  # int64 [P, 2] with layout "index"
     margin: Tensor | None,  # [P]
     target: Tensor | None,  # [P]
     pair_weight: Tensor | None,  # [P]
+    input_ids: Tensor | None,  # int [B, T], of a padded batch; so is the rest of its rule
+    attention_mask: Tensor | None,  # [B, T]
+    pad_token_id: int | None,
+    pooling: str,
     layout: str,
     label_smoothing: float,
     center: float,
@@ -279,20 +292,26 @@ def fused_loss(
     needs_weight: bool = True,  # or bias
     *,
     tile: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Loss [], scores [B], metrics [6]; loss by the pairs' scores [2, P], by weight [G, H]."""
-    batch, width = index.shape[0], hidden.shape[1]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Loss [], scores [B], metrics [6]; rows it found, int64 [B] of hidden.flatten(0, 1); loss by
+    the pairs' scores [2, P], by weight [G, H].
+    """
+    padded = hidden if index is None else hidden[:, None]
+    rule = (input_ids, attention_mask, pad_token_id, pooling)
+    pool, tokens, skipped = searched(hidden, index, *rule)
+    batch, width = (hidden if index is None else index).shape[0], hidden.shape[-1]
     count = batch // 2 if pairs is None else pairs.shape[0]
     acc, device = wide(hidden.dtype), hidden.device
     if tile is None:
         tile = _TILE * 4 // acc.itemsize
     grid, span, held = programs(
-        count, batch, hidden.shape[0], width, hidden.dtype, needs_weight, tile
+        count, batch, hidden.numel() // width, width, hidden.dtype, needs_weight, tile
     )
     loss = torch.empty((), dtype=acc, device=device)
     scores = torch.empty(batch, dtype=acc, device=device)
     metrics = torch.empty(6, dtype=acc, device=device)
     sums = torch.empty(7, grid, dtype=acc, device=device)
+    found = torch.empty(batch if index is None else 0, dtype=torch.int64, device=device)
     grads = partial = None
     if needs_hidden or needs_weight:
         grads = torch.empty(2, count, dtype=acc, device=device)
@@ -301,41 +320,44 @@ def fused_loss(
     whole = width <= tile
     block = triton.next_power_of_2(width) if whole else min(tile, 2048)
     _forward_kernel[(grid,)](
-        hidden, index.contiguous(), weight,
+        padded, found if index is None else index.contiguous(), tokens, weight,
         *packed(bias, pairs, margin, target, pair_weight, instead=hidden),
         scores, grads if grads is not None else scores, partial if needs_weight else scores,
         sums, _counter(device), loss, metrics,
-        count, batch, span, triton.cdiv(batch, grid), width, *hidden.stride(), weight.stride(1),
+        count, batch, span, triton.cdiv(batch, grid), padded.shape[1], width, skipped,
+        *padded.stride(), *tokens.stride(), weight.stride(1),
         **options(layout, margin, target, pair_weight, label_smoothing, center, gamma),
+        POOL=pool, TOKENS=min(256, max(16, block)),
         HAS_BIAS=bias is not None, MEAN=reduction == "mean",
         GRADS=grads is not None, PARTIAL=needs_weight, ACC=accumulator(hidden.dtype),
         TILE=held, BLOCK=block, WHOLE=whole, PROGRAMS=triton.next_power_of_2(grid),
         num_warps=max(1, min(16, held * block // 512)),
     )  # fmt: skip
-    return loss, scores, metrics, grads, partial
+    return loss, scores, metrics, found, grads, partial
 
 
 def fused_loss_backward(
     grad: Tensor,  # []
     grads: Tensor,  # [2, P]
     partial: Tensor | None,  # [G, H]
-    index: Tensor,  # int64 [B]
+    index: Tensor,  # int64 [B], rows of hidden.flatten(0, -2)
     weight: Tensor,  # [1, H], any strides
     bias: Tensor | None,  # [1]
     pairs: Tensor | None,  # int64 [P, 2]
     layout: str,
-    rows: int,
+    shape: torch.Size,  # of hidden
     dtype: torch.dtype,
     needs_hidden: bool = True,
     *,
     rows_tile: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden [M, H], weight and bias; None where not needed."""
+    """Gradients of hidden, weight and bias; None where not needed."""
     uses, width, device = grads.numel(), weight.shape[1], weight.device
+    rows = math.prod(shape[:-1])
     sizes, splits, row_programs = row_blocks(rows, width, *([rows_tile] if rows_tile else []))
     grad_hidden = grad_weight = grad_bias = None
     if needs_hidden:
-        grad_hidden = torch.empty(rows, width, dtype=dtype, device=device)
+        grad_hidden = torch.empty(shape, dtype=dtype, device=device)
     else:
         row_programs = 0
     weight_programs, block = 0, min(_WEIGHT_BLOCK, triton.next_power_of_2(width))

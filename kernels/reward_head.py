@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels.pairwise_loss import accumulator, item_of, wide
+from rmfast.kernels.pairwise_loss import accumulator, item_of, packed, wide
 
 _TILE = 4096  # elements of weight a forward program holds, labels x columns
 _ROWS_TILE = 8192  # elements of the gradient of hidden a program writes at once
@@ -28,6 +28,40 @@ _PROGRAMS = 512  # programs that write rows: more than this only where there are
 _WEIGHT_BLOCK = 128  # columns of a program that sums the gradient of weight
 _ONE_PASS = 2048  # sequences up to which the gradient of weight is summed in one launch
 _PART = 1024  # sequences in a part of that sum where there are more
+
+
+@triton.jit
+def find_rows(
+    item, inside, where, POOL: tl.constexpr, ITEMS: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """Rows of ``hidden.flatten(0, 1)`` that sequences are scored by, and where each begins.
+
+    "given": those in ``index``, of hidden [M, 1, H]. "last": the last column. "search": the
+    rightmost token that is not ``skipped``, column 0 where there is none.
+    """
+    index, tokens, length, skipped, strides = where
+    stride_sequence, stride_token, stride_batch, stride_row = strides
+    if POOL == "given":
+        row = tl.load(index + item, mask=inside, other=0)
+        begin = row * stride_batch
+    elif POOL == "last":
+        row = item * length + length - 1
+        begin = item * stride_batch + (length - 1) * stride_row
+    else:
+        start = tl.zeros([], tl.int32) + (length - 1) // TOKENS * TOKENS
+        found = tl.where(inside, tl.full([ITEMS], -1, tl.int32), 0)
+        while (tl.min(found, axis=0) < 0) & (start >= 0):
+            place = start + tl.arange(0, TOKENS)
+            there = (found < 0)[:, None] & (place < length)[None, :]
+            at = item[:, None] * stride_sequence + place[None, :].to(tl.int64) * stride_token
+            token = tl.load(tokens + at, mask=there, other=0)
+            kept = there & (token != skipped)
+            found = tl.maximum(found, tl.max(tl.where(kept, place[None, :], -1), axis=1))
+            start -= TOKENS
+        column = tl.maximum(found, 0).to(tl.int64)
+        row = item * length + column
+        begin = item * stride_batch + column * stride_row
+    return row, begin
 
 
 @triton.jit
@@ -39,28 +73,17 @@ def _forward_kernel(
     POOL: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
     LABELS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(0).to(tl.int64)
     label = tl.program_id(1) * LABELS + tl.arange(0, LABELS)
-    if POOL == "given":
-        row = tl.load(index + sequence)
-    else:
-        if POOL == "last":
-            column = sequence * 0 + length - 1
-        else:  # rightmost token that is not `skipped`, column 0 where there is none
-            start = tl.zeros([], tl.int32) + (length - 1) // TOKENS * TOKENS
-            found = tl.full([], -1, tl.int32)
-            while (found < 0) & (start >= 0):
-                place = start + tl.arange(0, TOKENS)
-                at = tokens + sequence * stride_sequence + place.to(tl.int64) * stride_token
-                token = tl.load(at, mask=place < length, other=0)
-                kept = (token != skipped) & (place < length)
-                found = tl.max(tl.where(kept, place, -1), axis=0)
-                start -= TOKENS
-            column = tl.maximum(found, 0).to(tl.int64)
-        row = sequence * length + column
+    item = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    strides = (stride_sequence, stride_token, stride_batch, stride_row)
+    where = (index, tokens, length, skipped, strides)
+    rows, _ = find_rows(item, item >= 0, where, POOL, 1, TOKENS)
+    if POOL != "given":
         if tl.program_id(1) == 0:
-            tl.store(index + sequence, row)
+            tl.store(index + item, rows)
+    row = tl.sum(rows, axis=0)  # a number, whose address is known to be a multiple of 16 bytes
     hidden += row // length * stride_batch + row % length * stride_row
+    scores += tl.program_id(0).to(tl.int64) * labels
     weight += label[:, None].to(tl.int64) * stride_label
     total = tl.zeros([LABELS, BLOCK], ACC)
     for start in range(0, width, BLOCK):
@@ -72,7 +95,7 @@ def _forward_kernel(
     score = tl.sum(total, axis=1)
     if HAS_BIAS:
         score += tl.load(bias + label, mask=label < labels, other=0.0).to(ACC)
-    tl.store(scores + sequence * labels + label, score, mask=label < labels)
+    tl.store(scores + label, score, mask=label < labels)
 
 
 @triton.jit
@@ -220,66 +243,54 @@ def row_blocks(rows: int, width: int, rows_tile: int = _ROWS_TILE) -> tuple[dict
     return {"ROWS": tall, "USES": 128, "BLOCK": block}, splits, tiles * splits
 
 
-def _forward(
-    hidden: Tensor,  # [B, T, H], any strides
-    index: Tensor,  # int64 [B]
-    pool: str,
-    tokens: Tensor | None,  # [B, T], any strides
-    skipped: int,
-    weight: Tensor,
-    bias: Tensor | None,
-    tile: int,
-    tokens_block: int,
-) -> Tensor:
-    batch, labels, width = index.shape[0], *weight.shape
+def searched(
+    hidden: Tensor,  # [M, H], or [B, T, H] without index
+    index: Tensor | None,  # int64 [B]
+    input_ids: Tensor | None,  # int [B, T], any strides; None with index
+    attention_mask: Tensor | None,  # [B, T]; read with pooling "mask" alone
+    pad_token_id: int | None,
+    pooling: str,  # as reference.last_token has it
+) -> tuple[str, Tensor, int]:
+    """How :func:`find_rows` finds the rows, in which tokens, and what it passes over there."""
+    if index is not None:
+        return "given", hidden, 0  # which it does not read
+    tokens, skipped = (attention_mask, 0) if pooling == "mask" else (input_ids, pad_token_id)
+    if tokens is None or skipped is None:
+        return "last", input_ids, 0
+    return "search", tokens.view(torch.uint8) if tokens.dtype == torch.bool else tokens, skipped
+
+
+def reward_head(
+    hidden: Tensor,  # [M, H], or [B, T, H] without index; any strides
+    index: Tensor | None,  # int64 [B]
+    weight: Tensor,  # [L, H], any strides
+    bias: Tensor | None,  # [L]
+    input_ids: Tensor | None = None,  # and so on, as searched takes them
+    attention_mask: Tensor | None = None,
+    pad_token_id: int | None = None,
+    pooling: str = "hf",
+    *,
+    tile: int = _TILE,
+    tokens_block: int = 256,
+) -> tuple[Tensor, Tensor]:  # fp32 [B, L]; int64 [B], the rows of hidden.flatten(0, 1) it found
+    padded = hidden if index is None else hidden[:, None]
+    batch, labels, width = (hidden if index is None else index).shape[0], *weight.shape
+    rule = (input_ids, attention_mask, pad_token_id, pooling)
+    pool, tokens, skipped = searched(hidden, index, *rule)
     scores = torch.empty(batch, labels, dtype=wide(hidden.dtype), device=hidden.device)
+    found = torch.empty(batch if index is None else 0, dtype=torch.int64, device=hidden.device)
     group = min(8, triton.next_power_of_2(labels))
     block = min(max(tile // group, 16), triton.next_power_of_2(width))
     _forward_kernel[(batch, triton.cdiv(labels, group))](
-        hidden, index, tokens if tokens is not None else index, weight,
-        bias.contiguous() if bias is not None else weight, scores,
-        hidden.shape[1], width, labels, skipped,
-        *hidden.stride(), *(tokens.stride() if tokens is not None else (0, 0)), *weight.stride(),
+        padded, found if index is None else index.contiguous(), tokens, weight,
+        *packed(bias, instead=weight), scores,
+        padded.shape[1], width, labels, skipped,
+        *padded.stride(), *tokens.stride(), *weight.stride(),
         POOL=pool, HAS_BIAS=bias is not None, ACC=accumulator(hidden.dtype),
         LABELS=group, BLOCK=block, TOKENS=tokens_block,
         num_warps=min(8, max(1, group * block * weight.dtype.itemsize // 1024)),
     )  # fmt: skip
-    return scores
-
-
-def reward_head(
-    hidden: Tensor,  # [M, H], any strides
-    index: Tensor,  # int64 [B]
-    weight: Tensor,  # [L, H], any strides
-    bias: Tensor | None,  # [L]
-    *,
-    tile: int = _TILE,
-) -> Tensor:  # fp32 [B, L]
-    index = index.contiguous()
-    return _forward(hidden[:, None], index, "given", None, 0, weight, bias, tile, 1)
-
-
-def pooled_reward_head(
-    hidden: Tensor,  # [B, T, H], any strides
-    input_ids: Tensor,  # int [B, T], any strides
-    weight: Tensor,  # [L, H], any strides
-    bias: Tensor | None,  # [L]
-    attention_mask: Tensor | None,  # [B, T], any strides; read with pooling "mask" alone
-    pad_token_id: int | None,
-    pooling: str,  # as reference.last_token has it
-    *,
-    tile: int = _TILE,
-    tokens_block: int = 256,
-) -> tuple[Tensor, Tensor]:  # fp32 [B, L]; int64 [B], pooled rows of hidden.flatten(0, 1)
-    index = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    tokens, skipped = (attention_mask, 0) if pooling == "mask" else (input_ids, pad_token_id)
-    pool = "last" if tokens is None or skipped is None else "search"
-    if pool == "last":
-        tokens, skipped = None, 0
-    elif tokens.dtype == torch.bool:
-        tokens = tokens.view(torch.uint8)
-    scores = _forward(hidden, index, pool, tokens, skipped, weight, bias, tile, tokens_block)
-    return scores, index
+    return scores, found
 
 
 def reward_head_backward(

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import rmfast
 import tiny
-from rmfast import reference
+from rmfast import ops, reference
 from rmfast.ops import _cpu as cpu
 from rmfast.packed import backends
 
@@ -193,6 +193,21 @@ def test_flash_gets_each_row_and_its_path(case, pooled, flash):
             assert (a.double() - b).abs().max() <= bound
 
 
+@pytest.mark.parametrize("backend", ["flex", "flash"])
+@pytest.mark.parametrize("first", [1, 9, 40])
+def test_nodes_from_one_on_are_those_queries(backend, first, flash):
+    trie = random_trie(3, length=30)
+    queries = torch.arange(first, len(trie))
+    leaves = qkv(trie, 4, 2, 16, torch.bfloat16, len(queries))
+    plan = ops.TriePlan(trie.subtree_end, trie.position_ids, first=first)
+    with torch.no_grad():
+        got, want = (
+            backends.trie_attention(backend, *leaves, one, scale=0.3, window=5)
+            for one in (plan, plan_of(trie, queries))
+        )
+    assert torch.equal(got, want)
+
+
 def test_flash_refuses_what_it_cannot_do(flash):
     trie, _, leaves, options = problem(0, False, {"sinks": True}, torch.bfloat16)
     plan = plan_of(trie)
@@ -238,5 +253,3 @@ def test_an_absent_or_unknown_backend_is_refused_at_the_patch():
         rmfast.patch(tiny.model(), attention="flash")
     with pytest.raises(ValueError, match="attention must be one of"):
         rmfast.patch(tiny.model(), attention="xformers")
-    with pytest.raises(ValueError, match="compile=True goes with"):
-        rmfast.patch(tiny.model(), attention="flex", compile=True)

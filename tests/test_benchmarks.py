@@ -233,7 +233,7 @@ def test_compare_needs_neither_rmfast_nor_hugging_face():
             "grad_norm": None,
         }
 
-    figures = {"rmfast-compile": one(1.0, 0.0), "hf-sorted": one(4.0, 0.5)}
+    figures = {"rmfast-bare": one(1.0, 0.0), "hf-sorted": one(4.0, 0.5)}
     shared.compare(figures)
     assert figures["hf-sorted"]["time_ratio"] == 4.0
     assert figures["hf-sorted"]["score_difference"] == pytest.approx(0.5 / math.sqrt(0.5))

@@ -30,7 +30,8 @@ import tiny
 from rmfast.diagnosis import trials
 from rmfast.diagnosis.case import Case
 from rmfast.evaluate import implicit
-from rmfast.packed import backends, models, pieces, step
+from rmfast.packed import backends, pieces, step
+from rmfast.packed.survey import is_sharded
 from rmfast.score import memory
 from rmfast.train import batches
 from rmfast.train import objective as train_objective
@@ -364,7 +365,7 @@ def worker(rank, port, family, folder):
     model = AutoModelForSequenceClassification.from_pretrained(
         Path(folder) / family, tp_plan="auto", dtype=torch.float64
     ).eval()
-    assert models.is_sharded(model.model)
+    assert is_sharded(model.modules())
     memory.free_bytes = lambda device: [1, 1 << 60][rank]  # bytes: each has a memory of its own
 
     def trained():

@@ -141,7 +141,7 @@ def test_python_runs(page, workspace, monkeypatch):
 
 def test_few_blocks_are_not_run():
     found = [b for p in PAGES for b in blocks(p.read_text(encoding="utf-8")) if not b.runs]
-    assert len(found) == 2
+    assert len(found) == 1
 
 
 def test_every_block_names_its_language():

@@ -202,6 +202,38 @@ def test_pooled_reward_head(rule, bias):
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@pytest.mark.parametrize("pairs", ["halves", "interleaved", torch.tensor([[3, 0], [3, 2], [1, 1]])])
+def test_head_and_loss_of_a_padded_batch(pairs):
+    """The same as of its pooled rows; rows of the gradient that no score was read from are zero."""
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 4, 5, **DOUBLE).transpose(0, 1).requires_grad_()
+    _, weight, bias = head()
+    ids = torch.tensor([[7, 7, 0], [0, 7, 0], [0, 0, 7], [0, 0, 0]])
+    mask, rows = (ids == 7).float(), torch.tensor([1, 4, 8, 9])
+    count = len(pairs) if torch.is_tensor(pairs) else 2
+    options = {"margin": torch.rand(count), "pair_weight": torch.rand(count), "center": 0.1}
+    leaves, packed = (hidden, weight, bias), hidden.flatten(0, 1)
+    want = ops.reward_head_pairwise_loss(packed, rows, weight, bias, pairs, **options)
+    for rule in (
+        {"pad_token_id": 0, "attention_mask": 1 - mask},
+        {"pooling": "mask", "attention_mask": mask},
+    ):
+        rule |= {"input_ids": ids, **options}
+        got = ops.reward_head_pairwise_loss(hidden, None, weight, bias, pairs, **rule)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+        grads = torch.autograd.grad(got.loss, leaves)
+        theirs = torch.autograd.grad(want.loss, leaves, retain_graph=True)
+        torch.testing.assert_close(grads, theirs, rtol=1e-13, atol=1e-15)
+
+    def run(hidden, weight, bias):
+        return ops.reward_head_pairwise_loss(hidden, None, weight, bias, pairs, **rule).loss
+
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
+    last = ops.reward_head_pairwise_loss(hidden, None, weight, bias, input_ids=ids)
+    torch.testing.assert_close(last.scores, F.linear(hidden[:, -1], weight, bias)[:, 0].detach())
+
+
 def test_compile_without_graph_breaks():
     torch.compiler.reset()
     hidden, weight, bias = head(torch.float32)
@@ -211,8 +243,11 @@ def test_compile_without_graph_breaks():
     def step(hidden, weight, bias):
         out = ops.reward_head_pairwise_loss(hidden, ROWS, weight, bias, center=0.1)
         again = ops.pairwise_loss(ops.reward_head(hidden, ROWS, weight, bias), INDEX)
-        pooled = ops.pooled_reward_head(padded, ids, weight, bias, pad_token_id=0)
-        return out.loss + again.loss + pooled.sum(), out.accuracy, again.reward
+        rule = {"input_ids": ids, "pad_token_id": 0}
+        pooled = ops.pooled_reward_head(padded, weight=weight, bias=bias, **rule)
+        fused = ops.reward_head_pairwise_loss(padded, None, weight, bias, **rule)
+        loss = out.loss + again.loss + pooled.sum() + fused.loss
+        return loss, out.accuracy, again.reward, fused.margin
 
     want = step(hidden, weight, bias)
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(hidden, weight, bias)
@@ -265,6 +300,9 @@ def test_pairwise_loss_names_the_argument(change, message):
         ops.pairwise_loss(**({"scores": torch.randn(4)} | change))
 
 
+PADDED = {"hidden": torch.randn(4, 3, 5), "index": None, "input_ids": torch.ones(4, 3).int()}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -276,8 +314,17 @@ def test_pairwise_loss_names_the_argument(change, message):
         ({"bias": torch.randn(2)}, "bias must be"),
         ({"pair_weight": torch.zeros(2)}, "pair_weight must be"),
         ({"reduction": "none"}, "reduction must be"),
+        ({"index": None}, "give index"),
+        ({"input_ids": torch.ones(7, 5, dtype=torch.int64)}, "give index"),
+        (PADDED | {"hidden": torch.randn(7, 5)}, "hidden must be \\[B, T, H\\]"),
+        (PADDED | {"input_ids": torch.ones(4, 2)}, "input_ids must be int"),
+        (PADDED | {"pooling": "mask", "attention_mask": torch.ones(4, 2)}, "attention_mask must"),
+        (PADDED | {"pooling": "first"}, "pooling must be"),
+        (PADDED | {"hidden": torch.randn(3, 3, 5), "input_ids": torch.ones(3, 3).int()},
+         "input_ids has 3"),
+        (PADDED | {"input_ids": torch.ones(4, 3, device="meta").int()}, "input_ids is on meta"),
     ],
-)
+)  # fmt: skip
 def test_head_and_loss_names_the_argument(change, message):
     hidden, weight, bias = (x.detach() for x in head(torch.float32))
     args = {"hidden": hidden, "index": ROWS, "weight": weight, "bias": bias}

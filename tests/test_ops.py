@@ -82,6 +82,26 @@ def test_attention_and_its_gradients(case, heads, pooled):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from([None, 5]))
+def test_nodes_from_one_on_are_those_queries(seed, first, window):
+    torch.manual_seed(seed)
+    trie = random_trie(seed, 6, 40, values=2)
+    first %= len(trie)
+    queries = torch.arange(first, len(trie))
+    leaves = [x.requires_grad_() for x in qkv(trie, 2, 1, 4, torch.float64, len(queries))]
+    plan = ops.TriePlan(trie.subtree_end, trie.position_ids, first=first)
+    got = ops.trie_attention(*leaves, plan, window=window)
+    for rows in (queries, None):  # the definition, of queries and of a range
+        want = dense_attention(*leaves, trie, rows, None, 0.5, window, None)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(want)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 300))
 def test_attention_of_many_shapes(seed, batch, length):
@@ -97,7 +117,7 @@ def test_attention_of_many_shapes(seed, batch, length):
 def test_no_tensor_has_n_by_n_elements():
     """Rows of 64 tokens: what is computed grows with their number, not with its square."""
     trie = rmfast.pack([[row] + [1] * 63 for row in range(200)])
-    bundles = cpu.bundles(trie.subtree_end, trie.position_ids, None, None)
+    bundles = cpu.bundles(trie.subtree_end, trie.position_ids, None, len(trie), None)
     assert sum(b.hidden.numel() for b in bundles) <= 2 * 64 * len(trie) < len(trie) ** 2 / 50
     assert max(b.hidden.numel() for b in bundles) <= 2**17
 
@@ -233,6 +253,11 @@ def test_attention_names_the_argument():
         ops.TriePlan(rest[0], rest[1][1:])
     with pytest.raises(ValueError, match="queries must be int64"):
         ops.TriePlan(*rest, rest[1][:0])
+    for bad in ({"first": -1}, {"first": len(trie)}, {"first": 1, "queries": rest[1][:1]}):
+        with pytest.raises(ValueError, match="first must be a node"):
+            ops.TriePlan(*rest, **bad)
+    with pytest.raises(ValueError, match=rf"query must be \[1, Hq, {len(trie) - 2}, D\]"):
+        ops.trie_attention(q, k, v, ops.TriePlan(*rest, first=2))
     with pytest.raises(ValueError, match="queries must rise"):
         ops.trie_attention(q[:, :, :2], k, v, ops.TriePlan(*rest, torch.tensor([1, 1])))
     for name, bad in (("window", 0), ("softcap", 0.0), ("softcap", -1.0)):
@@ -291,6 +316,9 @@ OF_ONE = {  # by name a function of [2, N, 4], which is read in all that has a d
     "pairs": lambda x: ops.pairwise_loss(x[0, 0, :4, 0], center=0.1, gamma=2.0).loss,
     "head and pairs": lambda x: ops.reward_head_pairwise_loss(
         x[0, 0], torch.tensor([1, 0, 1]), x[0, 1, :1], **BOTH
+    ).loss,
+    "head and pairs, padded": lambda x: ops.reward_head_pairwise_loss(
+        x[0], None, x[0, 1, :1], input_ids=torch.ones(2, len(TRIE)).int(), pad_token_id=0
     ).loss,
     "ratings": lambda x: losses.regression(x[0, 0, :4, 0], x[0, 1, :4, 0].detach()),
     "all pairs": lambda x: ops.listwise_loss(x[0, 0, :5, 0], *GROUPS),

@@ -876,20 +876,17 @@ def state(model):
     }
 
 
-@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2"])
-def test_unpatch_restores_everything(family, compile):
+def test_unpatch_restores_everything(family):
     model = tiny.model(family)
     before, config = state(model), copy.deepcopy(model.config)
     implementation = model.config._attn_implementation
-    assert rmfast.patch(model, compile=compile) is model
+    assert rmfast.patch(model) is model
     assert rmfast.unpatch(model) is model
     after = state(model)
     assert before.keys() == after.keys()
     for name in before:
-        extra = after[name].keys() ^ before[name].keys()
-        assert not extra - {"_compiled_call_impl"}, (name, extra)
-        assert after[name].get("_compiled_call_impl") is None
+        assert after[name].keys() == before[name].keys(), name
     assert model.config.to_dict() == config.to_dict()
     assert model.config._attn_implementation == implementation
     assert rmfast.unpatch(model) is model  # harmless

@@ -23,6 +23,7 @@ from rmfast.data import Pair
 from rmfast.data.form import Form
 from rmfast.errors import DataError, RowError
 from rmfast.packed import patching, pieces
+from rmfast.packed.attention import Carried
 from rmfast.score import memory
 from rmfast.score.bulk import evaluating
 
@@ -73,6 +74,8 @@ def test_pieces_are_the_trie(rows, most):
             assert nodes[[k for k in range(at + 1) if at < inside[k]]].tolist() == ancestors
         assert nodes[piece.trie.pool_index.numpy()].tolist() == trie.pool_index[piece.rows].tolist()
         seen += piece.rows.tolist()
+        assert piece.old == np.isin(nodes[piece.keep.numpy()], path).all()
+        assert not piece.old or piece.keep.tolist() == list(range(len(piece.keep)))
         path, start = nodes[piece.keep.numpy()], piece.stop
         if start == len(trie):
             break
@@ -84,6 +87,16 @@ def test_a_cut_is_made_where_little_is_carried():
     trie = rmfast.pack([p + r for r in rest])
     piece = pieces.cut(trie, 0, 20)
     assert piece.stop == 16 and len(piece.keep) == 10  # between two answers, not inside one
+
+
+def test_what_was_carried_already_is_handed_on_without_a_copy():
+    p, *rest = draw(0, 10, 6, 6, 6, 6)
+    piece = pieces.cut(rmfast.pack([p + r for r in rest]), 16, 10)
+    layer, before = torch.nn.Module(), (torch.randn(1, 2, 10, 4), torch.randn(1, 2, 10, 4))
+    carried = Carried(piece.carried, piece.keep, {layer: before}, piece.old)
+    joined = carried.join(layer, *torch.randn(2, 1, 2, 6, 4))
+    for old, kept, whole in zip(before, carried.after[layer], joined, strict=True):
+        assert torch.equal(kept, whole[:, :, piece.keep]) and kept.data_ptr() == old.data_ptr()
 
 
 @pytest.mark.parametrize("family", "llama gemma3_text gpt_oss gpt2 deepseek_v3 phi3".split())
@@ -99,16 +112,12 @@ def test_carried_keys_and_values(family):
         assert scorer.stats.tokens_run == scorer.stats.nodes == len(rmfast.pack(rows))
 
 
-def test_compiled_layers_carry_too(monkeypatch):
-    compile = torch.nn.Module.compile
-    monkeypatch.setattr(  # inductor takes seconds, and test_compose.py has it
-        torch.nn.Module,
-        "compile",
-        lambda *args, **kwargs: compile(*args, **kwargs, backend="eager"),
-    )
+def test_compiled_layers_carry_too():
     model = tiny.model("llama", num_hidden_layers=2)
     expected = one_by_one(model, groups())
-    got = Scorer(model, max_tokens=12, compile=True).score(groups())
+    for layer in model.model.layers:  # inductor takes seconds, and test_compose.py has it
+        layer.compile(dynamic=True, backend="eager")
+    got = Scorer(model, max_tokens=12).score(groups())
     assert np.abs(got - expected).max() <= 1e-4 * expected.std()
 
 
@@ -303,7 +312,7 @@ def test_a_model_that_was_unpatched_or_patched_anew():
 def test_what_the_model_was_patched_with_stays():
     options = {
         "share_prefixes": False, "prune_last_layer": False, "pooling": "mask",
-        "attention": "sdpa", "compile": False, "max_tokens": 24, "backbone_kernels": None,
+        "attention": "sdpa", "max_tokens": 24,
     }  # fmt: skip
     for family in ("llama", "bloom"):
         model = rmfast.patch(tiny.model(family), **options)

@@ -294,6 +294,35 @@ def test_what_cannot_be_packed_is_padded(why):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("pooling", ["hf", "mask"])
+@pytest.mark.parametrize("objective", OBJECTIVES[1:4], ids=str)
+def test_a_padded_step_is_one_op_too(objective, pooling, monkeypatch):
+    """At level head: loss and gradients are those of the model's own forward."""
+    seen = []
+    fused = rmfast.ops.reward_head_pairwise_loss
+    monkeypatch.setattr(
+        rmfast.ops,
+        "reward_head_pairwise_loss",
+        lambda hidden, **rest: seen.append(hidden.ndim) or fused(hidden, **rest),
+    )
+    examples = examples_of(objective.kind, torch.Generator().manual_seed(2))
+    batch = batch_of(examples)
+    plain, model = (tiny.model("bloom", torch.float64) for _ in range(2))
+    scores = plain(**packed_step.padded(batch, tiny.PAD)).logits[:, 0]
+    want = by_hand(objective, scores, examples)
+    want.backward()
+    assert rmfast.report(rmfast.patch(model, pooling=pooling)).level == "head"
+    step = packed_step.Step(batch, objective)
+    out = model(input_ids=batch["input_ids"][None], rmfast_step=step)
+    out.loss.backward()
+    assert seen == ([3] if objective.of_pairs else [])
+    torch.testing.assert_close(step.scores, scores.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out.loss, want.detach(), rtol=1e-9, atol=1e-9)
+    scale = max(q.grad.abs().max().item() for q in plain.parameters())
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9 * scale, msg=name)
+
+
 def test_prompt_learning_is_refused():
     model = rmfast.patch(tiny.model())
     batch = batch_of([pair([1, 2], [1, 3])])

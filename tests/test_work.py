@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import interpreter
 
-from rmfast.benchmarks import launches, work
+from rmfast.benchmarks import offline, work
 
 pytestmark = interpreter.NEEDED
 
@@ -24,12 +24,19 @@ def lines(tmp_path_factory):
 
 def test_the_limits_hold(lines):
     what = {line["what"].partition(",")[0] for line in lines}
-    assert what == {"bytes moved", "launches a step", "tiles visited", "instructions a full tile"}
+    assert what == {
+        "bytes moved", "launches a step", "tiles visited",
+        "tile steps until dK and dV are done", "instructions a full tile",
+    }  # fmt: skip
     for line in lines:
         if line["limit"]:
             held = line["ratio"] or line["counted"]
             assert float(held) <= float(line["limit"]), line
-            if line["what"] in ("bytes moved", "tiles visited"):
+            if line["what"] in (
+                "bytes moved",
+                "tiles visited",
+                "tile steps until dK and dV are done",
+            ):
                 assert float(line["ratio"]) >= 1, line
 
 
@@ -40,7 +47,7 @@ def test_bytes_of_head_and_loss(lines):
 
 def test_two_launches_a_step(lines):
     count = {line["case"]: int(line["counted"]) for line in lines if line["ratio"] == ""}
-    assert count["rmfast, one op"] == 2
+    assert count["rmfast, one op"] == count["rmfast, one op on the padded batch"] == 2
     assert count["rmfast, head and loss apart"] == 4
     # six forward (rows, two casts, product, difference, log sigmoid, mean and its sign: eight)
     # and no fewer backward: the exact number is torch's to change
@@ -62,19 +69,9 @@ def seen_twice():
     return once + same + other
 
 
-def eager_ops():
-    x = torch.randn(4, 4)
-    with work.Launches().and_triton() as seen:
-        torch.empty(3)
-        (x.T.reshape(-1)[:3].reshape(1, 3) + 1).sum()
-        x.zero_()
-    return seen.names
-
-
 def test_counting():
-    with launches.processes(1, interpret=True) as pool:
+    with offline.processes(1, interpret=True) as pool:
         once, same, other = pool.submit(seen_twice).result()
-        assert pool.submit(eager_ops).result() == ["clone", "add", "sum", "zero_"]
     assert once.kernel == "reward_head._forward_kernel"
     assert (once.read, once.written) == (2 * 256 + 8, 4)
     assert (same.read, same.written) == (2 * 256 + 16, 8)

@@ -11,7 +11,7 @@ import torch
 
 from rmfast.diagnosis.case import NOTE, OK, WARNING, WRONG, Case, Finding, conversation
 from rmfast.loading import first_names
-from rmfast.packed import models
+from rmfast.packed import models, survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,7 +131,7 @@ def adapter(case: Case) -> Verdicts:
 
 
 def mode(case: Case) -> Verdicts:
-    if models.draws_noise(case.model, active=True):
+    if survey.draws_noise(case.model, active=True):
         problem = "The model is in training mode and has dropout: each call gives other scores."
         yield WRONG, problem, "Call model.eval() before you score."
     else:

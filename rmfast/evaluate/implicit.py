@@ -21,6 +21,7 @@ from rmfast.data.values import Chat, is_whole
 from rmfast.errors import RowError
 from rmfast.losses import check_beta, implicit_reward
 from rmfast.packed import forward, models, patching, pieces
+from rmfast.packed.survey import is_sharded, walk
 from rmfast.score.scorer import Scorer, evaluating
 from rmfast.trie import pack, shared_length
 
@@ -108,7 +109,7 @@ class ImplicitScorer(LikelihoodScorer):
         tokenizer: of both.
         beta: β of the training; above 0.
         options: ``max_tokens``, ``max_length``, ``on_overlong``, ``system_prompt``,
-            ``chat_template``, ``chat``, ``window``, ``attention``, ``compile``, ``progress``. The
+            ``chat_template``, ``chat``, ``window``, ``attention``, ``progress``. The
             default of ``max_tokens`` is the lower limit that the two models were patched with.
 
     Raises:
@@ -143,7 +144,7 @@ class ImplicitScorer(LikelihoodScorer):
             setattr(self.encoder, name, min(filter(None, both), default=None))
 
     def _is_sharded(self) -> bool:
-        return super()._is_sharded() or models.is_sharded(self.reference)
+        return super()._is_sharded() or is_sharded(walk(self.reference))
 
     def _scores(self, rows: list[Answer]) -> np.ndarray:  # fp32 [len(rows)]
         both = super()._scores(rows), self._other._scores(rows)

@@ -165,9 +165,8 @@ def trie_attention(
 
 def _check(query: Tensor, key: Tensor, value: Tensor, plan: TriePlan, sinks: Tensor | None) -> None:
     nodes = len(plan.subtree_end)
-    rows = nodes if plan.queries is None else len(plan.queries)
-    if query.ndim != 4 or query.shape[0] != 1 or query.shape[2] != rows:
-        raise ValueError(f"query must be [1, Hq, {rows}, D], got shape {tuple(query.shape)}")
+    if query.ndim != 4 or query.shape[0] != 1 or query.shape[2] != plan.rows:
+        raise ValueError(f"query must be [1, Hq, {plan.rows}, D], got shape {tuple(query.shape)}")
     for name, x in (("key", key), ("value", value)):
         if x.ndim != 4 or x.shape[0] != 1 or x.shape[2] != nodes:
             raise ValueError(f"{name} must be [1, Hk, {nodes}, D], got shape {tuple(x.shape)}")

@@ -160,23 +160,25 @@ class Vectors:
 def bundles(
     subtree_end: Tensor,
     position_ids: Tensor,
-    queries: Tensor | None,  # int64 [M], rising packed indices; None: every node
+    queries: Tensor | None,  # int64 [M], rising packed indices; None: the last ``rows`` nodes
+    rows: int,
     window: int | None,
     made: dict | None = None,  # bundles of this batch, for other layers
 ) -> list[Bundle]:
     """Cut the work into dense attention calls."""
     if made is None:
-        return _bundles(subtree_end, position_ids, queries, window)
+        return _bundles(subtree_end, position_ids, queries, rows, window)
     if ("bundles", window) not in made:
-        made["bundles", window] = _bundles(subtree_end, position_ids, queries, window)
+        made["bundles", window] = _bundles(subtree_end, position_ids, queries, rows, window)
     return made["bundles", window]
 
 
 def _bundles(
-    subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, window: int | None
-) -> list[Bundle]:
+    subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None, rows: int,
+    window: int | None,
+) -> list[Bundle]:  # fmt: skip
     end, position = subtree_end.cpu().numpy(), position_ids.cpu().numpy()
-    nodes = np.arange(end.size) if queries is None else queries.cpu().numpy()
+    nodes = np.arange(end.size)[-rows:] if queries is None else queries.cpu().numpy()
     if (np.diff(nodes) <= 0).any():
         raise ValueError("queries must rise: sort them, without repeats")
     size = _TILE if nodes[-1] - nodes[0] + 1 == nodes.size else _POOLED
@@ -236,7 +238,7 @@ def trie_attention(
     value: Tensor,  # [1, Hk, N, Dv]
     subtree_end: Tensor,  # int32 [N]
     position_ids: Tensor,  # int64 [N]
-    queries: Tensor | None,  # int64 [M], rising packed indices of the queries; None: all, M == N
+    queries: Tensor | None,  # int64 [M], rising packed indices; None: the last M nodes
     sinks: Tensor | None,  # [Hq]
     scale: float,
     window: int | None,
@@ -251,7 +253,7 @@ def trie_attention(
     special = dropout or softcap is not None or sinks is not None or width != value.shape[-1]
     torchs = query.device.type == "cpu" and query.dtype != torch.bfloat16 and not special
     outs, queries_, keys, values = map(Vectors, (out.transpose(1, 2), query, key, value))
-    for b in bundles(subtree_end, position_ids, queries, window, made):
+    for b in bundles(subtree_end, position_ids, queries, query.shape[2], window, made):
         q, k, v = b.pick("queries", queries_), b.pick("keys", keys), b.pick("keys", values)
         if torchs:
             part, _ = _flash(q, k, v, 0.0, False, attn_mask=b.bias(q.dtype), scale=scale)
@@ -286,7 +288,7 @@ def trie_attention_backward(
     grad_s = None if sinks is None else torch.zeros_like(sinks, dtype=acc)
     grads_q, grads_k, grads_v = map(Vectors, (grad_q, grad_k, grad_v))
     grads, queries_, keys, values = map(Vectors, (grad.transpose(1, 2), query, key, value))
-    for b in bundles(subtree_end, position_ids, queries, window, made):
+    for b in bundles(subtree_end, position_ids, queries, query.shape[2], window, made):
         q, k, v = b.pick("queries", queries_), b.pick("keys", keys), b.pick("keys", values)
         g = b.pick("queries", grads)
         if b.repeats is not None:

@@ -18,24 +18,18 @@ from rmfast.ops._common import (
     without_autocast,
 )
 
-
-@op("reward_head", "(Tensor hidden, Tensor index, Tensor weight, Tensor? bias) -> Tensor")
-def _reward_head(*inputs):
-    from rmfast.kernels import reward_head as kernel
-
-    return kernel.reward_head(*inputs)
+RULE = "Tensor? input_ids, Tensor? attention_mask, int? pad_token_id, str pooling"  # last_token's
 
 
 @op(
-    "pooled_reward_head",
-    "(Tensor hidden, Tensor input_ids, Tensor weight, Tensor? bias, Tensor? attention_mask, "
-    "int? pad_token_id, str pooling) -> (Tensor, Tensor)",
+    "reward_head",
+    f"(Tensor hidden, Tensor? index, Tensor weight, Tensor? bias, {RULE}) -> (Tensor, Tensor)",
 )
-def _pooled_reward_head(*inputs):
-    """The second output are the pooled rows."""
+def _reward_head(*inputs):
+    """Scores; the rows that they are read from, found where no index is given."""
     from rmfast.kernels import reward_head as kernel
 
-    return kernel.pooled_reward_head(*inputs)
+    return kernel.reward_head(*inputs)
 
 
 @op(
@@ -50,16 +44,10 @@ def _reward_head_backward(grad, hidden, *rest):
 
 
 @_reward_head.register_fake
-def _(hidden, index, weight, bias):
-    acc = reference.wide(hidden.dtype)
-    return hidden.new_empty(index.shape[0], weight.shape[0], dtype=acc)
-
-
-@_pooled_reward_head.register_fake
-def _(hidden, input_ids, weight, *_):
-    acc = reference.wide(hidden.dtype)
-    scores = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=acc)
-    return scores, hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+def _(hidden, index, weight, *_):
+    batch = (hidden if index is None else index).shape[0]
+    scores = hidden.new_empty(batch, weight.shape[0], dtype=reference.wide(hidden.dtype))
+    return scores, hidden.new_empty(batch if index is None else 0, dtype=torch.int64)
 
 
 @_reward_head_backward.register_fake
@@ -73,27 +61,24 @@ no_second_derivative(_reward_head_backward, "reward_head")
 
 
 def _setup(ctx, inputs, output):
-    """Of both ops: of the pooled one the rows are found in the forward."""
-    hidden, index, weight, bias, *rule = inputs
-    if rule:
-        index = output[1]
-        ctx.mark_non_differentiable(index)
-    ctx.save_for_backward(hidden, index, weight, bias)
+    hidden, index, weight, bias, *_ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, output[1] if index is None else index, weight, bias)
     needs = ctx.needs_input_grad
-    ctx.needs, ctx.rule = (needs[0], needs[2], needs[3]), len(rule)
+    ctx.needs = (needs[0], needs[2], needs[3])
 
 
-def _autograd(ctx, grad, *_):
+def _autograd(ctx, grad, _):
     hidden, weight, bias = ctx.needs
     grads = (None, None, None)
-    if any(ctx.needs):
+    if grad is not None and any(ctx.needs):
         grads = _reward_head_backward(grad, *ctx.saved_tensors, hidden, weight or bias)
         grads = [g if need else None for g, need in zip(grads, ctx.needs, strict=True)]
-    return grads[0], None, *grads[1:], *[None] * ctx.rule
+    return grads[0], None, *grads[1:], *[None] * 4
 
 
 _reward_head.register_autograd(_autograd, setup_context=_setup)
-_pooled_reward_head.register_autograd(_autograd, setup_context=_setup)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -107,6 +92,28 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
     check_floating(hidden=hidden, weight=weight, bias=bias)
+
+
+def check_padded(
+    hidden: Tensor, input_ids: Tensor, attention_mask: Tensor | None, pooling: str
+) -> Tensor | None:
+    """The mask, where it is read."""
+    if hidden.ndim != 3 or hidden.shape[1] == 0:
+        raise ValueError(f"hidden must be [B, T, H] with T > 0, got shape {tuple(hidden.shape)}")
+    if input_ids.shape != hidden.shape[:2] or input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids must be int {list(hidden.shape[:2])} like hidden, "
+            f"got {input_ids.dtype} {tuple(input_ids.shape)}"
+        )
+    check_choice("pooling", pooling, ("hf", "mask"))
+    if pooling == "hf" or attention_mask is None:
+        return None
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be {list(input_ids.shape)} like input_ids, "
+            f"got shape {tuple(attention_mask.shape)}"
+        )
+    return attention_mask
 
 
 def check_rows(hidden: Tensor, index: Tensor) -> None:
@@ -142,7 +149,7 @@ def reward_head(
     check_head(hidden, weight, bias)
     check_devices(hidden=hidden, index=index, weight=weight, bias=bias)
     if use_kernels(hidden, weight, bias):
-        return _reward_head(hidden, index, weight, bias)
+        return _reward_head(hidden, index, weight, bias, None, None, None, "hf")[0]
     check_places("index", index, hidden.shape[0])
     return without_autocast(reference.reward_head)(hidden, index, weight, bias)
 
@@ -177,26 +184,13 @@ def pooled_reward_head(
         ValueError: shapes that do not match, or an unknown ``pooling``; the message names the
             argument.
     """
-    if hidden.ndim != 3 or hidden.shape[1] == 0:
-        raise ValueError(f"hidden must be [B, T, H] with T > 0, got shape {tuple(hidden.shape)}")
-    if input_ids.shape != hidden.shape[:2] or input_ids.is_floating_point():
-        raise ValueError(
-            f"input_ids must be int {list(hidden.shape[:2])} like hidden, "
-            f"got {input_ids.dtype} {tuple(input_ids.shape)}"
-        )
-    check_choice("pooling", pooling, ("hf", "mask"))
-    if pooling == "hf":
-        attention_mask = None
-    elif attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must be {list(input_ids.shape)} like input_ids, "
-            f"got shape {tuple(attention_mask.shape)}"
-        )
+    attention_mask = check_padded(hidden, input_ids, attention_mask, pooling)
     check_head(hidden, weight, bias)
     check_devices(
         hidden=hidden, input_ids=input_ids, weight=weight, bias=bias, attention_mask=attention_mask
     )
-    rule = (attention_mask, pad_token_id, pooling)
-    run = without_autocast(reference.pooled_reward_head)
-    run = _pooled_reward_head if use_kernels(hidden, weight, bias) else run
-    return run(hidden, input_ids, weight, bias, *rule)[0]
+    rule = (input_ids, attention_mask, pad_token_id, pooling)
+    if use_kernels(hidden, weight, bias):
+        return _reward_head(hidden, None, weight, bias, *rule)[0]
+    index = reference.pooled_rows(*rule)
+    return without_autocast(reference.reward_head)(hidden, index, weight, bias)

@@ -23,14 +23,21 @@ class TriePlan:
         subtree_end: int32 ``[N]``, see :class:`rmfast.PackedTrie`.
         position_ids: int64 ``[N]``; read only with a sliding window.
         queries: int64 ``[M]``, packed indices of the queries, each above the one before it (not
-            checked on a GPU). None: every node, ``M = N``.
+            checked on a GPU). None: every node from ``first`` on, ``M = N - first``.
+        first: the first query, where those before it have run already.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match; the message names the argument.
+        ValueError: shapes, dtypes or devices that do not match, a ``first`` that is no node or
+            stands beside ``queries``; the message names the argument.
     """
 
     def __init__(
-        self, subtree_end: Tensor, position_ids: Tensor, queries: Tensor | None = None
+        self,
+        subtree_end: Tensor,
+        position_ids: Tensor,
+        queries: Tensor | None = None,
+        *,
+        first: int = 0,
     ) -> None:
         for name, x, dtype in (
             ("subtree_end", subtree_end, torch.int32),
@@ -48,7 +55,14 @@ class TriePlan:
                 f"position_ids must be [{len(subtree_end)}], got shape {tuple(position_ids.shape)}"
             )
         check_devices(subtree_end=subtree_end, position_ids=position_ids, queries=queries)
+        if not 0 <= first < (len(subtree_end) if queries is None else 1):
+            raise ValueError(
+                f"first must be a node, 0 to {len(subtree_end) - 1}, and 0 beside queries; "
+                f"got {first}"
+            )
         self.subtree_end, self.position_ids, self.queries = subtree_end, position_ids, queries
+        self.first = first
+        self.rows = len(subtree_end) - first if queries is None else len(queries)
         self.device = subtree_end.device
         # an op takes tensors only, so an empty one carries the dict to where it is filled
         self.carrier = torch.empty(0, device=self.device)
@@ -71,7 +85,7 @@ class TriePlan:
             return self
         if device not in self._copies:
             moved = (None if x is None else x.to(device) for x in self.tensors)
-            self._copies[device] = TriePlan(*moved)
+            self._copies[device] = TriePlan(*moved, first=self.first)
         return self._copies[device]
 
 

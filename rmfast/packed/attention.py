@@ -41,12 +41,14 @@ class Carried:
         count: how many of the trie's first nodes ran in earlier pieces.
         keep: int64 ``[K]``, the nodes that the next piece will need.
         before: what earlier pieces left of those ``count`` nodes.
+        old: all of ``keep`` is among those, so it is the first of them.
         after: what this one leaves of the nodes in ``keep``.
     """
 
     count: int
     keep: Tensor
     before: dict[nn.Module, tuple[Tensor, Tensor]]
+    old: bool = False
     after: dict[nn.Module, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
 
     @untraced()
@@ -56,7 +58,9 @@ class Carried:
         if self.count:
             before = self.before[layer]
             key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
-        if self.keep.numel():
+        if self.keep.numel() and self.old:  # no copy, nor one that holds this piece's in memory
+            self.after[layer] = tuple(x[:, :, : len(self.keep)] for x in before)
+        elif self.keep.numel():
             keep = self.keep.to(key.device)
             self.after[layer] = tuple(x.index_select(2, keep) for x in (key, value))
         return key, value

@@ -34,15 +34,14 @@ class BackboneForward(PackedForward):
                 "head of its own"
             )
         try:
-            self.check(call)
+            seen = self.check(call)
             ids, mask, positions = _on_cpu(call)
             if self.patch.reads_pads and mask is not None and not mask[:, 0].all():
                 raise Unservable("left-padded rows under a language model, whose loss reads a pad")
-            trie, shared, keep = self.pack(ids, mask, positions, None)
+            trie, shared, keep = self.pack(ids, mask, positions, None, seen.noisy)
         except Unservable as reason:
             self.patch.fallbacks[str(reason)] += 1
             return self.original(*args, **kwargs)
-        self.patch.prepare()
         node = torch.full(keep.shape, len(trie))  # one row more, of zeros, for what is not attended
         node[keep] = torch.cat([torch.from_numpy(path) for path in trie.paths()])
         trie, node = trie.sent(call["input_ids"].device, node)

@@ -70,7 +70,7 @@ def _block_mask(plan: ops.TriePlan, window: int | None) -> Any:
 
     end, position, row = plan.tensors
     nodes = torch.arange(len(end), device=plan.device)
-    row = nodes if row is None else row
+    row = nodes[plan.first :] if row is None else row
 
     def seen(batch, head, q, k):
         allowed = (k <= row[q]) & (row[q] < end[k])
@@ -145,9 +145,10 @@ class Varlen(NamedTuple):
 
 def varlen(plan: ops.TriePlan) -> Varlen:
     """Rows in preorder; with queries each of them is a row of its own."""
-    end, queries = plan.subtree_end.cpu().numpy(), plan.queries
+    end, queries, first = plan.subtree_end.cpu().numpy(), plan.queries, plan.first
     if queries is None:  # a new row begins where a node is not the child of the one before it
-        starts = np.flatnonzero(np.r_[True, end[:-1] <= np.arange(1, end.size)])
+        stray = end[first:-1] <= np.arange(first + 1, end.size)
+        starts = first + np.flatnonzero(np.r_[True, stray])
         last = np.r_[starts[1:], end.size] - 1
     else:
         starts = last = queries.cpu().numpy()

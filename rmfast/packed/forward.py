@@ -21,6 +21,7 @@ from rmfast.packed import attention, models, pieces
 from rmfast.packed.compiling import untraced
 from rmfast.packed.pieces import Piece
 from rmfast.packed.stand_in import Override, Unservable
+from rmfast.packed.survey import Seen
 from rmfast.trie import PackedTrie, moved, pack
 
 untraced(whole=True)(PackedTrie.sent)
@@ -48,8 +49,9 @@ class PackedForward(Override):
                 named.update(named.pop(parameter.name, {}))
         return named
 
-    def check(self, call: dict[str, Any]) -> None:
-        """Raise :class:`Unservable` unless the call is ids, mask and positions alone."""
+    @untraced(whole=True)
+    def check(self, call: dict[str, Any]) -> Seen:
+        """The model as the call finds it; :class:`Unservable` but for ids, mask and positions."""
         ids, mask = call.get("input_ids"), call.get("attention_mask")
         config = self.patch.base.config
         if ids is None or call.get("inputs_embeds") is not None:
@@ -75,9 +77,10 @@ class PackedForward(Override):
         noise = getattr(self.patch.base.get_input_embeddings(), "neftune_noise_alpha", None)
         if noise and self.module.training:
             raise Unservable("NEFTune noise depends on the padded length")
-        changed = models.why_not_now(self.patch.base)
-        if changed is not None:
-            raise Unservable(changed)
+        seen = self.patch.prepare()
+        if seen.why_not is not None:
+            raise Unservable(seen.why_not)
+        return seen
 
     @untraced(whole=True)
     def pack(
@@ -86,6 +89,7 @@ class PackedForward(Override):
         mask: Tensor | None,  # [B, T]
         positions: Tensor | None,  # int64 [B, T] or [1, T]
         pooled: Tensor | None,  # int64 [B], the columns that carry the scores; None: keep all
+        noisy: bool,  # each sequence draws noise of its own
     ) -> tuple[PackedTrie, bool, Tensor]:
         """The trie of the attended tokens, whether prefixes are shared, and which were kept."""
         if ids.min() < 0:
@@ -114,9 +118,7 @@ class PackedForward(Override):
                 raise Unservable("position_ids below zero")
         elif self.patch.absolute_positions:
             positions = columns[None]
-        share = self.patch.options.share_prefixes and not models.draws_noise(
-            self.module, active=True
-        )
+        share = self.patch.options.share_prefixes and not noisy
         return (
             pack(ids, keep, position_ids=positions, share_prefixes=share),
             share,
@@ -137,12 +139,11 @@ class PackedForward(Override):
         shared: bool,
     ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
         """What :func:`rmfast.packed.pieces.run` asks for."""
-        self.patch.prepare()
         trie = piece.trie
         rows = trie.pooled if prune and self.may_prune() else None
         if rows is not None and not len(rows):
             rows = rows.new_full((1,), len(trie) - 1)  # nobody is scored here: any one will do
-        carried = attention.Carried(piece.carried, piece.keep, before or {})
+        carried = attention.Carried(piece.carried, piece.keep, before or {}, piece.old)
         out = self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)
         return out[0][0], carried.after
 
@@ -154,7 +155,7 @@ class PackedForward(Override):
         prune: bool = True,
         shared: bool = True,
     ) -> None:
-        """Run a trie piece by piece.
+        """Run a trie piece by piece, after :meth:`check`.
 
         Args:
             take: as in :func:`rmfast.packed.pieces.run`.
@@ -189,9 +190,7 @@ class PackedForward(Override):
         **kwargs: Any,
     ) -> Any:
         first = 0 if carried is None else carried.count
-        end, positions = trie.subtree_end, trie.position_ids
-        rows = torch.arange(first, len(trie), device=end.device) if first else None
-        plan = TriePlan(end, positions, rows)
+        plan = TriePlan(trie.subtree_end, trie.position_ids, first=first)
         run = attention.TrieRun(trie, plan, shared, self.patch.options.attention, pooled, carried)
         # a 4D mask is handed to the layers as it is; this one fails loudly should any use it
         no_mask = torch.empty(0, 0, 0, 0, device=trie.input_ids.device)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from rmfast.packed import attention
 from rmfast.packed.families import LAST_TOKEN_HEADS, TRIE_BACKBONES
+from rmfast.packed.survey import walk
 
 _SEES_PREFIXES = {"full_attention", "sliding_attention"}
-_NOISE = ("drop", "jitter", "noise")
 # A module of these gives each token an output of its own.
 _POINTWISE = tuple(
     f"torch.nn.modules.{kind}"
@@ -181,60 +181,6 @@ def why_not_trie(base: nn.Module) -> str | None:
     return None
 
 
-def why_not_now(base: nn.Module) -> str | None:
-    """What somebody changed in a patched backbone so that this call cannot run packed."""
-    for module in base.modules():
-        state = module.__dict__
-        if state.get("is_causal") is False:
-            return "attention modules were made bidirectional"
-        if "sliding_window" in state and "layer_idx" in state and "config" in state:
-            used = state["sliding_window"] if state.get("is_sliding", True) else None
-            if used != _window_of_mask(state["config"], state["layer_idx"]):
-                return "mask and attention have different sliding windows"
-        for hook in module._forward_pre_hooks.values():
-            name = getattr(getattr(hook, "func", hook), "__name__", None)
-            if name == "_adapter_names_pre_forward_hook":
-                return "PEFT's adapter_names: each row has an adapter of its own"
-    return None
-
-
-def _window_of_mask(config: Any, layer: int) -> int | None:
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and kinds[layer] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def is_sharded(base: nn.Module) -> bool:
-    """Whether other processes hold parts of the parameters, and so must run as many passes."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    return any(
-        # FSDP2 and tensor parallelism, DeepSpeed's ZeRO-3
-        type(p).__name__ == "DTensor" or hasattr(p, "ds_id")
-        for p in base.parameters()
-    ) or any(  # FSDP1, tensor parallelism before transformers had it by DTensor
-        getattr(m, "_is_fsdp_managed_module", False) or hasattr(m, "_hf_device_mesh")
-        for m in base.modules()
-    )
-
-
-def draws_noise(model: nn.Module, active: bool) -> bool:
-    """Whether the model can draw noise for each token; with ``active``, whether it does now."""
-    for module in model.modules():
-        if active and not module.training:
-            continue
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            return True
-        for name, chance in module.__dict__.items():
-            if isinstance(chance, (int, float)) and not isinstance(chance, bool) and chance > 0:
-                if any(noise in name for noise in _NOISE):
-                    return True
-    return False
-
-
 def _rope(config: Any) -> list[dict[str, Any]]:
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope, *(v for v in rope.values() if isinstance(v, dict))]
@@ -358,14 +304,20 @@ class NoCache:
 
 
 @contextlib.contextmanager
-def keeping_modes(model: nn.Module) -> Iterator[None]:
-    """Put every module back into the mode, training or eval, that it had before."""
-    modes = [(module, module.training) for module in model.modules()]
+def keeping_modes(model: nn.Module) -> Iterator[bool]:
+    """Put every module back into the mode, training or eval, that it had before.
+
+    Yields:
+        Whether any is in training mode.
+    """
+    modules = walk(model)
+    modes = [module.training for module in modules]
     try:
-        yield
+        yield any(modes)
     finally:
-        for module, training in modes:
-            if module.training is not training:
-                module.train(training)  # which may do more than to set it, also for what is inside
-        for module, training in modes:
-            module.training = training
+        changed = [pair for pair in zip(modules, modes, strict=True) if pair[0].training != pair[1]]
+        for module, training in changed:
+            module.train(training)  # which may do more than to set it, also for what is inside
+        if changed:
+            for module, training in zip(modules, modes, strict=True):
+                module.training = training

@@ -18,12 +18,13 @@ from torch import nn
 
 from rmfast import reference
 from rmfast.packed import attention as packed_attention
-from rmfast.packed import backends, liger, models
+from rmfast.packed import backends, elementwise, models, survey
 from rmfast.packed.backbone import BackboneForward
 from rmfast.packed.last_layer import LastLayer
 from rmfast.packed.scoring import ScoringForward
 from rmfast.packed.stand_in import Override
 from rmfast.packed.state import Options, Report, State, Weak
+from rmfast.packed.survey import walk
 
 _POOLING = ("hf", "mask")
 _ATTRIBUTE = "_rmfast"
@@ -51,8 +52,8 @@ class Patch(State):
             out.append(ScoringForward(self.classifier, self))
         if self.last_layer is not None:
             out.append(LastLayer(self.last_layer, self))
-        if self.options.backbone_kernels:
-            out += [kind(module, self) for module, kind in liger.places(self.base).items()]
+        if self.packs:
+            out += elementwise.overrides(self.base, self)
         return out
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -65,10 +66,10 @@ class Patch(State):
     def apply(self) -> None:
         for stand_in in self.overrides:
             stand_in.put()
-        if self.level != "head":
-            _keep_the_heap(self.base)
         self.active = True
-        self.prepare()
+        if self.packs:
+            _keep_the_heap(self.base)
+            self.prepare()
         for module in self.marked():
             setattr(module, _ATTRIBUTE, self)
 
@@ -79,10 +80,6 @@ class Patch(State):
         if self.packs:
             for module in self.base.modules():
                 packed_attention.leave(module.__dict__.get("config"))
-        if self.options.compile and self.packs:
-            for layer in models.decoder_layers(self.base):
-                if layer is not self.last_layer:
-                    layer._compiled_call_impl = None
         for module in self.marked():
             delattr(module, _ATTRIBUTE)
 
@@ -97,17 +94,16 @@ class Patch(State):
             return Report("head", [why], [], Counter(self.fallbacks))
         reasons = list(self.reasons)
         cuts = self.level == "trie" and self.options.max_tokens != 0
-        if cuts and self.packs and not models.is_sharded(self.base):
+        if cuts and self.packs and not survey.is_sharded(walk(self.base)):
             budget = self.budget()
             reasons.append(f"without gradients at most {budget.tokens} tokens run at once")
             if budget.halvings:
                 reasons[-1] += f": memory ran out {budget.halvings} times, each time it was halved"
             if budget.doublings:
                 reasons[-1] += f"; it was doubled again {budget.doublings} times"
-        if self.options.backbone_kernels:
-            kinds = Counter(type(o).__name__ for o in self.overrides if isinstance(o, liger.Kernel))
-            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-            reasons.append(f"Liger's kernels in {counts}")
+        kernels = elementwise.report(self.overrides)
+        if kernels is not None:
+            reasons.append(kernels)
         warnings = [*self._of_the_head(), *self._of_the_backbone()]
         return Report(self.level, reasons, warnings, Counter(self.fallbacks))
 
@@ -146,7 +142,7 @@ class Patch(State):
                 "differ from Hugging Face's and from those of calls that run unpacked; loaded with "
                 "attn_implementation='eager', both have it"
             )
-        if self.options.share_prefixes and models.draws_noise(self.marked()[0], active=False):
+        if self.options.share_prefixes and survey.draws_noise(self.marked()[0], active=False):
             yield (
                 "the model has dropout: in training mode prefixes are not shared, because each "
                 "sequence draws its own noise"
@@ -156,8 +152,6 @@ class Patch(State):
                 "hidden states of tokens that the attention mask hides are zeros: a head or a loss "
                 "that reads them gives other numbers"
             )
-        if self.options.backbone_kernels and not liger.runs_on(self.base):
-            yield "Liger's kernels wait: the model is not on a GPU, and runs as it was"
         if any(m._forward_hooks or m._forward_pre_hooks for m in self.base.modules()):
             yield "forward hooks on the backbone see packed rows [1, N, H], not [B, T, H]"
 
@@ -237,9 +231,7 @@ def patch(
     prune_last_layer: bool = True,
     pooling: str = "hf",
     attention: str = "auto",
-    compile: bool = False,
     max_tokens: int | None = None,
-    backbone_kernels: str | None = None,
 ) -> Model:
     """Make a Hugging Face reward model train and score without running a token twice.
 
@@ -258,16 +250,12 @@ def patch(
         attention: ``"triton"``, the kernel of this library; ``"sdpa"``, torch's own operations,
             on any device; ``"flex"``, torch's FlexAttention; ``"flash"``, flash-attn where it is
             installed; ``"auto"``, the kernel on a GPU where it can and ``"sdpa"`` elsewhere.
-        compile: compile the decoder layers, for changing shapes.
         max_tokens: trie nodes (distinct prefixes) that run at once in a call without gradients, at
             level ``"trie"``: a larger batch, such as all rollouts of a step of GRPO, runs in
             pieces, each node once, halved when memory runs out and doubled again after a while.
             Not given: 4096 on a CPU, 65536 on a GPU. 0: never in pieces. Calls at other levels,
             calls that fall back, and calls of a model that is sharded over processes never run in
             pieces.
-        backbone_kernels: ``"liger"``: RMSNorm, SwiGLU and rotary embedding of this instance by
-            liger-kernel, on a GPU, in llama, mistral, qwen2 and qwen3; never its loss. Not with
-            ``compile``.
 
     Returns:
         The same object.
@@ -275,8 +263,7 @@ def patch(
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
         ValueError: an unknown option or a backend that is not installed, several backbones in one
-            model, ``pooling="mask"`` on a model that does not score by its last token, or
-            ``backbone_kernels`` without a GPU or for another family.
+            model, or ``pooling="mask"`` on a model that does not score by its last token.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
@@ -287,12 +274,6 @@ def patch(
     missing = backends.why_not(attention)
     if missing is not None:
         raise ValueError(missing)
-    if compile and attention in ("flex", "flash"):
-        raise ValueError(f"compile=True goes with 'triton' or 'sdpa', not attention={attention!r}")
-    if backbone_kernels is not None:
-        missing = liger.why_not(backbone_kernels, model, compile)
-        if missing is not None:
-            raise ValueError(missing)
     found = attached(model)
     if found is not None:
         if found.holder is not None and found.holder not in model.modules():
@@ -306,9 +287,7 @@ def patch(
         prune_last_layer=prune_last_layer,
         pooling=pooling,
         attention=attention,
-        compile=compile,
         max_tokens=max_tokens,
-        backbone_kernels=backbone_kernels,
     )
     try:
         made = Patch(model, options)

@@ -40,6 +40,7 @@ class Piece:
         rows: int64 ``[P]``, the sequences of the whole trie that end in this piece.
         start: the whole trie's node that the piece begins with.
         stop: the one that the next piece begins with.
+        old: all of ``keep`` was carried, so it is the first of that.
     """
 
     trie: PackedTrie
@@ -48,6 +49,7 @@ class Piece:
     rows: np.ndarray
     start: int
     stop: int
+    old: bool
 
     def to(self, device: torch.device | str) -> Piece:
         trie, keep = self.trie.sent(device, self.keep)
@@ -80,7 +82,8 @@ def cut(trie: PackedTrie, start: int, most: int) -> Piece:
         torch.from_numpy(pool[rows] - start + path.size),
     )
     keep = np.flatnonzero(last > stop)
-    return Piece(part, path.size, torch.from_numpy(keep), rows, start, stop)
+    old = bool((keep < path.size).all())
+    return Piece(part, path.size, torch.from_numpy(keep), rows, start, stop, old)
 
 
 @dataclasses.dataclass

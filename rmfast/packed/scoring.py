@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmfast import ops, reference
 from rmfast.packed import models
@@ -16,6 +16,7 @@ from rmfast.packed.forward import PackedForward, _on_cpu, sent
 from rmfast.packed.last_layer import pooled_rows
 from rmfast.packed.stand_in import Unservable
 from rmfast.packed.step import Rows
+from rmfast.packed.survey import Seen
 from rmfast.trie import PackedTrie
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ class ScoringForward(PackedForward):
         patch = self.patch
         if patch.level == "trie":
             try:
-                self.check(call)
-                return self.packed(call)
+                return self.packed(call, self.check(call))
             except Unservable as reason:
                 patch.fallbacks[str(reason)] += 1
         if patch.options.pooling == "mask" or self.pools_first(call):
@@ -53,35 +53,30 @@ class ScoringForward(PackedForward):
         half = reference.wide(dtype) != dtype
         return half or torch.is_autocast_enabled(linear.weight.device.type)
 
-    def check(self, call: dict[str, Any]) -> None:
+    @untraced(whole=True)
+    def check(self, call: dict[str, Any]) -> Seen:
         if self.patch.base is None or models.inner(self.module) is not self.patch.base:
             raise Unservable("the backbone was replaced after the patch")
-        super().check(call)
+        seen = super().check(call)
         if not models.is_pointwise(self.module.score):
             raise Unservable("the score head mixes tokens")
         if not self.has_loss(call):
             raise Unservable("labels: this family writes its loss out in its own forward")
+        return seen
 
     def has_loss(self, call: dict[str, Any]) -> bool:
         return call.get("labels") is None or models.is_generic(self.module)
 
-    def packed(self, call: dict[str, Any]) -> Any:
-        patch = self.patch
+    def packed(self, call: dict[str, Any], seen: Seen) -> Any:
         ids, mask, positions = _on_cpu(call)
-        trie, shared, _ = self.pack(ids, mask, positions, self.pooled(ids, mask))
-        if self.in_pieces(call["input_ids"].device):
+        trie, shared, _ = self.pack(ids, mask, positions, self.pooled(ids, mask), seen.noisy)
+        patch, device = self.patch, call["input_ids"].device
+        cuts = patch.options.max_tokens != 0 and not seen.whole
+        if cuts and device == models.device(patch.base):
             return self.scored(call, self.by_piece(trie, shared, patch.budget()))
-        trie = trie.to(call["input_ids"].device)
-        patch.prepare()
+        trie = trie.to(device)
         out = self.backbone(patch.base, trie, shared, trie.pooled if self.may_prune() else None)
         return self.scored(call, self.scores(pooled_rows(out[0][0], trie), trie.place))
-
-    def in_pieces(self, device: torch.device) -> bool:
-        """Whether a call keeps nothing for a backward, so that its trie may run in pieces."""
-        if self.patch.options.max_tokens == 0 or device != models.device(self.patch.base):
-            return False
-        needed = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
-        return not needed and not models.is_sharded(self.patch.base)
 
     @untraced()
     def by_piece(
@@ -118,39 +113,51 @@ class ScoringForward(PackedForward):
             self.check_packed(batch)
         except Unservable as reason:
             patch.fallbacks[str(reason)] += 1
-            scores = self.of_padded(batch)
-            rows = Rows(lambda: scores)
+            rows = self.of_padded(batch)
         else:
-            patch.prepare()
             trie = packed_step.trie_of(batch)
             few = trie.pooled if self.may_prune() else None
             out = self.backbone(patch.base, trie, batch["shared"], few)
-            hidden = pooled_rows(out[0][0], trie)
-            head = models.linear(self.module.score)
-            if head is not None and {head.weight.device, hidden.device} != {trie.place.device}:
-                head = None  # the loss is where the batch is
-            rows = Rows(lambda: self.scores(hidden, trie.place)[:, 0], hidden, trie.place, head)
+            hidden, index = pooled_rows(out[0][0], trie), trie.place
+            head, where = self.head_beside(hidden, index), {"index": index}
+            rows = Rows(lambda: self.scores(hidden, index)[:, 0], hidden, head, where)
         loss, step.scores, step.metrics = step.objective(rows, batch)
         loss = loss / step.count
         step.loss = loss.detach()
         return SequenceClassifierOutputWithPast(loss=loss, logits=step.scores[:, None])
 
-    def of_padded(self, batch: packed_step.Batch) -> Tensor:  # [B]
-        """Scores of a packed batch that runs padded; row by row, where no token fills it up."""
+    def of_padded(self, batch: packed_step.Batch) -> Rows:
+        """Of a packed batch that runs padded; row by row, where no token fills it up."""
         pad, how = models.pad_token(self.module), {"use_cache": False, "return_dict": True}
         inputs = packed_step.padded(batch, pad or 0)
+        if pad is not None and self.patch.level == "head":
+            hidden = models.inner(self.module)(**inputs, **how)[0]
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            head = self.head_beside(hidden, ids) if ids.shape == hidden.shape[:2] else None
+            where = {"index": None, "input_ids": ids, "attention_mask": mask, "pad_token_id": pad}
+            where["pooling"] = self.patch.options.pooling
+            return Rows(lambda: self.pooled_scores(hidden, ids, mask)[:, 0], hidden, head, where)
         if pad is not None:
-            return self.run(**inputs, **how).logits[:, 0]
-        rows = [ids[mask != 0][None] for ids, mask in zip(*inputs.values(), strict=True)]
-        return torch.cat([self.run(input_ids=row, **how).logits[:, 0] for row in rows])
+            scores = self.run(**inputs, **how).logits[:, 0]
+        else:
+            each = [ids[mask != 0][None] for ids, mask in zip(*inputs.values(), strict=True)]
+            scores = torch.cat([self.run(input_ids=row, **how).logits[:, 0] for row in each])
+        return Rows(lambda: scores)
+
+    def head_beside(self, *tensors: Tensor) -> nn.Linear | None:
+        """The head, where it is a bare linear one on the device of all of these."""
+        linear = models.linear(self.module.score)
+        if linear is None or {linear.weight.device} != {x.device for x in tensors}:
+            return None
+        return linear
 
     def check_packed(self, batch: packed_step.Batch) -> None:
         if self.patch.level != "trie":
             raise Unservable(f"a packed batch at level {self.patch.level}")
-        self.check({"input_ids": batch["input_ids"][None]})
+        seen = self.check({"input_ids": batch["input_ids"][None]})
         if batch["longest"] >= self.patch.position_limit:
             raise Unservable(self.too_long())
-        if batch["shared"] and models.draws_noise(self.module, active=True):
+        if batch["shared"] and seen.noisy:
             raise Unservable("a packed batch with shared prefixes while dropout is active")
 
     def inside(self) -> Callable:
@@ -165,22 +172,22 @@ class ScoringForward(PackedForward):
             return self.unpacked(call)
         inputs = {k: v for k, v in call.items() if k not in ("labels", "return_dict")}
         out = models.inner(self.module)(**inputs, return_dict=True)
-        hidden, mask = out[0], call.get("attention_mask")
-        linear = models.linear(self.module.score)
-        fused = linear is not None and linear.weight.device == hidden.device
-        if fused and ids.shape == hidden.shape[:2]:
+        return self.scored(call, self.pooled_scores(out[0], ids, call.get("attention_mask")), out)
+
+    def pooled_scores(self, hidden: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """``[B, num_labels]`` of hidden states ``[B, T, H]``."""
+        linear = self.head_beside(hidden)
+        if linear is not None and ids.shape == hidden.shape[:2]:
             pad, pooling = self.rule(ids)
             mask = mask.to(hidden.device) if mask is not None and pooling == "mask" else None
-            scores = ops.pooled_reward_head(
+            return ops.pooled_reward_head(
                 hidden, ids.to(hidden.device), linear.weight, linear.bias,
                 attention_mask=mask, pad_token_id=pad, pooling=pooling,
             )  # fmt: skip
-            return self.scored(call, scores, out)
         batch, length, width = hidden.shape
         start = torch.arange(batch, device=hidden.device) * length
         index = start + self.pooled(ids, mask).to(hidden.device)
-        scores = self.scores(hidden.reshape(batch * length, width), index)
-        return self.scored(call, scores, out)
+        return self.scores(hidden.reshape(batch * length, width), index)
 
     def unpacked(self, call: dict[str, Any]) -> Any:
         as_dict = self.return_dict(call)

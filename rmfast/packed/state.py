@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from rmfast.packed import attention, models, pieces
+from rmfast.packed.compiling import untraced
+from rmfast.packed.survey import Seen, Survey, walk
 
 
 class Weak:
@@ -46,9 +48,7 @@ class Options:
     prune_last_layer: bool = True
     pooling: str = "hf"
     attention: str = "auto"
-    compile: bool = False
     max_tokens: int | None = None
-    backbone_kernels: str | None = None
 
 
 @dataclasses.dataclass
@@ -107,6 +107,7 @@ class State(Member):
         self.rounded: Counter[str] = Counter()
         self.budgets: dict[str, pieces.Budget] = {}  # by device
         self.attention_before: str | None = None
+        self.survey: Survey | None = None
         if level == "head":
             return
         self.absolute_positions = models.has_absolute_positions(base)
@@ -119,18 +120,20 @@ class State(Member):
     def packs(self) -> bool:
         return self.level != "head" and self.base is not None
 
-    def prepare(self) -> None:
-        """Before a packed pass: somebody may have renamed the attention, or copied the model."""
-        if not self.packs:
-            return
-        for module in self.base.modules():  # copied layers have configs of their own
-            config = module.__dict__.get("config")
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"survey": None}  # a copy has modules of its own
+
+    @untraced(whole=True)
+    def prepare(self) -> Seen:
+        """Before a packed pass: look at the modules; somebody may have renamed the attention."""
+        modules = walk(self.base if self.classifier is None else self.classifier)
+        survey = self.survey
+        if survey is None or not survey.is_of(modules):
+            survey = self.survey = Survey(modules, self.base)
+        for config in survey.configs(modules):
             if getattr(config, "_attn_implementation", None) is not None:
                 self.attention_before = attention.use(config)
-        if self.options.compile:
-            for layer in models.decoder_layers(self.base):
-                if layer is not self.last_layer and layer._compiled_call_impl is None:
-                    layer.compile(dynamic=True)
+        return survey.look(modules)
 
     def budget(self) -> pieces.Budget:
         """The budget of calls without gradients, on the device of the model."""

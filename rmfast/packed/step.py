@@ -50,19 +50,20 @@ def inputs_of(
 
 
 class Rows(NamedTuple):
-    """Where the scores of a packed batch come from.
+    """Where the scores of a batch come from.
 
     Attributes:
         scores: gives the scores ``[B]``, in fp32 (fp64 of fp64 models).
-        hidden: ``[M, H]``, hidden states of nodes; None where only scores are known.
-        index: int64 ``[B]``, the row of ``hidden`` that each sequence is scored by.
+        hidden: hidden states of nodes ``[M, H]``, of a padded batch ``[B, T, H]``; None where only
+            scores are known.
         head: the linear head on them; None where it is not a bare one, or on another device.
+        where: what else of :func:`rmfast.ops.reward_head_pairwise_loss` says which are scored.
     """
 
     scores: Callable[[], Tensor]
     hidden: Tensor | None = None
-    index: Tensor | None = None
     head: nn.Linear | None = None
+    where: dict[str, Any] | None = None
 
 
 # the sum of the losses [], the scores [B] and the metrics [6] of a batch

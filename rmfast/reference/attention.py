@@ -27,7 +27,9 @@ def trie_attention(
     query: Tensor,  # [1, Hq, M, D]
     key: Tensor,  # [1, Hk, N, D]
     value: Tensor,  # [1, Hk, N, Dv]
-    seen: tuple[Tensor, Tensor, Tensor | None],  # subtree_end, position_ids, queries (None: all)
+    seen: tuple[
+        Tensor, Tensor, Tensor | None
+    ],  # subtree_end, position_ids, queries (None: the last M)
     sinks: Tensor | None,  # [Hq], one more logit per head that takes weight and gives none
     scale: float,
     window: int | None,
@@ -39,7 +41,7 @@ def trie_attention(
     """
     subtree_end, position_ids, queries = seen
     acc, nodes = wide(query.dtype), torch.arange(len(subtree_end), device=query.device)
-    rows = nodes if queries is None else queries
+    rows = nodes[-query.shape[2] :] if queries is None else queries
     allowed = trie_mask(rows, nodes, subtree_end, position_ids, window)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     logits = query.to(acc) @ key.to(acc).mT * scale

@@ -71,16 +71,12 @@ def reward_head(
     return scores if bias is None else scores + bias
 
 
-def pooled_reward_head(
-    hidden: Tensor,  # [B, T, H]
+def pooled_rows(
     input_ids: Tensor,  # int [B, T]
-    weight: Tensor,  # [L, H]
-    bias: Tensor | None,  # [L]
     attention_mask: Tensor | None,  # [B, T]
     pad_token_id: int | None,
     pooling: str,
-) -> tuple[Tensor, Tensor]:  # fp32 [B, L]; int64 [B], the pooled rows of hidden.flatten(0, 1)
-    """:func:`reward_head` of the tokens :func:`last_token` picks."""
+) -> Tensor:  # int64 [B]
+    """The rows of ``hidden.flatten(0, 1)`` of the tokens that :func:`last_token` picks."""
     column = last_token(input_ids, attention_mask, pad_token_id, pooling)
-    index = torch.arange(hidden.shape[0], device=column.device) * hidden.shape[1] + column
-    return reward_head(hidden, index, weight, bias), index
+    return torch.arange(len(column), device=column.device) * input_ids.shape[1] + column

@@ -86,8 +86,8 @@ def pairwise_loss(
 
 
 def reward_head_pairwise_loss(
-    hidden: Tensor,  # [M, H]
-    index: Tensor,  # int64 [B]
+    hidden: Tensor,  # [M, H] or [B, T, H]
+    index: Tensor,  # int64 [B], rows of hidden.flatten(0, -2)
     weight: Tensor,  # [1, H]
     bias: Tensor | None,  # [1]
     pairs: str | Tensor,

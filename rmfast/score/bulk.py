@@ -259,7 +259,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     One thread at a time: these modes are the model's, and so are rotary frequencies that depend on
     the rows that ran before.
     """
-    with _lock_of(patching.attached(model) or model), keeping_modes(model):
-        model.eval()
+    with _lock_of(patching.attached(model) or model), keeping_modes(model) as training:
+        if training:
+            model.eval()
         with torch.inference_mode():
             yield

@@ -54,7 +54,6 @@ class ScoringOptions(LoadingOptions):
     attention: Literal["auto", "triton", "sdpa", "flex", "flash"] = option(
         "Choose the attention backend; auto: triton on a GPU where it can, else sdpa.",
         "auto", group=MODEL)
-    compile: bool = option("Compile the decoder layers.", False, MODEL)
     pooling: Literal["hf", "mask"] | None = option(
         "Choose the token that carries the score; hf: the last that is not the pad token, as in "
         "Hugging Face; mask: the last one (default: hf, or as the model was trained).",
@@ -103,7 +102,7 @@ class ScoringOptions(LoadingOptions):
     def for_scorer(self, template: str | None) -> dict[str, Any]:
         """Keyword arguments of a scorer, with the text of ``--chat-template``."""
         names = """max_tokens max_length on_overlong system_prompt chat end_of_text special_tokens
-        attention compile""".split()
+        attention""".split()
         options = {name: getattr(self, name) for name in names}
         return options | {"chat_template": template, "window": self.batch_window}
 

@@ -20,6 +20,7 @@ from rmfast.data.form import Form
 from rmfast.packed import models, patching, pieces
 from rmfast.packed.stand_in import Unservable
 from rmfast.packed.step import inputs_of
+from rmfast.packed.survey import is_sharded, walk
 from rmfast.reference import until_scored
 from rmfast.score import memory
 from rmfast.score.bulk import BulkScorer, evaluating
@@ -66,7 +67,6 @@ class Scorer(BulkScorer):
         sigmoid: ``1 / (1 + exp(-score))``, after ``normalize``.
         attention: as for :func:`rmfast.patch`; None: as the model was patched, ``"auto"`` if it was
             not.
-        compile: likewise; ``False`` if it was not.
         progress: show a bar; or a function that is called with the conversations and the tokens
             of each micro-batch, once it was launched: a GPU may still be at it.
 
@@ -99,7 +99,6 @@ class Scorer(BulkScorer):
         normalize: bool = False,
         sigmoid: bool = False,
         attention: str | None = None,
-        compile: bool | None = None,
         progress: bool | Callable[[int, int], None] = False,
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("window", window)):
@@ -115,7 +114,7 @@ class Scorer(BulkScorer):
         form = Form.of(model)
         if pooling is None and form is not None and patching.attached(model) is None:
             pooling = form.pooling
-        self._patch = patching.repatch(model, pooling=pooling, attention=attention, compile=compile)
+        self._patch = patching.repatch(model, pooling=pooling, attention=attention)
         self._patches = [(model, self._patch)]
         self._pooling = self._patch.options.pooling
         self._pad = models.pad_token(model)
@@ -150,7 +149,7 @@ class Scorer(BulkScorer):
         return pieces.Budget(tokens, fixed=sharded)
 
     def _is_sharded(self) -> bool:
-        return models.is_sharded(self.model)
+        return is_sharded(walk(self.model))
 
     @staticmethod
     def _check(model: nn.Module) -> None:
@@ -219,10 +218,12 @@ class Scorer(BulkScorer):
 
     def _check_hooks(self, patch: patching.Patch) -> None:
         """Hooks around the model may change its scores, and run with its own forward alone."""
-        inside = set(patch.classifier.modules()) - {patch.classifier}
-        for module in self.model.modules():
-            if module not in inside and (module._forward_hooks or module._forward_pre_hooks):
+        around = [self.model]
+        for module in around:
+            if module._forward_hooks or module._forward_pre_hooks:
                 raise Unservable("forward hooks on the model or on what wraps it")
+            if module is not patch.classifier:
+                around += [m for m in module.children() if m is not patch.base]
 
     def _run_trie(
         self, rows: list[np.ndarray], which: np.ndarray, lengths: np.ndarray, raw: Tensor

@@ -17,7 +17,7 @@ from rmfast.score.options import ScoreOptions
 from rmfast.score.windows import Stats
 
 # options that decide the output, beside the input, the model, the device and the template
-_DECIDE = """dtype max_tokens max_length on_overlong batch_window limit shard compile attention
+_DECIDE = """dtype max_tokens max_length on_overlong batch_window limit shard attention
 pooling system_prompt chat end_of_text special_tokens ignore_columns normalize sigmoid reward_column
 tokenizer""".split()
 STDOUT = Path("-")

@@ -66,7 +66,7 @@ def refuse(args: trl.RewardConfig, dataset: Any) -> None:
     strategy = getattr(args, "train_sampling_strategy", "random")
     refused = [
         ("use_liger_kernel", args.use_liger_kernel, "Liger puts the causal-LM forward on a reward "
-         "model; give the trainer rmfast.patch(model, backbone_kernels='liger') instead"),
+         "model; rmfast puts kernels of its own on the backbone"),
         ("label_smoothing_factor", args.label_smoothing_factor, "a reward model has no class "
          "labels; label_smoothing of rmfast's RewardConfig smooths preferences"),
         ("include_for_metrics", "inputs" in args.include_for_metrics, "packed batches have no rows "

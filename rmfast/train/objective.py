@@ -67,9 +67,9 @@ class Objective:
             return self.of_scores(rows.scores(), batch)
         loss, scores, *metrics = ops.reward_head_pairwise_loss(
             rows.hidden,
-            rows.index,
-            rows.head.weight,
-            rows.head.bias,
+            weight=rows.head.weight,
+            bias=rows.head.bias,
+            **rows.where,
             **self._options(batch),
         )
         return loss, scores, torch.stack(metrics)

@@ -21,7 +21,7 @@ from torch import Tensor
 from trl.data_utils import get_dataset_column_names
 
 from rmfast.data.form import Form
-from rmfast.packed import models, patching
+from rmfast.packed import patching, survey
 from rmfast.packed import step as packed_step
 from rmfast.train import sifting
 from rmfast.train.batches import Collator, first_of
@@ -110,7 +110,7 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _collator(self, patch: patching.Patch) -> Collator:
         share = option_of(self.args, "share_prefixes") and patch.options.share_prefixes
-        share = share and not models.draws_noise(self.model, active=False)
+        share = share and not survey.draws_noise(self.model, active=False)
         cuts = patch.level == "trie" and patch.options.pooling == "hf"  # else a head has its rule
         return Collator(self._pad if cuts else None, share)
 

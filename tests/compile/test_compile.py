@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from rmfast.benchmarks import compile_report, launches
+from rmfast.benchmarks import compile_report, offline
 from rmfast.kernels import chips
 
 # wgmma on Hopper, tcgen05 on datacentre Blackwell where Triton's dot becomes it, mma elsewhere
@@ -49,7 +49,7 @@ def compiled(request):
     cases = {}
     for one in chosen:
         cases.setdefault(one["chip"], []).append(one["case"])
-    with launches.processes() as pool:
+    with offline.processes() as pool:
         yield {
             chip: pool.submit(compile_report.compile_cases, names, chip)
             for chip, names in cases.items()
@@ -97,7 +97,7 @@ def test_case(chip, case, compiled):
 def test_the_last_program_sees_what_the_others_wrote():
     """Barrier, release, ticket, barrier, strong loads: the interpreter has no threads to race."""
     case = "head and loss, H 4096, bf16"
-    with launches.processes(1) as pool:
+    with offline.processes(1) as pool:
         one, _ = pool.submit(compile_report.compile_cases, [case], "sm_90").result()[case]
     ops = [
         line for line in one.text.splitlines() if re.search(r"\bMEMBAR|ATOMG|BAR\.SYNC|LDG", line)
@@ -120,10 +120,10 @@ def compile_one(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
     def one(chip, launch):
-        with chips.launching_for(chip), launches.record() as recorded:
+        with chips.launching_for(chip), offline.record() as recorded:
             launch()
         (launch,) = recorded
-        return launches.compile(launch, chip)
+        return offline.compile(launch, chip)
 
     return one
 
@@ -172,7 +172,7 @@ def test_tensor_cores_are_seen(chip, compile_one, wrong):
 
 def test_launches_are_specialised_as_triton_does(compile_one, wrong):
     a = torch.empty(64, 64, dtype=torch.float16)
-    with launches.record() as recorded:
+    with offline.record() as recorded:
         wrong.copy[(3, 2)](a, a[0, 1:], 48, 64, num_warps=2)
         wrong.copy[lambda meta: (meta["SIZE"],)](a, a, SIZE=16, stride=1)
         wrong.copy[(1,)](a, a, 2**40 + 1, SIZE=16)
@@ -180,7 +180,7 @@ def test_launches_are_specialised_as_triton_does(compile_one, wrong):
     assert (first.grid, second.grid) == ((3, 2), (16,))
     assert first.options == {"num_warps": 2} and second.options == {}
     assert (first.arguments["stride"], first.arguments["SIZE"]) == (48, 64)
-    keys = [launches.specialised(one, "sm_90") for one in (first, second, third)]
+    keys = [offline.specialised(one, "sm_90") for one in (first, second, third)]
     assert [key.signature["stride"] for key in keys] == ["i32", "constexpr", "i64"]
     assert {key.signature["x"] for key in keys} == {"*fp16"}
     aligned = [["tt.divisibility", 16]]
@@ -192,7 +192,7 @@ def test_recording_ends():
     from triton.runtime.jit import JITFunction
 
     before = JITFunction.run
-    with pytest.raises(ZeroDivisionError), launches.record():
+    with pytest.raises(ZeroDivisionError), offline.record():
         assert JITFunction.run is not before
         raise ZeroDivisionError
     assert JITFunction.run is before
@@ -226,7 +226,7 @@ def test_the_driver_is_put_back(compile_one, wrong):
     ],
 )
 def test_occupancy(chip, warps, registers, shared, programs):
-    assert launches.resident(chip, warps, registers, shared) == programs
+    assert offline.resident(chip, warps, registers, shared) == programs
 
 
 def test_report(tmp_path, capsys):

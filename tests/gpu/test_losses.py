@@ -35,6 +35,14 @@ def one_op(hidden, weight, bias, ids, index, pairs, margin):
     return out.loss, out.scores
 
 
+def one_op_padded(hidden, weight, bias, ids, index, pairs, margin):
+    out = ops.reward_head_pairwise_loss(
+        hidden, None, weight, bias, pairs, input_ids=ids, pad_token_id=0, margin=margin,
+        center=CENTER,
+    )  # fmt: skip
+    return out.loss, out.scores
+
+
 def two_ops(hidden, weight, bias, ids, index, pairs, margin):
     scores = ops.reward_head(hidden.flatten(0, 1), index, weight, bias)
     return ops.pairwise_loss(scores, pairs, margin=margin, center=CENTER).loss, scores[:, 0]
@@ -51,7 +59,7 @@ def step(run, leaves, *rest):
     return [loss.detach(), scores.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-HEADS = pytest.mark.parametrize("run", [one_op, two_ops, pooled])
+HEADS = pytest.mark.parametrize("run", [one_op, one_op_padded, two_ops, pooled])
 
 
 @pytest.mark.parametrize("layout", ["halves", "interleaved", "index"])

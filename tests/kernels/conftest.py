@@ -35,7 +35,9 @@ def poison(monkeypatch):
     def poisoned(make):
         def run(*args, **kwargs):
             x = make(*args, **kwargs)
-            return x.fill_(float("nan") if x.is_floating_point() else -(2**31) + 7)
+            if x.is_floating_point():
+                return x.fill_(float("nan"))
+            return x.fill_(max(-(2**31), torch.iinfo(x.dtype).min) + 7)
 
         return run
 

@@ -25,19 +25,50 @@ def problem(count, layout, width, dtype, device, rows=None):
     return hidden.to(device), index.to(device), weight.to(device), pairs
 
 
-def check(hidden, index, weight, bias, pairs, reduction="mean", tile=None, rows_tile=None, **made):
+PACKED = (None, None, None, "hf")
+PADDED = {  # the rule of a padded batch by its name: of its ids and mask
+    "hf": lambda ids, mask: (ids, None, 1, "hf"),
+    "no pad token": lambda ids, mask: (ids, mask, None, "hf"),
+    "mask": lambda ids, mask: (ids, mask, 1, "mask"),
+    "flags": lambda ids, mask: (ids, mask == 2, None, "mask"),
+    "no mask": lambda ids, mask: (ids, None, None, "mask"),
+}
+
+
+def padded(count, layout, width, dtype, device, rule, length=7):
+    """The same of a padded batch whose time runs first in memory; some rows have no token."""
+    batch = 2 * count + (layout == "index")
+    ids, mask = torch.randint(0, 3, (2, length, batch), device=device).mT
+    ids[0], mask[0] = 1, 0
+    rule = PADDED[rule](ids, mask)
+    index = reference.pooled_rows(*rule)
+    hidden = torch.full((length, batch, width), float("nan"), dtype=dtype, device=device).mT.mT
+    hidden = hidden.transpose(0, 1)
+    hidden[index // length, index % length] = torch.randn(batch, width).to(device, dtype)
+    weight = (torch.randn(1, width) / width**0.5).to(device, dtype)
+    pairs = torch.randint(batch, (count, 2), device=device) if layout == "index" else layout
+    return hidden, index, weight, pairs, rule
+
+
+def check(
+    hidden, index, weight, bias, pairs, reduction="mean", tile=None, rows_tile=None, rule=PACKED,
+    **made,
+):  # fmt: skip
+    """Without ``index``, which it is to find, where there is a ``rule``."""
     from rmfast.kernels import fused_loss as kernel
 
     batch, dtype, u = len(index), hidden.dtype, unit(hidden.dtype)
     layout, table = ("index", pairs) if torch.is_tensor(pairs) else (pairs, None)
     rest = [made.get(k) for k in ("margin", "target", "pair_weight")]
     numbers = [made.get(k, 0.0) for k in ("label_smoothing", "center", "gamma")]
-    loss, scores, metrics, grads, partial = kernel.fused_loss(
-        hidden, index, weight, bias, table, *rest, layout, *numbers, reduction, tile=tile
+    given = index if rule is PACKED else None
+    loss, scores, metrics, found, grads, partial = kernel.fused_loss(
+        hidden, given, weight, bias, table, *rest, *rule, layout, *numbers, reduction, tile=tile
     )
+    assert torch.equal(found, index if given is None else index[:0])
     upstream = torch.tensor(-1.7, dtype=loss.dtype, device=loss.device)
     got = kernel.fused_loss_backward(
-        upstream, grads, partial, index, weight, bias, table, layout, len(hidden), dtype,
+        upstream, grads, partial, index, weight, bias, table, layout, hidden.shape, dtype,
         rows_tile=rows_tile,
     )  # fmt: skip
     for x in (loss, scores, metrics, grads, partial):
@@ -50,7 +81,7 @@ def check(hidden, index, weight, bias, pairs, reduction="mean", tile=None, rows_
         h, index, w, b, pairs, *wide, *numbers, reduction
     )
     sizes = reference.reward_head(h.abs(), index, w.abs(), None if b is None else b.abs())[:, 0]
-    error_scores = (hidden.shape[1] + 1) * u * sizes
+    error_scores = (hidden.shape[-1] + 1) * u * sizes
     assert ((scores - true_scores).abs() <= error_scores).all()
 
     error, error_slope = pair_errors(true_scores, error_scores, u, pairs, *rest, *numbers)
@@ -83,9 +114,9 @@ def check(hidden, index, weight, bias, pairs, reduction="mean", tile=None, rows_
         if ours is not None:
             assert ours.shape == exact.shape
             assert ((ours - exact).abs() <= bound + ulp(exact, ours.dtype)).all()
-    unread = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+    unread = torch.ones(hidden.shape[:-1].numel(), dtype=torch.bool, device=hidden.device)
     unread[index] = False
-    assert (got[0][unread] == 0).all()
+    assert (got[0].flatten(0, -2)[unread] == 0).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -115,21 +146,38 @@ def test_options(reduction, layout, device, poison):
         check(hidden, index, weight, None, pairs, reduction, **made)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rule", PADDED)
+def test_padded(rule, layout, device, poison):
+    """The tokens are found, on either side of the padding; 33 columns do not fit 32."""
+    torch.manual_seed(0)
+    for count, width, length, tile in ((2, 33, 40, 32), (5, 4, 20, None)):
+        *operands, pairs, by = padded(count, layout, width, torch.bfloat16, device, rule, length)
+        bias = torch.randn(1, device=device).bfloat16()
+        check(*operands, bias, pairs, tile=tile, rows_tile=2048, rule=by, center=0.1)
+
+
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    count=st.integers(1, 30),
+    count=st.integers(1, 16),
     layout=st.sampled_from(LAYOUTS),
     width=st.integers(1, 40),
     tile=st.sampled_from([4, 16, 64]),
     rows=st.integers(1, 300),
+    rule=st.sampled_from([None, *PADDED]),
     seed=st.integers(0, 99),
 )
-def test_any_shape(count, layout, width, tile, rows, seed, device):
+def test_any_shape(count, layout, width, tile, rows, rule, seed, device):
     torch.manual_seed(seed)
-    operands = problem(count, layout, width, torch.float32, device, rows)
-    check(*operands[:3], None, operands[3], tile=tile, rows_tile=1024)
+    if rule is None:
+        *operands, pairs = problem(count, layout, width, torch.float32, device, rows)
+        check(*operands, None, pairs, tile=tile, rows_tile=1024)
+    else:
+        made = padded(count, layout, width, torch.float32, device, rule, rows // 30 + 1)
+        *operands, pairs, rule = made
+        check(*operands, None, pairs, tile=tile, rows_tile=1024, rule=rule)
 
 
 def test_widest_rows(device, poison):
@@ -151,6 +199,19 @@ def test_gradcheck(layout, reduction, device):
                 h, index, w, b, pairs, reduction=reduction, center=0.1, label_smoothing=0.2
             ).loss
         ),
+        [x.requires_grad_() for x in leaves],
+        nondet_tol=0.0,
+    )
+
+
+def test_gradcheck_padded(device):
+    torch.manual_seed(0)
+    hidden, _, weight, _, rule = padded(2, "halves", 2, torch.float64, device, "hf", 2)
+    names = ("input_ids", "attention_mask", "pad_token_id", "pooling")
+    rule = dict(zip(names, rule, strict=True))
+    leaves = [hidden.nan_to_num(0.5), weight, torch.randn(1, dtype=torch.float64, device=device)]
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: ops.reward_head_pairwise_loss(h, None, w, b, **rule, gamma=2.0).loss,
         [x.requires_grad_() for x in leaves],
         nondet_tol=0.0,
     )
@@ -179,15 +240,22 @@ def test_two_launches_a_step_and_one_without_gradients(device, launches, monkeyp
     frozen.loss.backward()
     assert seen == ["_forward_kernel", "_backward_kernel"] and weight.grad is grad
 
+    seen.clear()
+    padded, ids = hidden.detach().view(4, 10, 8).requires_grad_(), index.new_ones(4, 10)
+    ops.reward_head_pairwise_loss(padded, None, weight, input_ids=ids).loss.backward()
+    assert seen == ["_forward_kernel", "_backward_kernel"]
+    assert padded.grad.abs().sum(-1).count_nonzero(1).tolist() == [1] * 4
+
 
 def test_the_counter_is_zero_after_each_launch(device):
     from rmfast.kernels import fused_loss as kernel
 
     hidden, index, weight, _ = problem(40, "halves", 4, torch.float32, device, rows=4000)
-    first = kernel.fused_loss(hidden, index, weight, *[None] * 5, "halves", 0.0, 0.0, 0.0, "mean")
+    args = (*[None] * 5, *PACKED, "halves", 0.0, 0.0, 0.0, "mean")
+    first = kernel.fused_loss(hidden, index, weight, *args)
     assert first[-1].shape[0] > 1  # several programs
     assert [x.item() for x in kernel._arrived.values()] == [0] * len(kernel._arrived)
-    again = kernel.fused_loss(hidden, index, weight, *[None] * 5, "halves", 0.0, 0.0, 0.0, "mean")
+    again = kernel.fused_loss(hidden, index, weight, *args)
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
@@ -218,14 +286,16 @@ def test_opcheck(device):
     rmfast, none = torch.ops.rmfast, (None, None, None)
     both = rmfast.reward_head_pairwise_loss.default
     calls = [
-        (rmfast.reward_head.default, (hidden, index, weight, bias)),
-        (rmfast.pooled_reward_head.default, (padded, ids, weight, bias, None, 0, "hf")),
+        (rmfast.reward_head.default, (hidden, index, weight, bias, *PACKED)),
+        (rmfast.reward_head.default, (padded, None, weight, bias, ids, None, 0, "hf")),
         (rmfast.pairwise_loss.default,
          (scores, pairs, *none, "index", 0.1, 0.0, 0.0, "none", True)),
-        (both, (hidden, index, weight, bias, pairs, *none, "index", 0.0, 0.1, 2.0, "sum",
+        (both, (padded, None, weight, bias, None, *none, ids, ids, None, "mask", "interleaved", 0.0,
+                0.1, 2.0, "sum", True, True)),
+        (both, (hidden, index, weight, bias, pairs, *none, *PACKED, "index", 0.0, 0.1, 2.0, "sum",
                 True, True)),
-        (both, (hidden, index[:8], weight, None, None, *none, "halves", 0.1, 0.0, 0.0, "mean",
-                True, True)),
+        (both, (hidden, index[:8], weight, None, None, *none, *PACKED, "halves", 0.1, 0.0, 0.0,
+                "mean", True, True)),
         *((rmfast.listwise_loss.default,
            (scores, torch.arange(9, device=device) // 2, offsets, kind, 6))
           for kind in ("all_pairs", "plackett_luce")),

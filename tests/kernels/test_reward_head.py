@@ -35,7 +35,7 @@ def test_forward(width, labels, dtype, device, poison):
     torch.manual_seed(0)
     hidden, index, weight = operands(17, width, labels, dtype, device, [16, 3, 3, 0])
     for bias in (None, torch.randn(labels, device=device)):
-        got = kernel.reward_head(hidden, index, weight, bias, tile=2048)
+        got, _ = kernel.reward_head(hidden, index, weight, bias, tile=2048)
         assert got.dtype == torch.float32
         exact = reference.reward_head(
             hidden.double(), index, weight.double(), bias.double() if bias is not None else None
@@ -52,7 +52,7 @@ def test_forward_of_wide_rows(width, device, poison):
 
     torch.manual_seed(0)
     hidden, index, weight = operands(3, width, 1, torch.bfloat16, device, [2, 0])
-    got = kernel.reward_head(hidden, index, weight, None)
+    got, _ = kernel.reward_head(hidden, index, weight, None)
     exact = reference.reward_head(hidden.double(), index, weight.double(), None)
     sizes = reference.reward_head(hidden.abs().double(), index, weight.abs().double(), None)
     assert ((got - exact).abs() <= width * UNIT * sizes).all()
@@ -92,9 +92,8 @@ def test_pooled_token(data, device):
     start = torch.arange(batch, device=device)
     spoiled = torch.full_like(hidden, float("nan"))
     spoiled[start, column] = hidden[start, column]
-    scores, index = kernel.pooled_reward_head(
-        spoiled, ids, weight, None, *rule, tokens_block=data.draw(st.sampled_from([1, 4, 16]))
-    )
+    block = data.draw(st.sampled_from([1, 4, 16]))
+    scores, index = kernel.reward_head(spoiled, None, weight, None, ids, *rule, tokens_block=block)
     assert torch.equal(index, start * length + column)
     exact = reference.reward_head(hidden.double(), index, weight.double(), None)
     sizes = reference.reward_head(hidden.abs().double(), index, weight.abs().double(), None)
@@ -157,7 +156,7 @@ def test_backward_of_a_padded_batch(device, poison):
     hidden = torch.randn(7, 3, 65, device=device).transpose(0, 1)  # [3, 7, 65], time first
     ids = torch.tensor([[1, 0, 0, 0, 0, 0, 0], [1] * 7, [0, 0, 0, 1, 1, 0, 1]], device=device)
     weight, bias = torch.randn(2, 65, device=device), torch.randn(2, device=device)
-    scores, index = kernel.pooled_reward_head(hidden, ids, weight, bias, None, 0, "hf")
+    scores, index = kernel.reward_head(hidden, None, weight, bias, ids, None, 0, "hf")
     assert index.tolist() == [0, 13, 20]
     grad = torch.randn_like(scores)
     got = kernel.reward_head_backward(grad, hidden, index, weight, bias)

@@ -9,6 +9,7 @@ import rmfast
 from rmfast import reference
 from rmfast.demo import embedded
 from rmfast.ops import _cpu as cpu
+from rmfast.packed.pieces import cut
 
 SMALL = (16, 32, 4, 1)  # so that a few dozen tokens are many tiles
 U = 2.0**-24  # half a unit of fp32's last place
@@ -34,11 +35,13 @@ def tensor(heads, rows, width, dtype, device):
 class Problem:
     """Inputs, the exact answer, and how far from it fp32 sums may end."""
 
-    def __init__(self, trie, device, heads=(4, 2), width=16, value_width=None, dtype=torch.float32,
-                 pooled=False, window=None, softcap=None, sinks=False, scale=0.3):  # fmt: skip
+    def __init__(
+        self, trie, device, heads=(4, 2), width=16, value_width=None, dtype=torch.float32,
+        pooled=False, first=0, window=None, softcap=None, sinks=False, scale=0.3,
+    ):  # fmt: skip
         nodes = len(trie)
         self.queries = trie.pool_index.unique() if pooled else None
-        rows = len(self.queries) if pooled else nodes
+        rows = len(self.queries) if pooled else nodes - first
         value_width = value_width or width
         self.q = tensor(heads[0], rows, width, dtype, device)
         self.k = tensor(heads[1], nodes, width, dtype, device)
@@ -110,7 +113,7 @@ class Problem:
         tiny = info.smallest_normal * r
         end, position, queries = self.mask
         nodes = torch.arange(self.nodes, device=end.device)
-        rows = nodes if queries is None else queries
+        rows = nodes[-self.rows :] if queries is None else queries
         seen = reference.trie_mask(rows, nodes, end, position, window)
         q, g = self.q[0].double(), self.grad[0].double().transpose(0, 1)  # [Hq, M, D]
         k, v = (x[0].double().repeat_interleave(self.group, 0) for x in (self.k, self.v))
@@ -174,6 +177,39 @@ def test_every_option(case, pooled, device, poison):
     Problem(random_trie(0), device, pooled=pooled, **CASES[case]).check()
 
 
+@pytest.mark.parametrize("case", ["plain", "all", "mqa"])
+def test_rows_after_a_carried_path(case, device, poison):
+    torch.manual_seed(0)
+    start = list(range(23))
+    whole = rmfast.pack([[*start, *range(i, i + 20)] for i in range(50, 57)])
+    _, (trie, first), *_ = pieces_of(whole, 70)
+    assert first == 23 and len(trie) > 60
+    Problem(trie, device, first=first, **CASES[case]).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"window": 9}, 4),
+        ({"pooled": True}, 9),
+        ({"first": 21, "softcap": 5.0, "heads": (3, 1)}, 60),
+    ],
+)
+def test_lists_of_dk_and_dv_are_cut(options, most, device, poison, monkeypatch):
+    """That of a common first token alone, and most of them."""
+    from rmfast.kernels import trie_attention as kernels
+
+    monkeypatch.setattr(kernels, "_LEAST_STEPS", 1)
+    monkeypatch.setattr(kernels, "most_shares", lambda *_: most)
+    made, cut_ = [], kernels.trie_plan.cut
+    monkeypatch.setattr(kernels.trie_plan, "cut", lambda *a: made.append(cut_(*a)) or made[-1])
+    torch.manual_seed(0)
+    trie = rmfast.pack([[0, *range(i, i + 5 + i % 3)] for i in range(1, 20)])
+    problem = Problem(trie, device, **{"heads": (2, 1), "width": 8, "value_width": 5} | options)
+    problem.check()
+    assert made[0].lists[:, 1].max() > 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(dtype, device, poison):
     torch.manual_seed(0)
@@ -235,7 +271,8 @@ def test_random_tries(seed, batch, length, values):
     torch.manual_seed(seed)
     trie = random_trie(seed, batch, length, values)
     window = [None, 1, 5][seed % 3]
-    Problem(trie, device, heads=(1, 1), width=8, window=window, pooled=seed % 2 == 0).check()
+    which = [{}, {"pooled": True}, {"first": seed % len(trie)}][seed // 3 % 3]
+    Problem(trie, device, heads=(1, 1), width=8, window=window, **which).check()
 
 
 def test_rotated_positions_do_not_matter_without_a_window_and_shift_it_with_one(device):
@@ -283,12 +320,12 @@ def test_same_bits_in_every_run(device):
         assert torch.equal(first, second)
 
 
-def test_two_launches_backward(device, launches):
+def test_three_launches_backward(device, launches):
     from rmfast.kernels import trie_attention as kernels
 
     seen = launches(kernels)
     Problem(random_trie(5), device).run()
-    assert seen == ["_forward_kernel", "_dq_kernel", "_dkv_kernel"]
+    assert seen == ["_forward_kernel", "_dq_kernel", "_dkv_kernel", "_add_kernel"]
 
 
 @pytest.mark.parametrize("options", [{}, {"pooled": True, "window": 5, "sinks": True}])
@@ -314,16 +351,17 @@ def test_opcheck_of_the_op_that_launches_them(options, device):
 @pytest.mark.parametrize("window", [None, 9])
 def test_tuning_keeps_what_was_fastest(device, window):
     from rmfast.kernels import trie_attention as kernels
+    from rmfast.kernels import trie_configs
 
     torch.manual_seed(0)
     problem = Problem(random_trie(6), device, heads=(1, 1), dtype=torch.bfloat16, window=window)
     kinds = ("forward", "dq", "dkv")
-    other = lambda: [kernels._config(k, problem.q, 16, False, False, not window) for k in kinds]  # noqa: E731
+    other = lambda: [trie_configs.config(k, problem.q, 16, False, False, not window) for k in kinds]  # noqa: E731
     before = other()
     used, tile = [], kernels._tile
     args = (problem.grad, problem.q, problem.k, problem.v, *problem.mask, None, *problem.options)
     order = iter(range(1000, 0, -1))  # the last one is the fastest
-    tables = (kernels._TABLE, kernels._WINDOWED)
+    tables = (trie_configs.TABLE, trie_configs.WINDOWED)
     try:
         best = kernels.tune(*args, timer=lambda run: next(order))
         assert best == {
@@ -336,7 +374,7 @@ def test_tuning_keeps_what_was_fastest(device, window):
         assert [config for config, _ in used] == list(best.values())
     finally:
         kernels._tile = tile
-        kernels._tuned.clear()
+        trie_configs.TUNED.clear()
 
 
 # --- the plan
@@ -350,62 +388,94 @@ def listed(plan, full_only=False):
     }
 
 
+def pieces_of(trie, most):
+    """The tries that run one after the other, and how many of their nodes are carried."""
+    start = 0
+    while start < len(trie):
+        piece = cut(trie, start, most)
+        yield piece.trie, piece.carried
+        start = piece.stop
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 60), st.sampled_from([None, 1, 7]),
-    st.booleans(),
+    st.sampled_from(["all", "pooled", "carried"]), st.sampled_from([1, 1 << 24]),
 )  # fmt: skip
 def test_plan_lists_what_holds_an_allowed_pair_and_nothing_else(
-    seed, batch, length, window, pooled
+    seed, batch, length, window, which, chunk
 ):
-    from rmfast.kernels import trie_attention as kernels
+    from rmfast.kernels import trie_plan
 
-    trie = random_trie(seed, batch, length, values=2)
-    queries = trie.pool_index.unique() if pooled else None
+    tries = [(random_trie(seed, batch, length, values=2), 0)]
+    if which == "carried":
+        tries = list(pieces_of(tries[0][0], 40 + seed % 50))
+    sizes = [(m, n) for m in (16, 32, 64, 128) for n in (16, 32, 64, 128)]
+    before, trie_plan._CHUNK = trie_plan._CHUNK, chunk
+    try:
+        for i, (trie, first) in enumerate(tries):
+            queries = trie.pool_index.unique() if which == "pooled" else None
+            check_plan(trie, queries, first, window, *sizes[(seed + i) % len(sizes)])
+    finally:
+        trie_plan._CHUNK = before
+
+
+def check_plan(trie, queries, first, window, m, n):
+    from rmfast.kernels import trie_plan
+
     nodes = torch.arange(len(trie))
-    rows = nodes if queries is None else queries
+    rows = nodes[first:] if queries is None else queries
     mask = reference.trie_mask(rows, nodes, trie.subtree_end, trie.position_ids, window).numpy()
     some, full = set(), set()
-    for t in range(0, mask.shape[0], 16):
-        for b in range(0, mask.shape[1], 32):
-            tile = mask[t : t + 16, b : b + 32]
+    for t in range(0, mask.shape[0], m):
+        for b in range(0, mask.shape[1], n):
+            tile = mask[t : t + m, b : b + n]
             if tile.any():
-                some.add((t // 16, b // 32))
-            if tile.all() and tile.shape[1] == 32:
-                full.add((t // 16, b // 32))
-    who = kernels.rule(trie.subtree_end, trie.position_ids, queries, window)
-    plan = kernels.plan(who, 16, 32)
+                some.add((t // m, b // n))
+            if tile.all() and tile.shape[1] == n:
+                full.add((t // m, b // n))
+    who = trie_plan.rule(trie.subtree_end, trie.position_ids, queries, len(rows), window)
+    plan = trie_plan.plan(who, m, n)
     assert listed(plan) == some
     assert listed(plan, full_only=True) == full
-    by_block = kernels.plan(who, 16, 32, by_block=True)
+    by_block = trie_plan.plan(who, m, n, by_block=True)
     assert {(t, b) for b, t in listed(by_block)} == some
-    whole = {(t, b) for t, b in full if 16 * (t + 1) <= mask.shape[0]}
+    whole = {(t, b) for t, b in full if m * (t + 1) <= mask.shape[0]}
     assert {(t, b) for b, t in listed(by_block, full_only=True)} == whole
 
 
-def test_plan_of_many_tiles_in_pieces(monkeypatch):
-    from rmfast.kernels import trie_attention as kernels
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=30), st.integers(1, 60), st.integers(1, 9))
+def test_lists_are_cut_into_even_shares(lengths, most, least):
+    """As many as there is room for, none too long; together they are the lists."""
+    from rmfast.kernels import trie_plan
 
-    trie = random_trie(7, 12, 60)
-    who = kernels.rule(trie.subtree_end, trie.position_ids, None, 9)
-    whole = kernels.plan(who, 16, 32)
-    monkeypatch.setattr(kernels, "_CHUNK", 1)
-    for a, b in zip(whole, kernels.plan(who, 16, 32), strict=True):
-        assert torch.equal(a, b)
+    counts = torch.tensor([[n // 2, n] for n in lengths], dtype=torch.int32)
+    blocks, lists = trie_plan.cut(counts, most, least)
+    assert lists[:, 2:].equal(counts) and len(blocks) == len(lengths) + most
+    first, shares = lists[:, 0], lists[:, 1]
+    assert blocks[: shares.sum()].equal(torch.arange(len(lengths)).repeat_interleave(shares).int())
+    assert (blocks[shares.sum() :] == len(lengths)).all()
+    assert first.equal((shares.cumsum(0) - shares).int())
+    longest = -(-counts[:, 1] // shares)
+    assert longest.max() <= max(least, sum(lengths) // most + 1)
+    slots = [2 * (f - b) + i for b, (f, n) in enumerate(lists[:, :2].tolist()) if n > 1
+             for i in range(n)]  # fmt: skip
+    assert len(set(slots)) == len(slots) and max(slots, default=0) < 2 * most
 
 
 def test_a_plan_is_made_once_a_batch(monkeypatch):
     from rmfast.kernels import trie_attention as kernels
 
     calls = []
-    plan = kernels.plan
-    monkeypatch.setattr(kernels, "plan", lambda *args: calls.append(args) or plan(*args))
+    plan = kernels.trie_plan.plan
+    monkeypatch.setattr(kernels.trie_plan, "plan", lambda *args: calls.append(args) or plan(*args))
     trie = random_trie(8)
     config = kernels.Config(*SMALL)
 
     def planned(window, made):
-        seen = (trie.subtree_end, trie.position_ids, None, window)
-        return kernels.planned(*seen, config, False, made)
+        seen = (trie.subtree_end, trie.position_ids, None, len(trie), window)
+        return kernels._planned(*seen, config, False, made)
 
     made = {}
     first = planned(3, made)
