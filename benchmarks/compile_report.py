@@ -83,8 +83,6 @@ def head_cases() -> Iterable[tuple[str, Case]]:
         yield f"head backward, H {width}, {name}", case
     five = Case(_bind(backward, 4096, torch.bfloat16, 5, BATCH))
     yield "head backward, H 4096, bf16, 5 labels", five
-    many = Case(_bind(backward, 4096, torch.bfloat16, 1, 4096), wide)
-    yield "head backward, H 4096, bf16, B 4096", many
 
 
 def pairwise_cases() -> Iterable[tuple[str, Case]]:
@@ -213,18 +211,15 @@ def elementwise_cases() -> Iterable[tuple[str, Case]]:
         elementwise.gated_backward(elementwise.gated(gate, up, gelu), gate, up, gelu)
 
     wide = ("elementwise._norm_kernel", "elementwise._norm_backward_kernel")
-    for width, name in ((128, "bf16"), (2304, "bf16"), (4096, "bf16"), (8192, "fp32")):
+    for width, name in ((128, "bf16"), (4096, "bf16"), (8192, "fp32")):
         yield (
             f"RMSNorm, H {width}, {name}",
             Case(_bind(norm, width, DTYPES[name], False, True), wide),
         )
-    case = Case(_bind(norm, 4096, torch.bfloat16, True, False), wide)
-    yield "RMSNorm of Gemma, frozen, H 4096, bf16", case
+    case = Case(_bind(norm, 2304, torch.bfloat16, True, False), wide)
+    yield "RMSNorm of Gemma, frozen, H 2304, bf16", case
     wide = ("elementwise._rotary_kernel",)
-    for size, name, heads in (
-        (64, "bf16", (14, 2)), (96, "fp16", (32, 32)), (128, "bf16", (32, 8)),
-        (256, "bf16", (8, 4)), (128, "fp32", (16, 8)),
-    ):  # fmt: skip
+    for size, name, heads in ((64, "bf16", (14, 2)), (96, "fp16", (8, 8)), (128, "bf16", (32, 8))):
         yield f"rotary, D {size}, {name}", Case(_bind(rotary, size, DTYPES[name], heads), wide)
     wide = ("elementwise._gated_kernel", "elementwise._gated_backward_kernel")
     yield "SwiGLU, bf16", Case(_bind(gated, torch.bfloat16, False), wide)

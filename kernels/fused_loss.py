@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rmfast.kernels.pairwise_loss import accumulator, item_of, options, packed, pair_loss, wide
-from rmfast.kernels.reward_head import find_rows, row_blocks, searched, sum_parts, write_rows
+from rmfast.kernels.reward_head import find_rows, row_blocks, searched, write_rows
 
 _TILE = 8192  # elements of chosen rows, and as many of rejected ones, that a program holds
 _MOST = 128  # programs
@@ -205,6 +205,21 @@ def _forward_kernel(
 
 
 @triton.jit
+def _sum_parts(
+    parts, column, inside, count, stride,
+    ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``parts[:count, column]`` summed over its rows, ``stride`` apart, in their order."""
+    total = tl.zeros([BLOCK], ACC)
+    for start in range(0, count, PARTS):
+        part = start + tl.arange(0, PARTS).to(tl.int64)
+        mask = (part < count)[:, None] & inside[None, :]
+        at = parts + part[:, None] * stride + column[None, :]
+        total += tl.sum(tl.load(at, mask=mask, other=0.0).to(ACC), axis=0)
+    return total
+
+
+@triton.jit
 def _backward_kernel(
     upstream, grads, partial, index, pairs, weight, grad_hidden, grad_weight, grad_bias,
     uses, rows, parts, splits, weight_programs, width, stride_weight,
@@ -216,7 +231,7 @@ def _backward_kernel(
     scale = tl.load(upstream).to(ACC)
     if program < weight_programs:
         col = program * WEIGHT_BLOCK + tl.arange(0, WEIGHT_BLOCK).to(tl.int64)
-        total = sum_parts(partial, col, col < width, parts, width, ACC, 16, WEIGHT_BLOCK)
+        total = _sum_parts(partial, col, col < width, parts, width, ACC, 16, WEIGHT_BLOCK)
         tl.store(grad_weight + col, total * scale, mask=col < width)
         if HAS_BIAS:
             if program == 0:
@@ -327,7 +342,7 @@ def fused_loss(
         count, batch, span, triton.cdiv(batch, grid), padded.shape[1], width, skipped,
         *padded.stride(), *tokens.stride(), weight.stride(1),
         **options(layout, margin, target, pair_weight, label_smoothing, center, gamma),
-        POOL=pool, TOKENS=min(256, max(16, block)),
+        POOL=pool, TOKENS=min(128, max(16, block)),
         HAS_BIAS=bias is not None, MEAN=reduction == "mean",
         GRADS=grads is not None, PARTIAL=needs_weight, ACC=accumulator(hidden.dtype),
         TILE=held, BLOCK=block, WHOLE=whole, PROGRAMS=triton.next_power_of_2(grid),
@@ -352,22 +367,17 @@ def fused_loss_backward(
     rows_tile: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias; None where not needed."""
-    uses, width, device = grads.numel(), weight.shape[1], weight.device
-    rows = math.prod(shape[:-1])
+    uses, width, rows = grads.numel(), weight.shape[1], math.prod(shape[:-1])
     sizes, splits, row_programs = row_blocks(rows, width, *([rows_tile] if rows_tile else []))
-    grad_hidden = grad_weight = grad_bias = None
-    if needs_hidden:
-        grad_hidden = torch.empty(shape, dtype=dtype, device=device)
-    else:
-        row_programs = 0
+    grad_hidden = weight.new_empty(shape, dtype=dtype) if needs_hidden else None
+    grad_weight = grad_bias = None
     weight_programs, block = 0, min(_WEIGHT_BLOCK, triton.next_power_of_2(width))
     if partial is not None:
-        grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-        if bias is not None:
-            grad_bias = torch.empty(1, dtype=bias.dtype, device=device)
+        grad_weight = weight.new_empty(weight.shape)
+        grad_bias = None if bias is None else bias.new_empty(1)
         weight_programs = triton.cdiv(width, block)
-    outs = (grads if x is None else x for x in (grad_hidden, grad_weight, grad_bias))
-    _backward_kernel[(weight_programs + row_programs,)](
+    outs = packed(grad_hidden, grad_weight, grad_bias, instead=grads)
+    _backward_kernel[(weight_programs + row_programs * needs_hidden,)](
         grad, grads, grads if partial is None else partial, index.contiguous(),
         *packed(pairs, instead=index), weight, *outs,
         uses, rows, 0 if partial is None else partial.shape[0], splits, weight_programs, width,

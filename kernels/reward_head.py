@@ -6,11 +6,9 @@ labels, and each byte counted once:
 forward, 1 launch: one program a sequence and 8 labels. Of a padded batch it first looks for the
     pooled token, from the right. At least ``B*H*s + L*H*s + 4*B*L + 8*B`` bytes, and the token ids
     (or mask) from the pooled one on.
-backward, 1 launch, 2 where B > 2048: programs that write rows of the gradient of ``hidden``, each
-    element once, zeros where no sequence was pooled; beside them programs that sum the gradients
-    of ``weight`` and ``bias`` over the sequences, in their order. At least ``M*H*s`` (used rows
-    only: ``B*H*s``) ``+ B*H*s + 2*L*H*s + 4*B*L + 8*B``; the second launch adds one H*L row of fp32
-    per 1024 sequences, written and read.
+backward, 1 launch: programs that write rows of the gradient of ``hidden``, each element once, zeros
+    where no sequence was pooled; beside them programs that sum the gradients of ``weight`` and
+    ``bias`` over the sequences, in their order. At least ``M*H*s + B*H*s + 2*L*H*s + 4*B*L + 8*B``.
 """
 
 from __future__ import annotations
@@ -26,8 +24,6 @@ _TILE = 4096  # elements of weight a forward program holds, labels x columns
 _ROWS_TILE = 8192  # elements of the gradient of hidden a program writes at once
 _PROGRAMS = 512  # programs that write rows: more than this only where there are more row blocks
 _WEIGHT_BLOCK = 128  # columns of a program that sums the gradient of weight
-_ONE_PASS = 2048  # sequences up to which the gradient of weight is summed in one launch
-_PART = 1024  # sequences in a part of that sum where there are more
 
 
 @triton.jit
@@ -157,81 +153,44 @@ def write_rows(
 
 
 @triton.jit
-def sum_parts(
-    parts, column, inside, count, stride,
-    ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``parts[:count, column]`` summed over its rows, ``stride`` apart, in their order."""
-    total = tl.zeros([BLOCK], ACC)
-    for start in range(0, count, PARTS):
-        part = start + tl.arange(0, PARTS).to(tl.int64)
-        mask = (part < count)[:, None] & inside[None, :]
-        at = parts + part[:, None] * stride + column[None, :]
-        total += tl.sum(tl.load(at, mask=mask, other=0.0).to(ACC), axis=0)
-    return total
-
-
-@triton.jit
 def _backward_kernel(
     grad, hidden, index, weight, grad_hidden, grad_weight, grad_bias,
-    uses, rows, span, splits, weight_programs, length, width, labels,
+    uses, rows, splits, weight_programs, length, width, labels,
     stride_use, stride_grad, stride_batch, stride_row, stride_col, stride_label, stride_weight,
     HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, USES: tl.constexpr, BLOCK: tl.constexpr,
     WEIGHT_USES: tl.constexpr, WEIGHT_BLOCK: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    if program < weight_programs:  # sequences [part * span, ...) of a block of columns and labels
+    if program < weight_programs:  # a block of columns and labels
         blocks = tl.cdiv(width, WEIGHT_BLOCK)
-        groups = tl.cdiv(labels, LABELS)
-        part = (program // (blocks * groups)).to(tl.int64)
-        label = program // blocks % groups * LABELS + tl.arange(0, LABELS)
+        label = (program // blocks * LABELS + tl.arange(0, LABELS)).to(tl.int64)
         block = program % blocks
         col = block * WEIGHT_BLOCK + tl.arange(0, WEIGHT_BLOCK).to(tl.int64)
         total = tl.zeros([LABELS, WEIGHT_BLOCK], ACC)
         total_bias = tl.zeros([LABELS], ACC)
-        end = tl.minimum(part * span + span, uses)
-        for start in range(part * span, end, WEIGHT_USES):
+        for start in range(0, uses, WEIGHT_USES):
             use = start + tl.arange(0, WEIGHT_USES).to(tl.int64)
-            row = tl.load(index + use, mask=use < end, other=0)
+            row = tl.load(index + use, mask=use < uses, other=0)
             at = row // length * stride_batch + row % length * stride_row
-            mask = (use < end)[:, None] & (col < width)[None, :]
+            mask = (use < uses)[:, None] & (col < width)[None, :]
             h = tl.load(hidden + at[:, None] + col[None, :] * stride_col, mask=mask, other=0.0)
-            mask = (use < end)[:, None] & (label < labels)[None, :]
-            at = use[:, None] * stride_use + label[None, :].to(tl.int64) * stride_grad
+            mask = (use < uses)[:, None] & (label < labels)[None, :]
+            at = use[:, None] * stride_use + label[None, :] * stride_grad
             g = tl.load(grad + at, mask=mask, other=0.0).to(ACC)
             total += tl.sum(g[:, :, None] * h.to(ACC)[:, None, :], axis=0)
             total_bias += tl.sum(g, axis=0)
-        at = part * labels + label
         inside = (label < labels)[:, None] & (col < width)[None, :]
-        tl.store(grad_weight + at[:, None] * width + col[None, :], total, mask=inside)
+        tl.store(grad_weight + label[:, None] * width + col[None, :], total, mask=inside)
         if HAS_BIAS:
             if block == 0:
-                tl.store(grad_bias + at, total_bias, mask=label < labels)
+                tl.store(grad_bias + label, total_bias, mask=label < labels)
     else:
         write_rows(
             program - weight_programs, 1.0, grad, index, index, weight, grad_hidden,
             uses, rows, splits, width, labels, stride_use, stride_grad, stride_label, stride_weight,
             "halves", ACC, ROWS, USES, BLOCK,
         )  # fmt: skip
-
-
-@triton.jit
-def _sum_kernel(
-    weight_parts, bias_parts, grad_weight, grad_bias,
-    parts, elements, labels,
-    ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    blocks = tl.cdiv(elements, BLOCK)
-    if program < blocks:
-        at = program * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-        total = sum_parts(weight_parts, at, at < elements, parts, elements, ACC, PARTS, BLOCK)
-        tl.store(grad_weight + at, total, mask=at < elements)
-    else:
-        at = (program - blocks) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-        total = sum_parts(bias_parts, at, at < labels, parts, labels, ACC, PARTS, BLOCK)
-        tl.store(grad_bias + at, total, mask=at < labels)
 
 
 def row_blocks(rows: int, width: int, rows_tile: int = _ROWS_TILE) -> tuple[dict, int, int]:
@@ -303,52 +262,28 @@ def reward_head_backward(
     needs_weight: bool = True,  # and bias, where there is one
     *,
     rows_tile: int = _ROWS_TILE,
-    one_pass: int = _ONE_PASS,
-    part: int = _PART,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias; None where not needed."""
     index = index.contiguous()
     uses, labels, width = index.shape[0], *weight.shape
     padded = hidden if hidden.ndim == 3 else hidden[:, None]
-    acc, device = wide(hidden.dtype), hidden.device
-    grad_hidden = grad_weight = grad_bias = None
     rows = padded.shape[0] * padded.shape[1]
     sizes, splits, row_programs = row_blocks(rows, width, rows_tile)
-    if needs_hidden:
-        grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=device)
-    else:
-        row_programs = 0
+    grad_hidden = hidden.new_empty(hidden.shape) if needs_hidden else None
+    grad_weight = grad_bias = None
+    weight_programs = 0
     block = min(_WEIGHT_BLOCK, triton.next_power_of_2(width))
     group = min(8, triton.next_power_of_2(labels))
-    parts = 1 if uses <= one_pass else triton.cdiv(uses, part)
-    weight_programs = 0
-    sums = sums_bias = None
     if needs_weight:
-        grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-        if bias is not None:
-            grad_bias = torch.empty(labels, dtype=bias.dtype, device=device)
-        weight_programs = parts * triton.cdiv(labels, group) * triton.cdiv(width, block)
-        sums, sums_bias = grad_weight, grad_bias
-        if parts > 1:
-            sums = torch.empty(parts, labels, width, dtype=acc, device=device)
-            sums_bias = torch.empty(parts, labels, dtype=acc, device=device)
-    _backward_kernel[(weight_programs + row_programs,)](
-        grad, padded, index, weight,
-        grad_hidden if grad_hidden is not None else grad,
-        sums if sums is not None else grad,
-        sums_bias if sums_bias is not None else grad,
-        uses, rows, uses if parts == 1 else part, splits, weight_programs,
-        padded.shape[1], width, labels,
+        grad_weight = weight.new_empty(weight.shape)
+        grad_bias = None if bias is None else bias.new_empty(labels)
+        weight_programs = triton.cdiv(labels, group) * triton.cdiv(width, block)
+    _backward_kernel[(weight_programs + row_programs * needs_hidden,)](
+        grad, padded, index, weight, *packed(grad_hidden, grad_weight, grad_bias, instead=grad),
+        uses, rows, splits, weight_programs, padded.shape[1], width, labels,
         *grad.stride(), *padded.stride(), *weight.stride(),
         HAS_BIAS=grad_bias is not None, ACC=accumulator(hidden.dtype),
         **sizes, WEIGHT_USES=max(1, 32 // group), WEIGHT_BLOCK=block, LABELS=group,
         num_warps=8,
     )  # fmt: skip
-    if needs_weight and parts > 1:
-        bias_programs = triton.cdiv(labels, 256) if bias is not None else 0
-        _sum_kernel[(triton.cdiv(labels * width, 256) + bias_programs,)](
-            sums, sums_bias, grad_weight, grad_bias if bias is not None else grad_weight,
-            parts, labels * width, labels,
-            ACC=accumulator(hidden.dtype), PARTS=16, BLOCK=256,
-        )  # fmt: skip
     return grad_hidden, grad_weight, grad_bias

@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     counts: Tensor  # int32 [tiles, 2]: full ones; all to visit
 
 
-_CHUNK = 1 << 24  # pairs looked at together: 64 MB a tensor
+_CHUNK = 1 << 24  # pairs looked at together: 128 MB a tensor
 
 
 def plan(who: Rule, rows: int, nodes: int, by_block: bool = False) -> Plan:
@@ -97,11 +97,11 @@ def _tiles(start: Tensor, rows: int, places: int) -> Tensor:  # int32 [tiles, ro
 
 
 def _in_window(who: Rule, last: Tensor, place: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
-    """Of blocks that begin before a tile's end: whether a key is seen; whether all are in reach."""
+    """Which blocks that begin before a tile's end have a key it sees; which are all in reach."""
     reach = pad(who.node_position, (0, len(last) - len(who.node_position))) + who.window
     at = who.row_position.int()[place]
-    # The rows that see a key before the tile are the tile's first ones. A key in the tile sees
-    # itself, and is among the rows that are looked at; one after it begins no block alone.
+    # The rows that see a key before the tile are the tile's first, up to the end of its subtree.
+    # A key of the tile is among those rows and sees itself; one after it shares its block with one.
     lowest, offset = at.cummin(1).values.flatten(), len(who.row_position) - who.rows
     ends, near = (last.long() - offset - 1).clamp(min=0), []
     for some in place.split(max(1, _CHUNK // len(last))):
@@ -112,7 +112,7 @@ def _in_window(who: Rule, last: Tensor, place: Tensor, nodes: int) -> tuple[Tens
 
 
 def _by_pair(who: Rule, last: Tensor, place: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
-    """Which blocks hold an allowed pair, which nothing else, by the mask: few queries are given."""
+    """Which blocks hold an allowed pair, and which nothing else, by the mask: queries are few."""
     padding = (0, len(last) - len(who.last))
     first, some, full = pad(who.first, padding), [], []
     for row in place[..., None].split(max(1, _CHUNK // (place.shape[1] * len(last)))):

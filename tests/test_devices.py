@@ -7,6 +7,7 @@ hold numbers all the same, refuse to meet tensors of the CPU and, as on MPS, to 
 import copy
 import functools
 import os
+import types
 from pathlib import Path
 
 import numpy as np
@@ -505,6 +506,24 @@ def test_scores_of_a_window_are_fetched_in_one_copy(transfers):
     assert tiny.score_error(got, want) <= 1e-4
     assert seen == [["there"] * (i + 1) for i in range(scorer.stats.micro_batches)]
     assert transfers == [*seen[-1], "there", "back"] and len(seen) >= 4
+
+
+def test_padded_batches_are_sent_in_one_copy_each_and_fetched_together(transfers):
+    model = torch.nn.Linear(1, 1).eval()  # no decoder: it runs padded
+    move(model)
+    model.config = types.SimpleNamespace(num_labels=1, pad_token_id=tiny.PAD, vocab_size=tiny.VOCAB)
+
+    def forward(input_ids, attention_mask):
+        return types.SimpleNamespace(
+            logits=(input_ids * attention_mask).sum(1, keepdim=True).float()
+        )
+
+    model.forward = forward
+    scorer = rmfast.Scorer(model, max_tokens=32)
+    scorer._pads_count = False  # what tries it looks at scores
+    assert scorer.score(tiny.rows()).tolist() == [sum(row) for row in tiny.rows()]
+    assert transfers == ["there"] * scorer.stats.micro_batches + ["back"]
+    assert scorer.stats.micro_batches >= 3
 
 
 def test_of_a_packed_batch_nothing_is_moved_unless_it_runs_padded(transfers):

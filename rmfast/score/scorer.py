@@ -24,7 +24,7 @@ from rmfast.packed.survey import is_sharded, walk
 from rmfast.reference import until_scored
 from rmfast.score import memory
 from rmfast.score.bulk import BulkScorer, evaluating
-from rmfast.trie import SEGMENT, pack
+from rmfast.trie import SEGMENT, moved, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -251,7 +251,8 @@ class Scorer(BulkScorer):
             room = min(self._position_limit, models.positions(self.model) or self._position_limit)
             self._pads_count = pads_count(self.model, self._own_scores, tried, self._pad, room)
         by_prefix = by_prefix and not self._pads_count
-        left = sorted(equal, key=lambda i: rows[i].tobytes() if by_prefix else -rows[i].size)
+        order = sorted(equal, key=lambda i: rows[i].tobytes() if by_prefix else -rows[i].size)
+        left, found = order, []
 
         def run(batch: list[int]) -> Tensor:
             if rows[batch[0]].size >= self._position_limit:
@@ -265,12 +266,13 @@ class Scorer(BulkScorer):
             scores = self._budget.attempt(run, batch, size=slots)
             if scores is None:
                 continue
-            for i, score in zip(batch, scores, strict=True):
-                raw[equal[i]] = score
+            found.append(scores)
             left = left[len(batch) :]
             slots = len(pack([rows[i] for i in batch])) if by_prefix else slots
             done = [rows[i].size for first in batch for i in equal[first]]
             self._ran(slots, len(done), sum(done))
+        for i, score in zip(order, torch.cat(found).cpu().double(), strict=True):
+            raw[equal[i]] = score
 
     def _batch(self, rows: list[np.ndarray], left: list[int]) -> list[int]:
         """The next rows that fit into the budget when padded; at least one."""
@@ -285,19 +287,20 @@ class Scorer(BulkScorer):
                 return left[:count]
         return left
 
-    def _padded_scores(self, rows: list[np.ndarray]) -> Tensor:  # fp64 [len(rows)]
+    def _padded_scores(self, rows: list[np.ndarray]) -> Tensor:  # [len(rows)]
         segments = any(row.max() >= SEGMENT for row in rows)
         return self._own_scores(inputs_of(rows, self._pad or 0, segments))
 
-    def _own_scores(self, inputs: dict[str, Tensor]) -> Tensor:  # fp64 [B]
+    def _own_scores(self, inputs: dict[str, Tensor]) -> Tensor:  # [B], where the model has them
         count = len(inputs["input_ids"])
-        logits = self.model(**{name: x.to(self._device) for name, x in inputs.items()}).logits
+        there = moved(inputs.values(), self._device)
+        logits = self.model(**dict(zip(inputs, there, strict=True))).logits
         if logits.shape not in ((count, 1), (count,)):
             raise ValueError(
                 f"{type(self.model).__name__} gave logits {tuple(logits.shape)} for "
                 f"{count} sequences: a reward model gives one score each"
             )
-        return logits.reshape(-1).cpu().double()
+        return logits.reshape(-1)
 
 
 PADS_COUNT = "the model's own code reads what pads a batch, which changes its scores"
@@ -325,7 +328,7 @@ def pads_count(
     if any(getattr(module, "is_quantized", False) for module in model.modules()):
         rounding = 0.25  # activations may be, by the largest of a batch
     segments = any(row.max() >= SEGMENT for row in rows)
-    alone = torch.cat([score(inputs_of([row], pad, segments)) for row in rows])
+    alone = torch.cat([score(inputs_of([row], pad, segments)) for row in rows]).cpu().double()
     inputs = inputs_of(rows, pad, segments)
     longest = inputs["input_ids"].shape[1]
     more = max(0, min(longest, room - 1 - longest))
@@ -333,7 +336,7 @@ def pads_count(
         return None
     values = {name: pad if name == "input_ids" else 0 for name in inputs}
     padded = score({name: F.pad(x, (0, more), value=values[name]) for name, x in inputs.items()})
-    return not bool((padded - alone).abs().max() <= rounding * alone.abs().max())
+    return not bool((padded.cpu().double() - alone).abs().max() <= rounding * alone.abs().max())
 
 
 def alike(keys: Mapping[int, Hashable]) -> dict[int, list[int]]:

@@ -40,12 +40,14 @@ def trie_of(nodes):
 class Problem:
     """Inputs, their answers by any backend, by torch in the same dtype, and in fp64."""
 
-    def __init__(self, nodes, width, dtype, pooled=False, window=None, softcap=None, sinks=False):
+    def __init__(
+        self, nodes, width, dtype, pooled=False, window=None, softcap=None, sinks=False, first=0
+    ):  # fmt: skip
         torch.manual_seed(0)
         trie = trie_of(nodes)
         queries = trie.pool_index.unique() if pooled else None
         count = len(trie)
-        self.rows = count if queries is None else len(queries)
+        self.rows = count - first if queries is None else len(queries)
         shapes = [(self.rows, 8), (count, 2), (count, 2)]
         # as transformers lays them out: tokens first in memory
         self.leaves = [
@@ -56,7 +58,8 @@ class Problem:
         self.trie, self.dtype, self.width, self.sinks = trie.to("cuda"), dtype, width, sinks
         self.queries = None if queries is None else queries.to("cuda")
         self.window, self.softcap = window, softcap
-        self.plan = ops.TriePlan(self.trie.subtree_end, self.trie.position_ids, self.queries)
+        of_trie = (self.trie.subtree_end, self.trie.position_ids, self.queries)
+        self.plan = ops.TriePlan(*of_trie, first=first)
 
     def forward(self, backend, query, key, value, sinks=None):
         return backends.trie_attention(
@@ -68,7 +71,7 @@ class Problem:
         """Under an [M, N] mask: torch's fused kernel, or what transformers writes out."""
         key, value = (x.repeat_interleave(4, dim=1) for x in (key, value))
         nodes = torch.arange(len(self.trie), device="cuda")
-        rows = nodes if self.queries is None else self.queries
+        rows = nodes[-self.rows :] if self.queries is None else self.queries
         of_trie = (self.trie.subtree_end, self.trie.position_ids)
         mask = reference.trie_mask(rows, nodes, *of_trie, self.window)[None, None]
         if self.softcap is None and sinks is None:
@@ -135,6 +138,11 @@ def test_head_dims(width, dtype):
 @pytest.mark.parametrize("case", OPTIONS)
 def test_options(case, width, dtype, pooled):
     check(Problem(900, width, dtype, pooled, **OPTIONS[case]))
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_rows_after_a_carried_path(case):
+    check(Problem(900, 128, BF16, first=133, **OPTIONS[case]))
 
 
 @POOLED
