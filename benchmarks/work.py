@@ -5,7 +5,7 @@
 No GPU is needed. Bytes are counted while Triton's interpreter runs the kernels, launch by launch:
 each address that is read once, whatever read it how often (a repeat is served by the cache as long
 as the rows of a batch fit into it), and each store each time. Launches are counted in one training
-step of head and loss, forward and backward, as :mod:`rmfast.benchmarks.launches` does; the gradient
+step of head and loss, forward and backward, as :mod:`rmfast.benchmarks.played` does; the gradient
 of the loss, a one, is given. Attention: tiles visited, against the mask itself; tiles on the
 longest way to dK and dV, on 132 processors, against a processor's on average; instructions of the
 loop over full tiles, against those of plain causal attention compiled from the same source.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rmfast.benchmarks import attention_work, offline
+from rmfast.benchmarks import attention_work, offline, played
 from rmfast.kernels import chips
 from rmfast.trie import PackedTrie
 
@@ -251,7 +251,6 @@ def _elementwise_bytes() -> Iterable[_Case]:
 def launches_per_step() -> list[Figure]:
     """A training step of head and loss, on the rows of a packed batch and on a padded one."""
     from rmfast import ops
-    from rmfast.benchmarks import launches  # not at the top: it brings transformers
 
     def rmfast(hidden, index, weight):
         return ops.reward_head_pairwise_loss(hidden, index, weight).loss
@@ -287,7 +286,7 @@ def launches_per_step() -> list[Figure]:
         ("Hugging Face and TRL on the padded batch", hugging_face, padded, ids, None),
     ]
     out = []
-    with launches.played() as gpu:
+    with played.gpu() as gpu:
         for name, loss, states, rows, limit in contestants:
             leaves, rows = [gpu.put(x).requires_grad_() for x in (states, weight)], gpu.put(rows)
 
@@ -295,7 +294,7 @@ def launches_per_step() -> list[Figure]:
                 value = loss(leaves[0], rows, leaves[1])
                 torch.autograd.grad(value, leaves, torch.empty_like(value))
 
-            count = launches.twice(gpu, step)["launches"]
+            count = gpu.twice(step)["launches"]
             out.append(figure("launches a step", name, count, limit=limit))
     return out
 

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 import rmfast
 import tiny
-from rmfast.benchmarks import gpu_common, launches
+from rmfast.benchmarks import gpu_common, launches, played
 
 LARGE = {"vocab_size": 30_000, "max_position_embeddings": 2048}  # for the rows of the benchmark
 # by case: copies to the GPU, copies to the host, waits
@@ -23,7 +23,7 @@ MOST = {
 @pytest.mark.parametrize("case", launches.CASES)
 def test_copies_and_waits(case):
     model = tiny.model(num_hidden_layers=2, **LARGE).to("meta")
-    with launches.played() as gpu:
+    with played.gpu() as gpu:
         found = launches.CASES[case](rmfast.patch(model), gpu)
     ways = ("copies to the GPU", "copies to the host", "waits")
     assert all(found[way] <= most for way, most in zip(ways, MOST[case], strict=True)), found
@@ -35,7 +35,7 @@ def test_copies_and_waits(case):
 @pytest.mark.parametrize("name, eager", [("Qwen3-0.6B", 290_418), ("Llama-8B", 590_902)])
 def test_elementwise_bytes_of_a_layer(name, eager):
     """Beside those of transformers' own code, counted before there were kernels."""
-    with launches.played() as gpu:
+    with played.gpu() as gpu:
         two, three = (launches.padded(launches.build(name, layers), gpu) for layers in (2, 3))
     nodes = len(rmfast.pack(gpu_common.rows_of("pairs")[: 2 * launches.PAIRS]))
     assert 0 < (three["bytes"] - two["bytes"]) / nodes <= 0.35 * eager
@@ -47,7 +47,7 @@ def test_launches_of_a_plan(first):
 
 
 def test_launches():
-    with launches.played() as gpu:
+    with played.gpu() as gpu:
         x = torch.ones(4, 4, device="cuda")
         assert x.is_cuda and not x.is_meta and x.device == torch.zeros(3, device=x.device).device
         (x.T.reshape(-1)[:3].reshape(1, 3) + 1).sum()
@@ -86,7 +86,7 @@ def test_launches():
     ],
 )
 def test_copies(run, to_gpu, to_host, waits):
-    with launches.played() as gpu:
+    with played.gpu() as gpu:
         run(torch.arange(4), gpu.put(torch.arange(4)))
         found = gpu.total()
     ways = ("copies to the GPU", "copies to the host", "waits")
@@ -95,7 +95,7 @@ def test_copies(run, to_gpu, to_host, waits):
 
 def test_values():
     """What depends on whole numbers has the shape that they give it; others are ones."""
-    with launches.played() as gpu:
+    with played.gpu() as gpu:
         x = gpu.put(torch.tensor([3, 1, 3, 0]))
         found, place = (x + torch.arange(4, device="cuda")).unique(return_inverse=True)
         assert found.tolist() == [2, 3, 5] and place.tolist() == [1, 0, 2, 1]
@@ -107,7 +107,7 @@ def test_values():
 
 
 def test_bytes():
-    with launches.played() as gpu:
+    with played.gpu() as gpu:
         x, row = (torch.empty(size, device="cuda") for size in ((100, 8), (8,)))
         few = torch.empty(3, dtype=torch.int64, device="cuda")
         counts = []
