@@ -82,15 +82,17 @@ class LikelihoodScorer(Scorer):
             parent[path[row.start :]] = path[row.start - 1 : -1]
         nodes = np.argsort(parent, kind="stable")[np.count_nonzero(parent < 0) :]
         rising, gain = parent[nodes], np.zeros(len(trie))
+        found: dict[int, Tensor] = {}  # by where a piece begins, should one run again in parts
 
         def take(piece: pieces.Piece, hidden: Tensor) -> None:
             here = nodes[slice(*np.searchsorted(rising, [piece.start, piece.stop]))]
             before = torch.from_numpy(parent[here] - piece.start)
-            gain[here] = _log_probs(self.model, hidden, before, trie.input_ids[here])
+            found[piece.start] = _log_probs(self.model, hidden, before, trie.input_ids[here])
             done = [rows[i].size for i in piece.rows]
             self._ran(piece.stop - piece.start, len(done), sum(done))
 
         self._patch.overrides[0].run_pieces(trie, take, self._budget, prune=False)
+        gain[nodes] = torch.cat([*found.values()]).cpu()  # nothing waits for a GPU before
         return [gain[path[row.start :]].sum() for path, row in zip(paths, rows, strict=True)]
 
 
@@ -189,7 +191,7 @@ def _prompt(conversation: Any) -> tuple[str | list, Any] | None:
 
 
 def _log_probs(model: nn.Module, hidden: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities of tokens, fp64 ``[E]`` on the CPU. Logits are made of some rows at a time.
+    """Log-probabilities of tokens, ``[E]``. Logits are made of some rows at a time.
 
     They are made by the model's own forward, which is given ``hidden`` as its backbone's output.
 
@@ -198,25 +200,25 @@ def _log_probs(model: nn.Module, hidden: Tensor, before: Tensor, tokens: Tensor)
         before: int64 ``[E]``, rising, on the CPU: the row of ``hidden`` that each token follows.
         tokens: int64 ``[E]``, on the CPU.
     """
-    found = torch.zeros(len(tokens), dtype=torch.float64)
+    found = [torch.zeros(0, device=hidden.device)]
     rows, place = before.unique_consecutive(return_inverse=True)
     count = max(1, _LOGITS // model.get_input_embeddings().num_embeddings)
     for first in range(0, len(rows), count):
-        some = rows[first : first + count].to(hidden.device)
+        here = slice(*np.searchsorted(place.numpy(), [first, first + count]))
+        parts = rows[first : first + count], place[here] - first, tokens[here]
+        some, at, wanted = forward.sent(parts, hidden.device)
         output = _Output(last_hidden_state=hidden[some][None])
-        ids = torch.zeros_like(some)[None]
         with forward.giving(patching.attached(model).overrides[0], output):
-            logits = model(input_ids=ids, use_cache=False).logits[0]
-        here = (first <= place) & (place < first + count)
-        found[here] = _picked(logits, place[here] - first, tokens[here])
-    return found
+            logits = model(input_ids=torch.zeros_like(some)[None], use_cache=False).logits[0]
+        found.append(_picked(logits, at, wanted).to(hidden.device))
+    return torch.cat(found)
 
 
-def _picked(logits: Tensor, at: Tensor, tokens: Tensor) -> Tensor:  # [S, V], [E], [E] -> fp64 [E]
+def _picked(logits: Tensor, at: Tensor, tokens: Tensor) -> Tensor:  # [S, V], [E], [E] -> [E]
     """The log-probability of each token by the row ``at`` of the logits."""
     logits = logits.to(reference.wide(logits.dtype))
     at, tokens = at.to(logits.device), tokens.to(logits.device)
-    return (logits[at, tokens] - logits.logsumexp(-1)[at]).cpu().double()
+    return logits[at, tokens] - logits.logsumexp(-1)[at]
 
 
 class _Output(BaseModelOutputWithPast):
@@ -233,4 +235,5 @@ def _log_likelihood(model: nn.Module, row: Answer) -> float:
     if row.size >= models.position_limit(model.config.get_text_config()):
         model(input_ids=ids[:, :2], use_cache=False)  # forgets rotary frequencies of longer rows
     logits = model(input_ids=ids, use_cache=False).logits[0, row.start - 1 : -1]
-    return _picked(logits, torch.arange(len(logits)), ids[0, row.start :]).sum().item()
+    found = _picked(logits, torch.arange(len(logits)), ids[0, row.start :])
+    return found.cpu().double().sum().item()
