@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels.reward_head import sum_parts
+from rmfast.kernels.fused_loss import sum_parts
 
 WIDEST = 8192  # columns of a row that a program holds whole
 _TILE = 2048  # elements that a program holds at once, where they need not be a whole row

@@ -205,7 +205,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _sum_parts(
+def sum_parts(
     parts, column, inside, count, stride,
     ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -231,7 +231,7 @@ def _backward_kernel(
     scale = tl.load(upstream).to(ACC)
     if program < weight_programs:
         col = program * WEIGHT_BLOCK + tl.arange(0, WEIGHT_BLOCK).to(tl.int64)
-        total = _sum_parts(partial, col, col < width, parts, width, ACC, 16, WEIGHT_BLOCK)
+        total = sum_parts(partial, col, col < width, parts, width, ACC, 16, WEIGHT_BLOCK)
         tl.store(grad_weight + col, total * scale, mask=col < width)
         if HAS_BIAS:
             if program == 0:
