@@ -63,8 +63,9 @@ class PackedTrie:
 
     def paths(self) -> list[np.ndarray]:
         """For each input sequence, in input order, the packed indices of its tokens, root first."""
-        end = self.subtree_end.cpu().numpy()
-        return [np.flatnonzero(end[: node + 1] > node) for node in self.pool_index.tolist()]
+        end, pool = moved((self.subtree_end, self.pool_index), "cpu")
+        end = end.numpy()
+        return [np.flatnonzero(end[: node + 1] > node) for node in pool.tolist()]
 
 
 def moved(tensors: Iterable[Any], device: torch.device | str) -> list[Any]:

@@ -1,21 +1,25 @@
 """Kernels for the norms, gated MLPs and rotary embeddings of one backbone, where they run.
 
-A module is known by the bytecode of what it runs, held against the copies below of what is written
-in transformers 5.0 to 5.23, whatever its family. What is written in any other way runs as it was.
+A module is known by the bytecode of what it runs, held against that of a few classes of
+transformers which were tried on numbers, whatever its family. Other code runs as it was.
 **Not yet run on a GPU.**
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from rmfast import reference
 from rmfast.ops import _elementwise as ops
 from rmfast.ops._common import HAS_TRITON
 from rmfast.packed import models
@@ -24,74 +28,79 @@ from rmfast.packed.state import State
 
 # --- what transformers runs
 
-
-def _llama(self, hidden_states):
-    input_dtype = hidden_states.dtype
-    hidden_states = hidden_states.to(torch.float32)
-    variance = hidden_states.pow(2).mean(-1, keepdim=True)
-    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-    return self.weight * hidden_states.to(input_dtype)
-
-
-def _olmo2(self, hidden_states):
-    input_dtype = hidden_states.dtype
-    hidden_states = hidden_states.to(torch.float32)
-    variance = hidden_states.pow(2).mean(-1, keepdim=True)
-    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-    return (self.weight * hidden_states).to(input_dtype)
-
-
-def _gemma(self, x):
-    output = self._norm(x.float())
-    output = output * (1.0 + self.weight.float())
-    return output.type_as(x)
-
-
-def _gemma_norm(self, x):
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-
-
-def _mlp(self, x):
-    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return down_proj
-
-
-def rotate_half(x):
-    """Theirs has a docstring: without one, the constants would be numbered in another way."""
-    x1 = x[..., : x.shape[-1] // 2]
-    x2 = x[..., x.shape[-1] // 2 :]
-    return torch.cat((-x2, x1), dim=-1)
-
-
-def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-    """As above."""
-    cos = cos.unsqueeze(unsqueeze_dim)
-    sin = sin.unsqueeze(unsqueeze_dim)
-    q_embed = (q * cos) + (rotate_half(q) * sin)
-    k_embed = (k * cos) + (rotate_half(k) * sin)
-    return q_embed, k_embed
-
-
-# forward of a norm: where it keeps eps, offset of its weight, whether it rounds late
+# class of a norm: where it keeps eps, offset of its weight, whether it rounds late
 _NORMS = {
-    _llama: ("variance_epsilon", 0.0, False),
-    _olmo2: ("variance_epsilon", 0.0, True),
-    _gemma: ("eps", 1.0, True),
+    "llama.LlamaRMSNorm": ("variance_epsilon", 0.0, False),
+    "olmo2.Olmo2RMSNorm": ("variance_epsilon", 0.0, True),
+    "gemma.GemmaRMSNorm": ("eps", 1.0, True),
 }
 # class of an activation, of torch or transformers: whether it is GELU approximated by tanh
 _ACTIVATIONS = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "PytorchGELUTanh": True}
-_ROPE = apply_rotary_pos_emb.__name__
+_ROPE = "apply_rotary_pos_emb"
 
 
-def _is(function: Any, ours: Callable) -> bool:
-    """Whether a function does what ours does: names of variables and docstrings may differ."""
+def _theirs(name: str) -> Any:
+    """transformers' own ``family.name``; None where this version has none."""
+    family, name = name.split(".")
+    try:
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    except ImportError:
+        return None
+    return getattr(module, name, None)
 
-    def does(f: Any) -> tuple:
-        code = f.__code__
+
+def _code(*functions: Any) -> tuple | None:
+    """What functions do: names of their variables and docstrings may differ; None: not known."""
+    out: list[Any] = []
+    for function in functions:
+        if not isinstance(function, types.FunctionType):
+            return None
+        code = function.__code__
         constants = [x for x in code.co_consts if not (x is None or isinstance(x, str))]
-        return code.co_code, code.co_names, code.co_argcount, f.__defaults__, constants
+        out += [code.co_code, code.co_names, code.co_argcount, function.__defaults__, *constants]
+    return tuple(out)
 
-    return isinstance(function, types.FunctionType) and does(function) == does(ours)
+
+def _of_norm(cls: type) -> tuple | None:
+    return _code(*(getattr(cls, name) for name in ("forward", "_norm") if hasattr(cls, name)))
+
+
+def _of_rope(rope: Any) -> tuple | None:
+    return _code(rope, getattr(rope, "__globals__", {}).get("rotate_half"))
+
+
+@functools.cache
+def _known() -> dict[tuple, Any]:
+    """What a kernel can do instead, by its code: transformers' own, tried on numbers.
+
+    Should a version change a formula, it is not in here, and runs as it was.
+    """
+    found: dict[tuple | None, Any] = {}
+    draw = torch.Generator().manual_seed(0)
+    with torch.device("cpu"), torch.no_grad():
+        x = torch.randn(2, 3, 4, 16, generator=draw)
+        tables = torch.randn(2, 2, 4, 16, generator=draw)
+        for name, rule in _NORMS.items():
+            cls, weight = _theirs(name), x[0, 0, 0]
+            if cls is None:
+                continue
+            same = True
+            for dtype in (torch.float32, torch.bfloat16):  # the second tells when it rounds
+                norm, ours = cls(16, eps=0.125).to(dtype), (weight.to(dtype), 0.125, *rule[1:])
+                norm.weight.copy_(weight)
+                same &= torch.equal(norm(x.to(dtype)), reference.rms_norm(x.to(dtype), *ours))
+            if same:
+                found[_of_norm(cls)] = rule
+        mlp, rope = _theirs("llama.LlamaMLP"), _theirs(f"llama.{_ROPE}")
+        parts = types.SimpleNamespace(
+            gate_proj=torch.sin, up_proj=torch.cos, act_fn=F.silu, down_proj=torch.neg
+        )
+        if torch.equal(mlp.forward(parts, x), -reference.gated(x.sin(), x.cos())):
+            found[_code(mlp.forward)] = "mlp"
+        theirs = rope(x, x[:, :1], *tables)
+        if all(map(torch.equal, theirs, reference.rotary(x, x[:, :1], *tables))):
+            found[_of_rope(rope)] = "rope"
+    return {code: what for code, what in found.items() if code is not None}
 
 
 # --- what runs in its place
@@ -194,15 +203,14 @@ def _of(module: nn.Module, patch: State) -> Iterable[Kernel]:
     cls, forward = type(module), type(module).forward
     if models.replaced(module) is not None or not isinstance(forward, types.FunctionType):
         return
-    for ours, rule in _NORMS.items():
-        if _is(forward, ours) and (ours is not _gemma or _is(cls._norm, _gemma_norm)):
-            yield RMSNorm(module, patch, rule)
-    if _is(forward, _mlp) and _knows(module.act_fn):
+    rule = _known().get(_of_norm(cls))
+    if isinstance(rule, tuple):
+        yield RMSNorm(module, patch, rule)
+    if _known().get(_code(forward)) == "mlp" and _knows(module.act_fn):
         yield MLP(module, patch)
-    if _ROPE in forward.__code__.co_names:
-        rope = forward.__globals__.get(_ROPE)
-        if _is(rope, apply_rotary_pos_emb) and _is(rope.__globals__["rotate_half"], rotate_half):
-            yield Attention(module, patch)
+    rope = forward.__globals__.get(_ROPE) if _ROPE in forward.__code__.co_names else None
+    if _known().get(_of_rope(rope)) == "rope":
+        yield Attention(module, patch)
 
 
 def _knows(act: Any) -> bool:

@@ -77,13 +77,13 @@ def ends_with_norm(base: nn.Module) -> bool:
     Hooks, and code of somebody else, may count on a row for each node.
     """
     layers, embeddings = models.decoder_layers(base), base.get_input_embeddings()
-    rest = [m for m in base.children() if m is not layers and m is not embeddings]
+    beside = [m for m in base.children() if m is not layers and m is not embeddings]
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return base.config.model_type not in RESHAPING and not any(
         any(getattr(m, name) for name in hooks)
         or not isinstance(models.replaced(m), (Override, type(None)))
         or not type(m).__module__.startswith(("transformers.models.", "torch.nn.", "peft."))
-        for m in (base, *rest)
+        for m in (base, *(m for one in beside for m in one.modules()))
     )
 
 
