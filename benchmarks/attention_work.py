@@ -121,7 +121,7 @@ def critical_path(
 
 
 def loop_instructions(compiled: offline.Compiled) -> int:
-    """Instructions of the full-tile loop: the shortest innermost loop with tensor-core ones."""
+    """Instructions of the full-tile loop: the shortest innermost one with tensor cores; 0: none."""
     cuda = chips.CHIPS[compiled.chip].backend == "cuda"
     label = re.compile(r"^(\.L\w+):")
     if cuda:
@@ -147,7 +147,7 @@ def loop_instructions(compiled: offline.Compiled) -> int:
         inner = any(start <= a and b <= stop and (a, b) != (start, stop) for a, b in loops)
         if not inner and any(dot.match(name) for name in names[start:stop]):
             lengths.append(stop - start)
-    return min(lengths)
+    return min(lengths, default=0)
 
 
 def _loops(chip: str, width: int, plain: bool) -> dict[str, int]:
@@ -172,7 +172,8 @@ def _loops(chip: str, width: int, plain: bool) -> dict[str, int]:
         out, lse = trie_attention.trie_attention(q, k, k, *rest, True)
         trie_attention.trie_attention_backward(out, q, k, k, *rest, out, lse)
     compiled = [offline.compile(launch, chip) for launch in recorded]
-    return {one.kernel.partition(".")[2]: loop_instructions(one) for one in compiled}
+    found = {one.kernel.partition(".")[2]: loop_instructions(one) for one in compiled}
+    return {kernel: count for kernel, count in found.items() if count}  # one only adds
 
 
 def instructions(
