@@ -71,17 +71,16 @@ def test_mask_rule_against_explicit_paths(rows, window):
 
 
 @settings(max_examples=300, deadline=None)
-@given(sequences, st.sampled_from([None, 2]), st.booleans())
-def test_bundles_cover_the_mask_exactly_once(rows, window, pooled):
+@given(sequences, st.sampled_from([None, 2]), st.booleans(), st.floats(0, 0.99))
+def test_bundles_cover_the_mask_exactly_once(rows, window, pooled, first):
     trie = rmfast.pack(rows)
-    queries = trie.pool_index.unique() if pooled else torch.arange(len(trie))
+    queries = trie.pooled if pooled else torch.arange(int(first * len(trie)), len(trie))
     want = reference.trie_mask(
         queries, torch.arange(len(trie)), trie.subtree_end, trie.position_ids, window
     )
     got = torch.zeros(want.shape, dtype=torch.int)
-    for bundle in cpu.bundles(
-        trie.subtree_end, trie.position_ids, queries if pooled else None, window
-    ):
+    given = queries if pooled else None
+    for bundle in cpu.bundles(trie.subtree_end, trie.position_ids, given, len(queries), window):
         real = ~bundle.hidden
         if bundle.repeats is not None:
             real &= ~bundle.repeats
