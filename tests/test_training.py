@@ -282,7 +282,7 @@ def test_what_cannot_be_packed_is_padded(why):
     scores = plain(**packed_step.padded(batch, tiny.PAD)).logits[:, 0]
     torch.manual_seed(5)
     out = model(input_ids=batch["input_ids"][None], rmfast_step=packed_step.Step(batch, objective))
-    assert len(rmfast.report(model).fallbacks) >= 1
+    assert bool(rmfast.report(model).fallbacks) == (why != "level")
     if why == "dropout":  # packed after all, without sharing: other noise
         assert out.loss.isfinite()
         return

@@ -126,6 +126,15 @@ def test_trains_as_trl_does(tmp_path, data, options):
     same(got, want)
 
 
+def test_a_model_that_runs_padded_trains_as_trl_does(tmp_path):
+    nets = [tiny.model("bloom", torch.float64) for _ in range(2)]
+    options = SGD | {"max_steps": 2, "center_rewards_coefficient": 0.01}
+    want = run(trl.RewardTrainer, tmp_path / "a", pairs(), net=nets[0], **options)
+    got = run(RewardTrainer, tmp_path / "b", pairs(), net=nets[1], **options)
+    assert rmfast.report(got.model).level == "head" and not rmfast.report(got.model).fallbacks
+    same(got, want)
+
+
 def test_trls_own_config_will_do(tmp_path):
     got = run(RewardTrainer, tmp_path / "a", pairs(), config=trl.RewardConfig, **SGD)
     want = run(trl.RewardTrainer, tmp_path / "b", pairs(), **SGD)

@@ -112,7 +112,8 @@ class ScoringForward(PackedForward):
         try:
             self.check_packed(batch)
         except Unservable as reason:
-            patch.fallbacks[str(reason)] += 1
+            if patch.level == "trie":
+                patch.fallbacks[str(reason)] += 1
             rows = self.of_padded(batch)
         else:
             trie = packed_step.trie_of(batch)
@@ -130,7 +131,11 @@ class ScoringForward(PackedForward):
         """Of a packed batch that runs padded; row by row, where no token fills it up."""
         pad, how = models.pad_token(self.module), {"use_cache": False, "return_dict": True}
         inputs = packed_step.padded(batch, pad or 0)
-        if pad is not None and self.patch.level == "head":
+        noise = batch["shared"] and models.draws_noise(self.module, active=True)
+        linear = models.linear(self.module.score) is not None
+        # with noise, it runs packed all the same, without sharing
+        pools = self.patch.level == "head" or (linear and not noise)
+        if pad is not None and pools:
             hidden = models.inner(self.module)(**inputs, **how)[0]
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             head = self.head_beside(hidden, ids) if ids.shape == hidden.shape[:2] else None

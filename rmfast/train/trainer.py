@@ -121,7 +121,8 @@ class RewardTrainer(trl.RewardTrainer):
     def _can_pack(self, patch: patching.Patch) -> bool:
         configs = getattr(self.model, "peft_config", {})
         prompts = any(getattr(x, "is_prompt_learning", False) for x in configs.values())
-        return patch.level == "trie" and not prompts
+        scores = patch.level in ("trie", "head") and patch.classifier is not None
+        return scores and not prompts
 
     def _check_head(self, patch: patching.Patch) -> None:
         """An adapter that leaves the head as it was drawn learns next to nothing."""
