@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rmfast import reference
 from rmfast.ops import _elementwise as ops
@@ -77,9 +78,9 @@ def _known() -> dict[tuple, Any]:
     """
     found: dict[tuple | None, Any] = {}
     draw = torch.Generator().manual_seed(0)
-    with torch.device("cpu"), torch.no_grad():
-        x = torch.randn(2, 3, 4, 16, generator=draw)
-        tables = torch.randn(2, 2, 4, 16, generator=draw)
+    with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
+        x = torch.randn(2, 3, 4, 16, generator=draw, dtype=torch.float32)
+        tables = torch.randn(2, 2, 4, 16, generator=draw, dtype=torch.float32)
         for name, rule in _NORMS.items():
             cls, weight = _theirs(name), x[0, 0, 0]
             if cls is None:

@@ -16,7 +16,7 @@ from rmfast.packed.forward import PackedForward, _on_cpu, sent
 from rmfast.packed.last_layer import pooled_rows
 from rmfast.packed.stand_in import Unservable
 from rmfast.packed.step import Rows
-from rmfast.packed.survey import Seen
+from rmfast.packed.survey import Seen, draws_noise
 from rmfast.trie import PackedTrie
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class ScoringForward(PackedForward):
         """Of a packed batch that runs padded; row by row, where no token fills it up."""
         pad, how = models.pad_token(self.module), {"use_cache": False, "return_dict": True}
         inputs = packed_step.padded(batch, pad or 0)
-        noise = batch["shared"] and models.draws_noise(self.module, active=True)
+        noise = batch["shared"] and draws_noise(self.module, active=True)
         linear = models.linear(self.module.score) is not None
         # with noise, it runs packed all the same, without sharing
         pools = self.patch.level == "head" or (linear and not noise)
