@@ -9,7 +9,8 @@ step of head and loss, forward and backward: Triton's, and torch's operations th
 (views and allocations launch nothing; an operation counts as one, though on a GPU some launch
 several kernels). The gradient of the loss, a one, is given. Attention: tiles visited, against the
 mask itself; instructions of the loop over full tiles, against those of plain causal attention
-compiled from the same source.
+compiled from the same source. Of a decoder layer what runs element by element is counted on meta
+tensors, with the kernels and as transformers runs it: there the ratio is what is left.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import rmfast
 from rmfast.benchmarks import attention_work, launches
 from rmfast.kernels import chips
 
@@ -239,6 +243,56 @@ def _elementwise_bytes() -> Iterable[_Case]:
             yield f"{case}, {name}", functools.partial(function, *arguments), least
 
 
+class _Layer(TorchDispatchMode):
+    """Bytes of what runs element by element: each operand of each operation once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.launches = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if not (view or name in _FREE or name in ("mm", "addmm")):
+            self.bytes += _bytes(*(x for x in tree_leaves((args, out)) if isinstance(x, Tensor)))
+            self.launches += 1
+        return out
+
+
+def layers() -> list[Figure]:
+    """A decoder layer without matmuls and attention: with kernels, and as transformers runs it."""
+    transformers.AttentionInterface.register(
+        "none", lambda module, query, *_, **__: (torch.empty_like(query.transpose(1, 2)), None)
+    )
+    out = []
+    for name, cls, hidden, inner, heads in (
+        ("Llama-8B", transformers.LlamaConfig, 4096, 14336, 32),
+        ("Qwen3-0.6B", transformers.Qwen3Config, 1024, 3072, 16),
+    ):
+        config = cls(
+            hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
+            num_key_value_heads=8, head_dim=128, num_hidden_layers=1, vocab_size=8,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = transformers.AutoModelForSequenceClassification.from_config(
+                config, dtype=torch.bfloat16, attn_implementation="none"
+            )
+            x, *tables = torch.empty(3, 1, TOKENS, hidden, dtype=torch.bfloat16)
+        tables = [table[..., :128].contiguous() for table in tables]
+        counted = []
+        for _ in range(2):
+            with torch.no_grad(), _Layer() as seen:
+                model.model.layers[0](x, position_embeddings=tables)
+            counted.append(seen)
+            rmfast.patch(model)
+        theirs, ours = ((one.bytes // TOKENS, one.launches) for one in counted)
+        for unit, a, b in zip(("bytes a token", "launches"), ours, theirs, strict=True):
+            what = f"{unit}, a layer element by element, forward, bf16, of transformers' own"
+            out.append(figure(what, name, a, b, 0.35))
+    return out
+
+
 # --- launches
 
 # allocations, and the one view whose schema does not say so
@@ -361,7 +415,8 @@ def loop_instructions(chip_names: Iterable[str]) -> list[Figure]:
 def count(chip_names: Iterable[str], data: Path | None = None) -> list[Figure]:
     """Every figure."""
     with launches.processes(1, interpret=True) as pool:
-        interpreted = [pool.submit(function) for function in (bytes_moved, launches_per_step)]
+        functions = (bytes_moved, layers, launches_per_step)
+        interpreted = [pool.submit(function) for function in functions]
         figures = [one for done in interpreted for one in done.result()]
     return [*figures, *tiles_visited(data), *loop_instructions(chip_names)]
 

@@ -14,6 +14,7 @@ gated, 1 launch: ``3*R*H*s``. Backward, 1 launch: ``5*R*H*s``; it computes the a
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -178,6 +179,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+@functools.cache
 def _norm_sizes(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     rows = max(1, _TILE // block)
