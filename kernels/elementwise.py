@@ -14,6 +14,7 @@ gated, 1 launch: ``3*R*H*s``. Backward, 1 launch: ``5*R*H*s``; it computes the a
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -89,9 +90,9 @@ def _turn(
     BACKWARD: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """``[a, b]`` to ``[a, b] * cos + [-b, a] * sin``; row ``t * heads + h``: head h of token t."""
-    row = block * ROWS + tl.arange(0, ROWS)
-    place, head = row // heads, row % heads
-    batch, token = place // tokens, place % tokens
+    row = block * ROWS + tl.arange(0, ROWS)  # fits int32, in which division is fast
+    place, head = row // heads, (row % heads).to(tl.int64)
+    batch, token = (place // tokens).to(tl.int64), (place % tokens).to(tl.int64)
     col = tl.arange(0, HALF)[None, :]
     inside = (row < rows)[:, None] & (col < half)
     at = cos + (batch * stride_cos_batch + token * stride_cos_token)[:, None] + col
@@ -105,7 +106,7 @@ def _turn(
     at = (batch * stride_batch + head * stride_head + token * stride_token)[:, None] + col
     a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + at + half, mask=inside, other=0.0).to(tl.float32)
-    at = out + row[:, None] * (2 * half) + col
+    at = out + row.to(tl.int64)[:, None] * (2 * half) + col
     tl.store(at, a * cos_1 - b * sin_1, mask=inside)
     tl.store(at + half, b * cos_2 + a * sin_2, mask=inside)
 
@@ -117,7 +118,7 @@ def _rotary_kernel(
     stride_cos_batch, stride_cos_token, stride_sin_batch, stride_sin_token,
     BACKWARD: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(0)
     blocks_q = tl.cdiv(rows_q, ROWS)
     if block < blocks_q:
         _turn(
@@ -178,6 +179,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+@functools.cache
 def _norm_sizes(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     rows = max(1, _TILE // block)

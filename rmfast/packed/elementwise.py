@@ -37,6 +37,7 @@ _NORMS = {
 }
 # class of an activation, of torch or transformers: whether it is GELU approximated by tanh
 _ACTIVATIONS = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "PytorchGELUTanh": True}
+_KERNEL = "_rmfast_kernel"
 _ROPE = "apply_rotary_pos_emb"
 
 
@@ -107,10 +108,37 @@ def _known() -> dict[tuple, Any]:
 # --- what runs in its place
 
 
+def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What stands for the forward of all these modules, as a method of each.
+
+    Were it an object of each, torch.compile would take every layer for another one. The name is
+    for pickle, which asks a module for its method by it.
+    """
+    return module.__dict__[_KERNEL](*args, **kwargs)
+
+
 class Kernel(Override):
     """``forward`` of a module in a backbone, by a kernel where it takes the call's tensors."""
 
     name: str  # in the report
+
+    def put(self) -> None:
+        if not self.placed:
+            self.module.__dict__[_KERNEL] = self
+            self.place()
+            self.placed = True
+
+    def place(self) -> None:
+        """Also after pickling, which left the method of the class in its place."""
+        setattr(self.module, models.slot(self.module), types.MethodType(forward, self.module))
+
+    def leave(self) -> None:
+        super().leave()
+        if not self.placed:
+            self.module.__dict__.pop(_KERNEL, None)
+
+    def is_in(self, now: Any) -> bool:
+        return getattr(now, "__func__", None) is forward
 
 
 class RMSNorm(Kernel):
@@ -169,6 +197,7 @@ class Attention(Kernel):
         return self.turning(self.module, *args, **kwargs)
 
 
+@functools.cache
 def _turning(forward: types.FunctionType) -> types.FunctionType:
     """A copy of a forward that finds the kernel under the name of the rotary embedding."""
     before = forward.__globals__[_ROPE]
@@ -224,4 +253,5 @@ def report(overrides: Iterable[Override]) -> str | None:
     counts = Counter(one.name for one in overrides if isinstance(one, Kernel))
     if not counts:
         return None
-    return "on a GPU, kernels: " + ", ".join(f"{count} {name}" for name, count in counts.items())
+    found = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    return f"on a GPU, kernels: {found}"

@@ -60,6 +60,8 @@ class Patch(State):
         super().__setstate__(state)
         for stand_in in self.overrides:
             stand_in.patch = self
+            if isinstance(stand_in, elementwise.Kernel) and stand_in.placed:
+                stand_in.place()
         if self.attention_before is not None:  # another process has registries of its own
             packed_attention.register(self.attention_before)
 

@@ -64,9 +64,13 @@ class Override(Member):
         """The attribute of the module that holds this stand-in; None inside somebody's wrapper."""
         for slot in ("forward", "_old_forward"):
             now = None if self.module is None else self.module.__dict__.get(slot)
-            if now is self or (now is not None and getattr(now, "__func__", None) is self):
+            if now is not None and self.is_in(now):
                 return slot
         return None
+
+    def is_in(self, now: Any) -> bool:
+        """Whether a forward is this stand-in."""
+        return now is self or getattr(now, "__func__", None) is self
 
     def fits(self) -> bool:
         """Whether the stand-in can be put again: nobody has replaced the forward since."""
