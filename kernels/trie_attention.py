@@ -200,7 +200,7 @@ def trie_attention_backward(
         **flags, **constants,
     )  # fmt: skip
     _add_kernel[(len(lists), kv_heads, chosen.nodes // _ADDED)](
-        partial_kv, lists, grad_k, grad_v, nodes, scale, *of_grads, **sizes, M=_ADDED, num_warps=4
+        partial_kv, lists, grad_k, grad_v, nodes, *of_grads, **sizes, M=_ADDED, num_warps=4
     )
     grad_sinks = None if sinks is None else partial.sum(0).to(sinks.dtype)
     return grad_q, grad_k, grad_v, grad_sinks

@@ -161,44 +161,49 @@ def _dkv_kernel(
     begin = block * N
     if begin >= nodes:
         return
-    lists += 4 * block
-    item, shares = tl.load(lists), tl.load(lists + 1)
-    full, count = tl.load(lists + 2), tl.load(lists + 3)
-    share = tl.program_id(0) - item
-    start, stop = share * count // shares, (share + 1) * count // shares
-    full = tl.minimum(tl.maximum(full, start), stop)
+    item, shares = tl.load(lists + 4 * block), tl.load(lists + 4 * block + 1)
+    full, count = tl.load(lists + 4 * block + 2), tl.load(lists + 4 * block + 3)
     k = load(key, kv_head, begin, nodes, k_head, k_row, k_col, N, WIDTH, D, True, DOT)
     v = load(value, kv_head, begin, nodes, v_head, v_row, v_col, N, V_WIDTH, DV, True, DOT)
     grad_k, grad_v = tl.zeros([N, D], tl.float32), tl.zeros([N, DV], tl.float32)
     tiles += block.to(tl.int64) * listed
-    for member in range(GROUP):
+    for member in range(GROUP):  # bounds anew for each head: registers are scarce in the loops
         head = kv_head * GROUP + member
+        share = tl.program_id(0) - item
+        start, stop = share * count // shares, (share + 1) * count // shares
+        middle = tl.minimum(tl.maximum(full, start), stop)
         grad_k, grad_v = _dkv_tiles(
             grad_k, grad_v, k, v, query, grad, lse, delta, head, begin,
-            first, last, row_position, node_position, tiles, start, full,
+            first, last, row_position, node_position, tiles, start, middle,
             rows, nodes, window, scale, softcap,
             q_head, q_row, q_col, grad_head, grad_row, grad_col, lse_head,
             False, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
         )  # fmt: skip
         grad_k, grad_v = _dkv_tiles(
             grad_k, grad_v, k, v, query, grad, lse, delta, head, begin,
-            first, last, row_position, node_position, tiles, full, stop,
+            first, last, row_position, node_position, tiles, middle, stop,
             rows, nodes, window, scale, softcap,
             q_head, q_row, q_col, grad_head, grad_row, grad_col, lse_head,
             True, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
         )  # fmt: skip
+    grad_k *= scale
+    # read again, not kept through the loops
+    block = tl.load(blocks + tl.program_id(0), volatile=True)
+    begin = block * N
+    item, shares = tl.load(lists + 4 * block), tl.load(lists + 4 * block + 1)
     if shares == 1:
-        store(grad_key, grad_k * scale, kv_head, begin, nodes, gk_head, gk_row, N, WIDTH, D)
+        store(grad_key, grad_k, kv_head, begin, nodes, gk_head, gk_row, N, WIDTH, D)
         store(grad_value, grad_v, kv_head, begin, nodes, gv_head, gv_row, N, V_WIDTH, DV)
     else:
-        at = (_slot(item, block, share) * tl.num_programs(1) + kv_head) * N
+        slot = _slot(item, block, tl.program_id(0) - item)
+        at = (slot * tl.num_programs(1) + kv_head) * N
         store(partial, grad_k, kv_head, at, at + N, 0, D + DV, N, D, D)
         store(partial + D, grad_v, kv_head, at, at + N, 0, D + DV, N, DV, DV)
 
 
 @triton.jit(do_not_specialize=["nodes"])
 def _add_kernel(
-    partial, lists, grad_key, grad_value, nodes, scale, gk_head, gk_row, gv_head, gv_row,
+    partial, lists, grad_key, grad_value, nodes, gk_head, gk_row, gv_head, gv_row,
     WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -213,5 +218,5 @@ def _add_kernel(
         grad_k += load(partial, kv_head, at, 0, 0, D + DV, 1, M, D, D, False, tl.float32)
         grad_v += load(partial + D, kv_head, at, 0, 0, D + DV, 1, M, DV, DV, False, tl.float32)
     begin += block * N
-    store(grad_key, grad_k * scale, kv_head, begin, nodes, gk_head, gk_row, M, WIDTH, D)
+    store(grad_key, grad_k, kv_head, begin, nodes, gk_head, gk_row, M, WIDTH, D)
     store(grad_value, grad_v, kv_head, begin, nodes, gv_head, gv_row, M, V_WIDTH, DV)
