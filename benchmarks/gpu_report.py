@@ -40,7 +40,7 @@ from rmfast.benchmarks import kernels as bench
 from rmfast.benchmarks.gpu_common import BF16, DEV, DRY, build, heads_of, noise, padded, rows_of
 from rmfast.kernels import trie_attention as kernels
 from rmfast.kernels import trie_configs, trie_plan
-from rmfast.packed import backends
+from rmfast.packed import backends, patching
 from rmfast.packed import step as packed_step
 from rmfast.train import batches as train_batches
 from rmfast.train import objective
@@ -292,6 +292,35 @@ def profiles(timed: bool) -> Iterator[Row]:
         del model, once  # before the next one is built
 
 
+@torch.no_grad()
+def graphs(timed: bool) -> Iterator[Row]:
+    """What replaying a pass as a CUDA graph would save, where a small model waits for its host."""
+    model = rmfast.patch(build("0.6B").eval(), attention=ATTENTION)
+    forward = patching.attached(model).overrides[0]
+    for count in (2, 8, 32):
+        trie = rmfast.pack(rows_of("pairs")[:count]).to(DEV)
+        launched = functools.partial(forward.backbone, model.model, trie, True, trie.pooled)
+        who, same = {"launched": launched}, None
+        launched()
+        if not DRY:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = launched()[0]
+            who["replayed"] = graph.replay
+            graph.replay()
+            same = torch.equal(out, launched()[0])
+        took: dict[str, list[float]] = {name: [] for name in who}
+        for name, run in list(who.items()) * (5 * ROUNDS):
+            ready()
+            start = time.perf_counter()
+            run()
+            ready()
+            took[name].append(time.perf_counter() - start)
+        for name, times in took.items():
+            row = {"sequences": count, "nodes": len(trie), "who": name, "same bits": same}
+            yield {**row, "ms": 1e3 * median(times)}
+
+
 def launches(timed: bool) -> Iterator[Row]:
     """The launches of attention alone, with and without a start that all rows share."""
     cold = torch.empty(1 << (10 if DRY else 28), dtype=torch.uint8, device=DEV)
@@ -491,7 +520,7 @@ SECTIONS: dict[str, tuple[Callable, tuple, float, bool]] = {
     "heads": (heads, (), 30, True), "scoring 8B": (scoring, ("8B",), 70, False),
     "training 8B": (steps, ("8B, 12 layers",), 60, False), "profiles": (profiles, (), 50, False),
     "elementwise": (elementwise, (), 40, True), "scoring 1B": (scoring, ("1B",), 40, True),
-    "tuning": (tuning, (), 90, False),
+    "graphs": (graphs, (), 20, False), "tuning": (tuning, (), 90, False),
 }  # fmt: skip
 
 
