@@ -5,14 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rmfast.kernels.trie_forward import LOG2E, allowed, listed, load, logits, store
+from rmfast.kernels.trie_forward import LOG2E, allowed, listed, load, logits, offset, store
 
 
 @triton.jit
 def _dq_tiles(
-    total, q, grad, lse, delta, key, value, kv_head, begin_row,
+    total, q, grad, lse, delta, key, value, kv_head, begin_place,
     first, last, row_position, node_position, blocks, start, stop,
-    rows, nodes, window, scale, softcap,
+    places, nodes, window, scale, softcap,
     k_head, k_row, k_col, v_head, v_row, v_col,
     MASKED: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr,
     CAPPED: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr,
@@ -30,10 +30,10 @@ def _dq_tiles(
         x, factor, slope = logits(products, scale, softcap, CAPPED)
         weights = tl.exp2(x * factor - lse[:, None])
         if MASKED:
-            row = (begin_row + tl.arange(0, M))[:, None]
+            place = (begin_place + tl.arange(0, M))[:, None]
             node = (begin + tl.arange(0, N))[None, :]
             seen = allowed(
-                row, node, first, last, row_position, node_position, rows, nodes, window,
+                place, node, first, last, row_position, node_position, places, nodes, window,
                 POOLED, WINDOW,
             )  # fmt: skip
             weights = tl.where(seen, weights, 0.0)
@@ -75,17 +75,18 @@ def _dq_kernel(
     total = tl.zeros([M, D], tl.float32)
     full, stop = tl.load(counts + 2 * tile), tl.load(counts + 2 * tile + 1)
     blocks += tile.to(tl.int64) * listed
+    shift = offset(rows, nodes, POOLED)
     total = _dq_tiles(
-        total, q, g, level, mean, key, value, kv_head, begin,
+        total, q, g, level, mean, key, value, kv_head, begin + shift,
         first, last, row_position, node_position, blocks, 0, full,
-        rows, nodes, window, scale, softcap,
+        rows + shift, nodes, window, scale, softcap,
         k_head, k_row, k_col, v_head, v_row, v_col,
         False, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
     )  # fmt: skip
     total = _dq_tiles(
-        total, q, g, level, mean, key, value, kv_head, begin,
+        total, q, g, level, mean, key, value, kv_head, begin + shift,
         first, last, row_position, node_position, blocks, full, stop,
-        rows, nodes, window, scale, softcap,
+        rows + shift, nodes, window, scale, softcap,
         k_head, k_row, k_col, v_head, v_row, v_col,
         True, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
     )  # fmt: skip
@@ -124,8 +125,10 @@ def _dkv_tiles(
         weights = tl.exp2(x * factor - level[None, :])
         if MASKED:
             node = (begin_node + tl.arange(0, N))[:, None]
+            shift = offset(rows, nodes, POOLED)
+            place = (begin + shift + tl.arange(0, M))[None, :]
             seen = allowed(
-                row[None, :], node, first, last, row_position, node_position, rows, nodes, window,
+                place, node, first, last, row_position, node_position, rows + shift, nodes, window,
                 POOLED, WINDOW,
             )  # fmt: skip
             weights = tl.where(seen, weights, 0.0)

@@ -32,7 +32,7 @@ TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
     ("sm_120", 128): (Config(128, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm_120", 256): (Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 8, 2)),
     ("gfx942", 64): (Config(128, 64, 4, 1), Config(128, 64, 8, 1), Config(32, 64, 4, 1)),
-    ("gfx942", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(32, 64, 8, 1)),
+    ("gfx942", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(16, 64, 4, 1)),
     ("gfx942", 256): (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
     ("gfx950", 64): (Config(128, 64, 4, 1), Config(128, 64, 8, 1), Config(64, 64, 4, 1)),
     ("gfx950", 128): (Config(128, 64, 8, 1), Config(64, 32, 4, 1), Config(32, 128, 4, 1)),
@@ -44,7 +44,9 @@ WINDOWED: dict[tuple[str, int], tuple[Config, Config, Config]] = {
     ("sm_90", 64): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
     ("sm_90", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm_120", 64): (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
-    ("gfx942", 128): (Config(128, 64, 8, 1), Config(64, 64, 4, 1), Config(16, 64, 4, 1)),
+    ("gfx942", 256): (Config(64, 16, 8, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
+    ("gfx950", 64): (Config(128, 64, 4, 1), Config(128, 64, 8, 1), Config(32, 64, 4, 1)),
+    ("gfx950", 128): (Config(128, 32, 8, 1), Config(64, 32, 4, 1), Config(32, 128, 4, 1)),
 }
 # any chip, by padded head_dim: without tensor cores the operands are in registers
 FP32: dict[int, tuple[Config, Config, Config]] = {

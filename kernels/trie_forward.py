@@ -52,16 +52,24 @@ def store(
 
 
 @triton.jit
+def offset(rows, nodes, POOLED: tl.constexpr):
+    """The first row's place: without queries, rows are the last nodes."""
+    if POOLED:
+        return 0
+    else:
+        return nodes - rows
+
+
+@triton.jit
 def allowed(
-    row, node, first, last, row_position, node_position, rows, nodes, window,
+    place, node, first, last, row_position, node_position, places, nodes, window,
     POOLED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Whether ``row`` may see ``node``; one is a column, the other a row."""
+    """Whether the row at ``place`` may see ``node``; one is a column, the other a row."""
     there = node < nodes
+    begin = node
     if POOLED:
-        begin, place, places = tl.load(first + node, mask=there, other=0), row, rows
-    else:  # rows are the last nodes
-        begin, place, places = node, row + (nodes - rows), nodes
+        begin = tl.load(first + node, mask=there, other=0)
     seen = (begin <= place) & (place < tl.load(last + node, mask=there, other=0))
     if WINDOW:
         at = tl.load(row_position + place, mask=place < places, other=0)
@@ -82,9 +90,9 @@ def logits(products, scale, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _forward_tiles(
-    total, denominator, highest, q, key, value, kv_head, begin_row,
+    total, denominator, highest, q, key, value, kv_head, begin_place,
     first, last, row_position, node_position, blocks, start, stop,
-    rows, nodes, window, scale, softcap,
+    places, nodes, window, scale, softcap,
     k_head, k_row, k_col, v_head, v_row, v_col,
     MASKED: tl.constexpr, POOLED: tl.constexpr, WINDOW: tl.constexpr,
     CAPPED: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr,
@@ -100,10 +108,10 @@ def _forward_tiles(
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         x, factor, _ = logits(products, scale, softcap, CAPPED)
         if MASKED:
-            row = (begin_row + tl.arange(0, M))[:, None]
+            place = (begin_place + tl.arange(0, M))[:, None]
             node = (begin + tl.arange(0, N))[None, :]
             seen = allowed(
-                row, node, first, last, row_position, node_position, rows, nodes, window,
+                place, node, first, last, row_position, node_position, places, nodes, window,
                 POOLED, WINDOW,
             )  # fmt: skip
             x = tl.where(seen, x, float("-inf"))
@@ -144,17 +152,18 @@ def _forward_kernel(
     total = tl.zeros([M, DV], tl.float32)
     full, stop = tl.load(counts + 2 * tile), tl.load(counts + 2 * tile + 1)
     blocks += tile.to(tl.int64) * listed
+    shift = offset(rows, nodes, POOLED)
     total, denominator, highest = _forward_tiles(
-        total, denominator, highest, q, key, value, kv_head, begin,
+        total, denominator, highest, q, key, value, kv_head, begin + shift,
         first, last, row_position, node_position, blocks, 0, full,
-        rows, nodes, window, scale, softcap,
+        rows + shift, nodes, window, scale, softcap,
         k_head, k_row, k_col, v_head, v_row, v_col,
         False, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
     )  # fmt: skip
     total, denominator, highest = _forward_tiles(
-        total, denominator, highest, q, key, value, kv_head, begin,
+        total, denominator, highest, q, key, value, kv_head, begin + shift,
         first, last, row_position, node_position, blocks, full, stop,
-        rows, nodes, window, scale, softcap,
+        rows + shift, nodes, window, scale, softcap,
         k_head, k_row, k_col, v_head, v_row, v_col,
         True, POOLED, WINDOW, CAPPED, WIDTH, V_WIDTH, D, DV, M, N, DOT, PRECISION,
     )  # fmt: skip
