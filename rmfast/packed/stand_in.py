@@ -64,7 +64,7 @@ class Override(Member):
         """The attribute of the module that holds this stand-in; None inside somebody's wrapper."""
         for slot in ("forward", "_old_forward"):
             now = None if self.module is None else self.module.__dict__.get(slot)
-            if now is not None and self.is_in(now):
+            if self.is_in(now):
                 return slot
         return None
 
