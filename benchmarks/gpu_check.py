@@ -243,11 +243,25 @@ def small() -> Iterator[str]:
         index, trie = torch.arange(80, device=DEV), rmfast.pack(rows).to(DEV)
         loss = ops.reward_head_pairwise_loss(hidden, index, weight).loss
         loss = loss + ops.pairwise_loss(ops.reward_head(hidden, index, weight)).loss
+        ids = torch.arange(90, device=DEV).view(10, 9) % 7
+        at = {"input_ids": ids, "pad_token_id": 3}
+        loss = loss + ops.reward_head_pairwise_loss(hidden.view(10, 9, -1), None, weight, **at).loss
+        turned = ops.rotary(*hidden.view(2, 1, 9, 5, -1).transpose(2, 3), *hidden.view(2, 1, 45, -1)
+                            .detach()[..., :9, :])  # fmt: skip
+        normed = ops.rms_norm(hidden, weight[0], 1e-6)
+        loss = (
+            loss + ops.gated(normed, hidden).float().mean() + sum(x.float().mean() for x in turned)
+        )
         torch.autograd.grad(loss, [hidden, weight])
-        q, k, v = heads_of(trie, 16 if DRY else 64, (2, 1), dtype)
-        rest = (trie.subtree_end, trie.position_ids, None, None, 0.1, 60, None)
-        out, lse = kernels.trie_attention(q, k, v, *rest, True)
-        kernels.trie_attention_backward(out, q, k, v, *rest, out, lse)
+        apart = [
+            np.r_[0, np.full(size // 3, i)] for i in range(1, 4 if DRY else 50)
+        ]  # lists are cut
+        for one, first in ((trie, 0), (trie, 5), (rmfast.pack(apart).to(DEV), 0)):
+            q, k, v = heads_of(one, 16 if DRY else 64, (2, 1), dtype)
+            rest = (one.subtree_end, one.position_ids, None, None, 0.1, 60, None)
+            inputs = (q[:, :, first:], k, v, *rest)
+            out, lse = kernels.trie_attention(*inputs, True)
+            kernels.trie_attention_backward(out, *inputs, out, lse)
     yield "launched"
 
 

@@ -24,13 +24,12 @@ from torch import Tensor
 
 from rmfast.kernels.fused_loss import sum_parts
 
-WIDEST = 8192  # columns of a row that a program holds whole
 _TILE = 2048  # elements that a program holds at once, where they need not be a whole row
 _ROOT_8_OVER_PI = tl.constexpr(math.sqrt(8 / math.pi))
 _CUBE = tl.constexpr(0.044715)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_kernel(
     x, weight, out, rows, width, stride, eps, offset,
     LATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -46,7 +45,7 @@ def _norm_kernel(
     tl.store(out + row[:, None] * width + col[None, :], normed * w[None, :], mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "span"])
 def _norm_backward_kernel(
     grad, x, weight, grad_x, parts, rows, width, span, stride_grad, stride, eps, offset,
     NEEDS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -75,7 +74,7 @@ def _norm_backward_kernel(
         tl.store(parts + program * width + col, tl.sum(total, axis=0), mask=col < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _sum_kernel(parts, out, count, width, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     total = sum_parts(parts, col, col < width, count, width, tl.float32, PARTS, BLOCK)
@@ -111,7 +110,7 @@ def _turn(
     tl.store(at + half, b * cos_2 + a * sin_2, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows_q", "rows_k"])
 def _rotary_kernel(
     q, k, cos, sin, out_q, out_k, tokens, rows_q, rows_k, heads_q, heads_k, half,
     stride_q_batch, stride_q_head, stride_q_token, stride_k_batch, stride_k_head, stride_k_token,

@@ -219,11 +219,12 @@ def tune(
     inputs = (query, key, value, *rule)
     width = max(16, *(triton.next_power_of_2(x.shape[-1]) for x in (query, value)))
     pooled, capped, windowed = (x is not None for x in (queries, softcap, window))
-    out, lse = trie_attention(*inputs, True)
+    made: dict = {}  # a plan is no layer's time
+    out, lse = trie_attention(*inputs, True, made=made)
     runs = {
-        "forward": lambda c: trie_attention(*inputs, True, c),
-        "dq": lambda c: trie_attention_backward(grad, *inputs, out, lse, (c, None)),
-        "dkv": lambda c: trie_attention_backward(grad, *inputs, out, lse, (None, c)),
+        "forward": lambda c: trie_attention(*inputs, True, c, made),
+        "dq": lambda c: trie_attention_backward(grad, *inputs, out, lse, (c, None), made),
+        "dkv": lambda c: trie_attention_backward(grad, *inputs, out, lse, (None, c), made),
     }
     best = {}
     for i, (kernel, run) in enumerate(runs.items()):

@@ -32,7 +32,8 @@ class PackedTrie:
         subtree_end: int32 ``[N]``, first packed index after the node's subtree.
         pool_index: int64 ``[B]``, for each input sequence, in input order, the node of its last
             token (it may be an inner node, and it may repeat).
-        pooled: int64 ``[P]``, rising, each node of ``pool_index`` once. Left out, it is made of it.
+        pooled: int64 ``[P]``, rising, each node of ``pool_index`` once. Left out, it is made of it;
+            give None with another ``pool_index``.
         place: int64 ``[B]``, where in ``pooled`` each sequence's node is. Likewise.
     """
 
@@ -78,9 +79,11 @@ def moved(tensors: Iterable[Any], device: torch.device | str) -> list[Any]:
         raw, gap = [x.view(torch.uint8) for x in flat], flat[0].new_empty(16, dtype=torch.uint8)
         # each begins at a multiple of 16 bytes, as kernels want it
         parts = [part for x in raw for part in (x, gap[: -len(x) % 16])]
-        buffer, pinned = torch.cat(parts), source.type == "cpu" and device.type == "cuda"
-        if pinned:  # torch keeps this memory until the copy has passed
-            buffer = buffer.pin_memory()
+        pinned = source.type == "cpu" and device.type == "cuda"
+        total = sum(map(len, parts))
+        # torch keeps pinned memory until the copy has passed
+        buffer = gap.new_empty(total, pin_memory=True) if pinned else gap.new_empty(total)
+        torch.cat(parts, out=buffer)
         there = buffer.to(device, non_blocking=pinned).split([len(part) for part in parts])
         for i, x in zip(which, there[::2], strict=True):
             out[i] = x.view(out[i].dtype).view(out[i].shape)

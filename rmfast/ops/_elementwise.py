@@ -13,7 +13,6 @@ from rmfast import reference
 from rmfast.ops._common import (
     check_devices,
     check_floating,
-    no_second_derivative,
     op,
     present,
     use_kernels,
@@ -127,17 +126,24 @@ def _(grad, gate, up, gelu):
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-no_second_derivative(_rms_norm_backward, "rms_norm")
-no_second_derivative(_gated_backward, "gated")
-
-
 def _setup(ctx, inputs, output):
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     ctx.save_for_backward(*tensors)
     ctx.rest = inputs[len(tensors) :]
 
 
+def _twice(ctx, function, *grads):
+    """The backward in plain torch, where that is differentiated again."""
+    inputs = ctx.saved_tensors
+    needed = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+    out = without_autocast(function)(*inputs, *ctx.rest)
+    found = iter(torch.autograd.grad(out, needed, grads, create_graph=True))
+    return (*(next(found) if need else None for need in ctx.needs_input_grad),)
+
+
 def _norm_autograd(ctx, grad):
+    if torch.is_grad_enabled():
+        return _twice(ctx, reference.rms_norm, grad)
     eps, offset, _ = ctx.rest
     needs = ctx.needs_input_grad
     grads = _lean_norm_backward(grad, *ctx.saved_tensors, eps, offset, needs[1])
@@ -161,15 +167,18 @@ def _rotary_autograd(ctx, *grads):
 
 
 def _gated_autograd(ctx, grad):
+    if torch.is_grad_enabled():
+        return _twice(ctx, reference.gated, grad)
     return *_lean_gated_backward(grad, *ctx.saved_tensors, *ctx.rest), None
 
 
 def _past_dispatcher(
     op: torch.library.CustomOpDef, setup: Callable | None = None, backward: Callable | None = None
 ) -> Callable:
-    """``op``, at a third of its cost on the host where nobody traces or watches the call.
+    """``op``, at about half its cost on the host, where nobody traces or watches the call.
 
-    A layer calls six to eight of these ops, and a small model waits for its host.
+    A layer calls six to eight of these ops, and a small model waits for its host. Measured with a
+    launch that costs nothing, on a CPU: 5.6 µs for 12.3, with gradients 10.6 for 23.2.
     """
 
     def forward(ctx: Any, *inputs: Any) -> Any:  # with setup_context, torch binds a signature
@@ -184,6 +193,7 @@ def _past_dispatcher(
 
     def call(*inputs: Any) -> Any:
         watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        watched = watched or torch._C._are_functorch_transforms_active()
         if watched or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in inputs):
             return op(*inputs)
         if not torch.is_grad_enabled():

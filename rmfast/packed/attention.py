@@ -2,7 +2,7 @@
 
 ``use(config)`` names it in the model's config, as ``config._attn_implementation``. Called with a
 :class:`TrieRun` it runs on the packed trie; called without one it is the function that was there
-before, so whatever the packed path cannot serve runs as if nothing had been patched.
+before, so whatever the packed path cannot serve attends as if nothing had been patched.
 """
 
 from __future__ import annotations

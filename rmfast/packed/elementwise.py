@@ -12,7 +12,7 @@ import importlib
 import os
 import types
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -88,9 +88,10 @@ def _known() -> dict[tuple, Any]:
                 continue
             same = True
             for dtype in (torch.float32, torch.bfloat16):  # the second tells when it rounds
-                norm, ours = cls(16, eps=0.125).to(dtype), (weight.to(dtype), 0.125, *rule[1:])
-                norm.weight.copy_(weight)
-                same &= torch.equal(norm(x.to(dtype)), reference.rms_norm(x.to(dtype), *ours))
+                norm = cls.__new__(cls)  # not made: somebody may see to where parameters go
+                norm.__dict__.update({"weight": weight.to(dtype), rule[0]: 0.125})
+                ours = reference.rms_norm(x.to(dtype), weight.to(dtype), 0.125, *rule[1:])
+                same &= torch.equal(cls.forward(norm, x.to(dtype)), ours)
             if same:
                 found[_of_norm(cls)] = rule
         mlp, rope = _theirs("llama.LlamaMLP"), _theirs(f"llama.{_ROPE}")
@@ -117,10 +118,44 @@ def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module.__dict__[_KERNEL](*args, **kwargs)
 
 
+def _runs(cls: type) -> tuple:
+    """What a class runs that a kernel stands in for; any of it may be replaced later."""
+    forward = cls.forward
+    return forward, getattr(cls, "_norm", None), getattr(forward, "__globals__", {}).get(_ROPE)
+
+
 class Kernel(Override):
-    """``forward`` of a module in a backbone, by a kernel where it takes the call's tensors."""
+    """``forward`` of a module in a backbone, by a kernel where it takes the call's tensors.
+
+    ``rule`` is one of ``_known()``.
+    """
 
     name: str  # in the report
+
+    def __init__(self, module: nn.Module, patch: State, rule: Any) -> None:
+        super().__init__(module, patch)
+        self.rule = rule
+        self.look()
+
+    def look(self) -> None:
+        """Keep what the class runs, if that is known."""
+        cls = type(self.module)
+        self.runs = _runs(cls) if _rule(cls) == self.rule else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k not in ("runs", "turning")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.look()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and _runs(type(self.module)) != self.runs:
+            return self.original(*args, **kwargs)
+        return self.faster(*args, **kwargs)
+
+    def faster(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
 
     def put(self) -> None:
         if not self.placed:
@@ -142,15 +177,11 @@ class Kernel(Override):
 
 
 class RMSNorm(Kernel):
-    """``forward`` of an RMSNorm; ``rule`` as in ``_NORMS``."""
+    """``forward`` of an RMSNorm."""
 
     name = "RMSNorm"
 
-    def __init__(self, module: nn.Module, patch: State, rule: tuple[str, float, bool]) -> None:
-        super().__init__(module, patch)
-        self.rule = rule
-
-    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+    def faster(self, *args: Any, **kwargs: Any) -> Tensor:
         (hidden,) = (*args, *kwargs.values())  # [..., H]
         weight = self.module.weight
         if not ops.norms(hidden, weight):
@@ -164,15 +195,11 @@ class MLP(Kernel):
 
     name = "gated MLP"
 
-    def __init__(self, module: nn.Module, patch: State) -> None:
-        super().__init__(module, patch)
-        self.activation = type(module.act_fn)
-
-    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+    def faster(self, *args: Any, **kwargs: Any) -> Tensor:
         (hidden,) = (*args, *kwargs.values())  # [..., H]
         module, act = self.module, self.module.act_fn
         gate, up = module.gate_proj(hidden), module.up_proj(hidden)
-        if ops.gates(gate, up) and type(act) is self.activation and not act._forward_hooks:
+        if ops.gates(gate, up) and _knows(act):
             return module.down_proj(ops.gated_op(gate, up, _ACTIVATIONS[type(act).__name__]))
         return module.down_proj(act(gate) * up)
 
@@ -182,25 +209,17 @@ class Attention(Kernel):
 
     name = "rotary"
 
-    def __init__(self, module: nn.Module, patch: State) -> None:
-        super().__init__(module, patch)
-        self.turning = _turning(type(module).forward)
+    def look(self) -> None:
+        super().look()
+        self.turning = self.runs and _turning(*self.runs[::2])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k != "turning"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.turning = _turning(type(self.module).forward)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def faster(self, *args: Any, **kwargs: Any) -> Any:
         return self.turning(self.module, *args, **kwargs)
 
 
 @functools.cache
-def _turning(forward: types.FunctionType) -> types.FunctionType:
+def _turning(forward: types.FunctionType, before: Callable) -> types.FunctionType:
     """A copy of a forward that finds the kernel under the name of the rotary embedding."""
-    before = forward.__globals__[_ROPE]
 
     def rope(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
@@ -224,28 +243,36 @@ def overrides(base: nn.Module, patch: State) -> list[Kernel]:
     Where somebody put a forward of their own on a module, it stays.
     """
     gpu = HAS_TRITON and torch.cuda.is_available()
-    if not gpu and os.environ.get("TRITON_INTERPRET") != "1":
+    if patch.options.attention == "sdpa" or not (gpu or os.environ.get("TRITON_INTERPRET") == "1"):
         return []
-    return [kernel for module in base.modules() for kernel in _of(module, patch)]
+    found = []
+    for module in base.modules():
+        rule = None if models.replaced(module) is not None else _rule(type(module))
+        kind = {"mlp": MLP, "rope": Attention}.get(rule, RMSNorm)
+        if rule is not None and (kind is not MLP or _knows(module.act_fn)):
+            found.append(kind(module, patch, rule))
+    return found
 
 
-def _of(module: nn.Module, patch: State) -> Iterable[Kernel]:
-    cls, forward = type(module), type(module).forward
-    if models.replaced(module) is not None or not isinstance(forward, types.FunctionType):
-        return
-    rule = _known().get(_of_norm(cls))
-    if isinstance(rule, tuple):
-        yield RMSNorm(module, patch, rule)
-    if _known().get(_code(forward)) == "mlp" and _knows(module.act_fn):
-        yield MLP(module, patch)
-    rope = forward.__globals__.get(_ROPE) if _ROPE in forward.__code__.co_names else None
-    if _known().get(_of_rope(rope)) == "rope":
-        yield Attention(module, patch)
+def _rule(cls: type) -> Any:
+    """What a class runs, as ``_known()`` has it; None: nothing that is known."""
+    forward, _, rope = _runs(cls)
+    if not isinstance(forward, types.FunctionType):
+        return None
+    rope = rope if _ROPE in forward.__code__.co_names else None
+    return next(filter(None, map(_known().get, (_of_norm(cls), _of_rope(rope)))), None)
 
 
 def _knows(act: Any) -> bool:
+    """Whether an activation is known, and nobody has a say in it."""
     theirs = type(act).__module__.startswith(("torch.", "transformers."))
-    return theirs and type(act).__name__ in _ACTIVATIONS and models.replaced(act) is None
+    known = theirs and type(act).__name__ in _ACTIVATIONS
+    return known and models.replaced(act) is None and not models.is_watched(act)
+
+
+def is_on(module: nn.Module) -> bool:
+    """Whether the forward of a module is a kernel's stand-in."""
+    return getattr(models.replaced(module), "__func__", None) is forward
 
 
 def report(overrides: Iterable[Override]) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rmfast.ops import TriePlan
-from rmfast.packed import attention, models
+from rmfast.packed import attention, elementwise, models
 from rmfast.packed.compiling import untraced
 from rmfast.packed.families import RESHAPING
 from rmfast.packed.stand_in import Override
@@ -51,7 +51,7 @@ class LastLayer(Override):
         few = dataclasses.replace(run, plan=plan, keys_and_values=(key, value))
         kwargs["rmfast_run"] = few
         out = self.layer(pick(hidden), *tree_map(pick, args), **tree_map(pick, kwargs))
-        if ends_with_norm(self.patch.base):
+        if ends_with_norm(self.patch.base) and not models.is_watched(self.module):
             return out
 
         def put(x: Any) -> Any:
@@ -78,10 +78,9 @@ def ends_with_norm(base: nn.Module) -> bool:
     """
     layers, embeddings = models.decoder_layers(base), base.get_input_embeddings()
     beside = [m for m in base.children() if m is not layers and m is not embeddings]
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return base.config.model_type not in RESHAPING and not any(
-        any(getattr(m, name) for name in hooks)
-        or not isinstance(models.replaced(m), (Override, type(None)))
+        models.is_watched(m)
+        or not (isinstance(models.replaced(m), (Override, type(None))) or elementwise.is_on(m))
         or not type(m).__module__.startswith(("transformers.models.", "torch.nn.", "peft."))
         for m in (base, *(m for one in beside for m in one.modules()))
     )

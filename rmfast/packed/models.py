@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from rmfast.packed import attention
 from rmfast.packed.families import LAST_TOKEN_HEADS, TRIE_BACKBONES
@@ -141,12 +142,17 @@ def is_pointwise(head: nn.Module) -> bool:
     )
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks see what goes into a module or comes out, in either direction."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks) or _has_any_global_hook()
+
+
 def linear(head: nn.Module) -> nn.Linear | None:
     """The bare linear layer behind a head, through PEFT's ``modules_to_save``; None if not bare."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for module in head.modules():
         moves = type(getattr(module, "_hf_hook", None)).__name__ in ("NoneType", "AlignDevicesHook")
-        if not moves or replaced(module) or any(getattr(module, name) for name in hooks):
+        if not moves or replaced(module) or is_watched(module):
             return None
     copies = getattr(head, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):
@@ -315,9 +321,10 @@ def keeping_modes(model: nn.Module) -> Iterator[bool]:
     try:
         yield any(modes)
     finally:
-        changed = [pair for pair in zip(modules, modes, strict=True) if pair[0].training != pair[1]]
-        for module, training in changed:
-            module.train(training)  # which may do more than to set it, also for what is inside
-        if changed:
-            for module, training in zip(modules, modes, strict=True):
+        before = list(zip(modules, modes, strict=True))
+        for module, training in before:
+            if module.training is not training:
+                module.train(training)  # which may do more than to set it, also for what is inside
+        for module, training in before:
+            if module.training is not training:
                 module.training = training

@@ -16,7 +16,7 @@ from rmfast.packed.forward import PackedForward, _on_cpu, sent
 from rmfast.packed.last_layer import pooled_rows
 from rmfast.packed.stand_in import Unservable
 from rmfast.packed.step import Rows
-from rmfast.packed.survey import Seen, draws_noise
+from rmfast.packed.survey import Seen
 from rmfast.trie import PackedTrie
 
 if TYPE_CHECKING:
@@ -87,9 +87,10 @@ class ScoringForward(PackedForward):
         launched: Callable[[Piece], None] = lambda piece: None,
     ) -> Tensor:  # [B, num_labels]
         """Scores of a trie on the CPU; nothing waits for the device that they are on."""
-        found = {}  # by where a piece begins, should one run again in parts
+        found = {}  # by where a piece begins
 
         def take(piece: Piece, hidden: Tensor) -> None:
+            found.pop(piece.start, None)  # a larger one began there, and did not end
             if piece.rows.size:  # a node once: a matmul may round equal rows differently
                 rows = pooled_rows(hidden, piece.trie, piece.carried)
                 every = torch.arange(len(rows), device=piece.trie.place.device)
@@ -131,10 +132,10 @@ class ScoringForward(PackedForward):
         """Of a packed batch that runs padded; row by row, where no token fills it up."""
         pad, how = models.pad_token(self.module), {"use_cache": False, "return_dict": True}
         inputs = packed_step.padded(batch, pad or 0)
-        noise = batch["shared"] and draws_noise(self.module, active=True)
-        linear = models.linear(self.module.score) is not None
-        # with noise, it runs packed all the same, without sharing
-        pools = self.patch.level == "head" or (linear and not noise)
+        pools = self.patch.level == "head"
+        if not pools and models.linear(self.module.score) is not None:
+            # with noise, it runs packed all the same, without sharing
+            pools = not (batch["shared"] and self.patch.prepare().noisy)
         if pad is not None and pools:
             hidden = models.inner(self.module)(**inputs, **how)[0]
             ids, mask = inputs["input_ids"], inputs["attention_mask"]

@@ -34,15 +34,16 @@ class Seen(NamedTuple):
 
 
 def walk(root: nn.Module) -> list[nn.Module]:
-    """All modules, level by level; one that stands in several places comes as often.
+    """All modules, level by level, each once.
 
     ``root.modules()`` hands each through as many generators as it lies deep.
     """
-    modules = [root]
-    for module in modules:
-        if module._modules:
-            modules += [child for child in module._modules.values() if child is not None]
-    return modules
+    level = found = {root: None}
+    while level:
+        inside = (child for module in level for child in module._modules.values())
+        level = dict.fromkeys(child for child in inside if child is not None and child not in found)
+        found |= level
+    return [*found]
 
 
 class Survey:
@@ -57,7 +58,7 @@ class Survey:
 
     def __init__(self, modules: list[nn.Module], base: nn.Module) -> None:
         self._modules = [weakref.ref(module) for module in modules]
-        self._sizes = _sizes(modules)
+        self._names = _names(modules)
         self._causal: list[int] = []  # indices of modules, as the lists below
         self._windows: list[int] = []
         self._configs: list[int] = []
@@ -78,11 +79,11 @@ class Survey:
                 self._windows.append(i)
 
     def is_of(self, modules: list[nn.Module]) -> bool:
-        """Whether the same modules, with as many attributes, are still all there are."""
+        """Whether these are the same modules, each with as many attributes and the same newest."""
         return (
             len(self._modules) == len(modules)
             and all(map(operator.is_, modules, [ref() for ref in self._modules]))
-            and self._sizes == _sizes(modules)
+            and self._names == _names(modules)
         )
 
     def configs(self, modules: list[nn.Module]) -> list[Any]:
@@ -122,8 +123,10 @@ class Survey:
         )
 
 
-def _sizes(modules: list[nn.Module]) -> list[int]:
-    return list(map(len, map(_state, modules)))
+def _names(modules: list[nn.Module]) -> list[Any]:
+    """How many attributes each has, and the newest: what is new comes last."""
+    states = list(map(_state, modules))
+    return [*map(len, states), *map(next, map(reversed, states))]
 
 
 def _window_of_mask(config: Any, layer: int) -> int | None:

@@ -266,7 +266,7 @@ class Scorer(BulkScorer):
             scores = self._budget.attempt(run, batch, size=slots)
             if scores is None:
                 continue
-            found.append(scores)
+            found.append(scores.clone())  # a model may write the next ones to the same memory
             left = left[len(batch) :]
             slots = len(pack([rows[i] for i in batch])) if by_prefix else slots
             done = [rows[i].size for first in batch for i in equal[first]]

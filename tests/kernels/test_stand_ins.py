@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import rmfast
 import tiny
-from rmfast.packed import elementwise
+from rmfast.packed import elementwise, last_layer, scoring
 
 KINDS = ("RMSNorm", "gated MLP", "rotary")
 FOUND = {  # of three layers
@@ -69,7 +70,7 @@ def test_what_is_found(family):
 def test_scores_and_gradients(family, device, seen):
     model = tiny.model(family).to(device)
     want = tiny.run(model, **batch(device))
-    rmfast.patch(model, attention="sdpa", prune_last_layer=False)
+    rmfast.patch(model, attention="auto", prune_last_layer=False)
     got = tiny.run(model, **batch(device))
     assert not rmfast.report(model).fallbacks
     norms, mlps, ropes = FOUND[family]
@@ -93,7 +94,7 @@ def test_half_precision(device, seen):
             return torch.cat([model(**inputs).logits.double() for inputs in batches])
 
     oracle, theirs = scores(exact), scores(model)
-    ours = scores(rmfast.patch(model, attention="sdpa"))
+    ours = scores(rmfast.patch(model, attention="auto"))
     assert "_norm_kernel" in seen
     theirs, ours = ((x - oracle).square().mean().sqrt() for x in (theirs, ours))
     # two RMS errors of 48 scores: their ratio moves by 1 / sqrt(48) by chance; four of those
@@ -106,7 +107,7 @@ def test_gradient_checkpointing_and_calls_that_run_unpacked(reentrant, device, s
     want = tiny.run(model, **batch(device))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    rmfast.patch(model, attention="sdpa")
+    rmfast.patch(model, attention="auto")
     got = tiny.run(model, **batch(device))
     assert seen.count("_gated_kernel") > 2, "a layer runs again in the backward"
     assert tiny.score_error(got[0], want[0]) <= 1e-4
@@ -125,11 +126,11 @@ def test_lora(order, device, seen):
     plain = get_peft_model(tiny.model("qwen2", num_hidden_layers=2), config).eval().to(device)
     want = tiny.run(plain, **batch(device))
     if order == "patch-then-peft":
-        inner = rmfast.patch(tiny.model("qwen2", num_hidden_layers=2), attention="sdpa")
+        inner = rmfast.patch(tiny.model("qwen2", num_hidden_layers=2), attention="auto")
         model = get_peft_model(inner, config).to(device)
         model.load_state_dict(plain.state_dict())
     else:
-        model = rmfast.patch(copy.deepcopy(plain), attention="sdpa")
+        model = rmfast.patch(copy.deepcopy(plain), attention="auto")
     got = tiny.run(model.eval(), **batch(device))
     assert seen.count("_gated_backward_kernel") == 2 and "_sum_kernel" not in seen
     assert tiny.score_error(got[0], want[0]) <= 1e-4
@@ -137,7 +138,7 @@ def test_lora(order, device, seen):
 
 
 def test_copies_and_pickles(device, seen):
-    model = rmfast.patch(tiny.model("qwen3").to(device), attention="sdpa")
+    model = rmfast.patch(tiny.model("qwen3").to(device), attention="auto")
     with torch.no_grad():
         want = model(**batch(device)).logits
         count = len(seen)
@@ -158,7 +159,7 @@ def test_a_language_model(device, seen):
     model = tiny.model("gemma", cls=AutoModelForCausalLM).to(device)
     with torch.no_grad():
         want = model(**batch(device)).logits
-        rmfast.patch(model, attention="sdpa")
+        rmfast.patch(model, attention="auto")
         got = model(**batch(device)).logits
     mask = batch(device)["attention_mask"].bool()
     assert {"_norm_kernel", "_gated_kernel", "_rotary_kernel"} == set(seen)
@@ -168,7 +169,7 @@ def test_a_language_model(device, seen):
 
 def test_compiled_layers_keep_the_kernels(device, seen):
     """Each is one op of the graph, which nothing breaks and which all layers have in common."""
-    model = rmfast.patch(tiny.model("llama").to(device), attention="sdpa")
+    model = rmfast.patch(tiny.model("llama").to(device), attention="auto")
     got = {}
     hook = model.model.layers[0].register_forward_pre_hook(
         lambda _, args, kwargs: got.update(args=args, kwargs=kwargs), with_kwargs=True
@@ -237,19 +238,85 @@ def test_what_is_somebodys_own_stays(device, seen):
     assert norm.forward is forward and not kernels_of(model)
 
 
-def test_a_hook_on_the_activation_sees_it(device, seen):
-    model = tiny.model("llama").to(device)
-    rmfast.patch(model, attention="sdpa")
-    shapes = []
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_on_the_activation_sees_it(kind, device, seen):
+    model = tiny.model("llama", num_hidden_layers=2).to(device)
+    rmfast.patch(model, attention="auto")
+    calls = []
     mlp = model.model.layers[0].mlp
-    mlp.act_fn.register_forward_hook(lambda *args: shapes.append(args[2].shape))
-    with torch.no_grad():
-        model(**batch(device))
-    assert len(shapes) == 1 and seen.count("_gated_kernel") == 2
+    register = getattr(mlp.act_fn, f"register_{kind}_hook")
+    register(lambda *args: calls.append(args[0]))
+    tiny.run(model, **batch(device))
+    assert calls == [mlp.act_fn] and seen.count("_gated_kernel") == 1
     mlp.act_fn = nn.Tanh()
     with torch.no_grad():
         x = torch.randn(3, 32, device=device)
         assert torch.equal(mlp(x), mlp.down_proj(torch.tanh(mlp.gate_proj(x)) * mlp.up_proj(x)))
+
+
+@pytest.mark.parametrize(
+    "what", ["norm", "gemma's norm", "MLP", "attention", "rotary", "activation"]
+)
+def test_what_is_replaced_after_the_patch_runs(what, device, seen, monkeypatch):
+    """On the class or in the module of transformers, as other libraries do."""
+    model = tiny.model("gemma" if "gemma" in what else "llama", num_hidden_layers=2).to(device)
+    rmfast.patch(model, attention="auto")
+    layer = model.model.layers[0]
+    module = sys.modules[type(layer).__module__]
+    place, name, count = {
+        "norm": (type(model.model.norm), "forward", "_norm_kernel"),
+        "gemma's norm": (type(model.model.norm), "_norm", "_norm_kernel"),
+        "MLP": (type(layer.mlp), "forward", "_gated_kernel"),
+        "attention": (type(layer.self_attn), "forward", "_rotary_kernel"),
+        "rotary": (module, "apply_rotary_pos_emb", "_rotary_kernel"),
+        "activation": (layer.mlp.act_fn, "forward", "_gated_kernel"),
+    }[what]
+    calls, before = [], getattr(place, name)
+
+    def other(*args, **kwargs):
+        calls.append(args)
+        return before(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(place, name, other)
+        model(**batch(device))
+    assert calls and seen.count(count) == (what == "activation")
+    with torch.no_grad():
+        model(**batch(device))
+    assert seen.count(count) >= 2
+
+
+def test_sdpa_is_the_way_out(device, seen):
+    model = rmfast.patch(tiny.model("llama").to(device), attention="sdpa")
+    with torch.no_grad():
+        model(**batch(device))
+    assert not kernels_of(model) and not seen
+
+
+def test_the_final_norm_runs_on_pooled_rows(device, seen):
+    model = rmfast.patch(tiny.model("llama", num_hidden_layers=2).to(device), attention="auto")
+    rows = []
+    forward = last_layer.pooled_rows
+    assert last_layer.ends_with_norm(model.model)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(scoring, "pooled_rows", lambda h, *a: rows.append(len(h)) or forward(h, *a))
+        scores = model(**batch(device)).logits
+    assert len(rows) == 1 and rows[0] <= len(scores)
+
+
+def test_second_derivatives_of_calls_that_run_unpacked(device, seen):
+    model = tiny.model("qwen3", num_hidden_layers=1, attn_implementation="eager").to(device)
+    embeds = torch.randn(1, 4, 32, device=device, requires_grad=True)
+
+    def twice():
+        out = model(inputs_embeds=embeds).logits.sum()
+        (first,) = torch.autograd.grad(out, embeds, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), embeds)[0]
+
+    want = twice()
+    rmfast.patch(model, attention="auto")
+    assert (twice() - want).abs().max() <= 1e-4 * want.abs().max()
+    assert {"_norm_kernel", "_gated_kernel", "_rotary_kernel"} <= set(seen)
 
 
 def test_dtypes_are_those_of_transformers(device, seen):
