@@ -79,11 +79,9 @@ def moved(tensors: Iterable[Any], device: torch.device | str) -> list[Any]:
         raw, gap = [x.view(torch.uint8) for x in flat], flat[0].new_empty(16, dtype=torch.uint8)
         # each begins at a multiple of 16 bytes, as kernels want it
         parts = [part for x in raw for part in (x, gap[: -len(x) % 16])]
-        pinned = source.type == "cpu" and device.type == "cuda"
-        total = sum(map(len, parts))
-        # torch keeps pinned memory until the copy has passed
-        buffer = gap.new_empty(total, pin_memory=True) if pinned else gap.new_empty(total)
-        torch.cat(parts, out=buffer)
+        buffer, pinned = torch.cat(parts), source.type == "cpu" and device.type == "cuda"
+        if pinned:  # torch keeps this memory until the copy has passed
+            buffer = buffer.pin_memory()
         there = buffer.to(device, non_blocking=pinned).split([len(part) for part in parts])
         for i, x in zip(which, there[::2], strict=True):
             out[i] = x.view(out[i].dtype).view(out[i].shape)

@@ -244,13 +244,32 @@ def test_opcheck(device):
     torch.library.opcheck(op.gated, (x, x.detach().clone().requires_grad_(), True))
 
 
+@pytest.mark.parametrize("dtype", [FP32, torch.float64])
 @pytest.mark.parametrize("name", ["rms_norm", "gated"])
-def test_no_second_derivative(name, device):
-    x = torch.randn(3, 8, device=device, requires_grad=True)
-    y = ops.rms_norm(x, x[0], 1e-6) if name == "rms_norm" else ops.gated(x, x)
-    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match=rf"rmfast.ops.{name} has no second derivative"):
-        g.sum().backward()
+def test_second_derivatives_are_plain_torchs(name, dtype, device):
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, device=device, dtype=torch.float64).to(dtype).requires_grad_()
+
+    def twice(function, x):
+        y = function(x, x[0], 1e-6) if name == "rms_norm" else function(x, x.sin())
+        (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), x)[0]
+
+    want = twice(getattr(reference, name), x.detach().double().requires_grad_())
+    # a few dozen roundings of numbers no larger than the largest
+    assert (twice(getattr(ops, name), x) - want).abs().max() <= 64 * unit(dtype) * want.abs().max()
+
+
+def test_gradients_of_many_at_a_time(device):
+    x, w = (torch.randn(*s, device=device, requires_grad=True) for s in ((3, 8), (8,)))
+    cos, sin = torch.randn(2, 1, 3, 8, device=device)
+    turned, _ = ops.rotary(x[None, None], x[None, None], cos, sin)
+    y = ops.gated(ops.rms_norm(x, w, 1e-6), x) + turned[0, 0]
+    many = torch.randn(5, 3, 8, device=device)
+    got = torch.autograd.grad(y, (x, w), many, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, (x, w), one, retain_graph=True) for one in many]
+    for ours, want in zip(got, map(torch.stack, zip(*each, strict=True)), strict=True):
+        assert (ours - want).abs().max() <= 16 * U * want.abs().max()
 
 
 def test_where_a_kernel_does_not_run(device, launches):
