@@ -83,7 +83,8 @@ def test_a_packed_batch_that_runs_padded(family, pad):
     batch = Collator()([{"chosen_ids": a, "rejected_ids": b} for a, b in pairs])
     step = Step(batch, Objective())
     made(input_ids=batch["input_ids"][None], rmfast_step=step)
-    assert rmfast.report(made).fallbacks
+    report = rmfast.report(made)  # at level head nothing is packed, and that is what it says
+    assert bool(report.fallbacks) == (report.level == "trie")
     assert close(step.scores.detach().numpy(), theirs)
 
 
