@@ -92,6 +92,20 @@ def alone(code: str, *args: str | Path) -> None:
     subprocess.run([sys.executable, "-c", code, *args], env=env, check=True, timeout=600)
 
 
+def leave() -> None:
+    """End a worker, with all that it holds.
+
+    To free DDP's reducer, the main thread waits, with the GIL, for gloo's thread, which may want
+    the GIL to free a tensor: seen to hang, rarely.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def in_pairs(module: str, kinds: Collection[str], folder: str) -> None:
     import torch.multiprocessing as mp
 

@@ -338,7 +338,7 @@ def worker(rank, port, kind, folder):
     if rank == 0:
         out = {"loss": total / 2, "grads": grads, "fallbacks": dict(report.fallbacks)}
         torch.save(out, Path(folder) / f"{kind}.pt")
-    dist.destroy_process_group()
+    processes.leave()
 
 
 KINDS = ("ddp", "fsdp2", "fsdp2-head")

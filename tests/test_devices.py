@@ -380,7 +380,7 @@ def worker(rank, port, family, folder):
     bulk = rmfast.Scorer(model)
     found |= {"bulk": torch.from_numpy(bulk.score(tiny.rows())), "max_tokens": bulk.max_tokens}
     torch.save(found, Path(folder) / f"{family}-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    processes.leave()
 
 
 FAMILIES = ("llama", "qwen3")

@@ -90,6 +90,7 @@ def worker(rank, port, kind, folder):
         assert not rmfast.report(out.model).fallbacks
         found["steps"] = out.steps
     torch.save(found, Path(folder) / f"{kind}-{rank}.pt")
+    processes.leave()
 
 
 @pytest.fixture(scope="module")
