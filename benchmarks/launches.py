@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 import rmfast
 from rmfast import ops
 from rmfast.benchmarks import contestants, gpu_common, played
+from rmfast.packed import elementwise
 from rmfast.packed.step import Step
 from rmfast.train.batches import Collator
 from rmfast.train.objective import Objective
@@ -109,8 +111,13 @@ def of_models() -> Iterator[Figure]:
             yield Figure(what, case, whole[what])
         yield Figure("launches a layer", case, layer["launches"])
         if run is padded:
-            figure = round(layer["bytes"] / nodes)
-            yield Figure("elementwise bytes a token and layer, forward", name, figure)
+            what = "elementwise bytes a token and layer, forward"
+            yield Figure(what, name, round(layer["bytes"] / nodes))
+            with mock.patch.object(elementwise, "overrides", lambda *_: []), played.gpu() as gpu:
+                two, three = (run(build(name, layers), gpu) for layers in (2, 3))
+            layer, own = played.minus(three, two), ", transformers' own layers"
+            yield Figure("launches a layer", case + own, layer["launches"])
+            yield Figure(what, name + own, round(layer["bytes"] / nodes))
 
 
 def plan(nodes: int, first: int, window: int | None, backward: bool) -> Counter[str]:
