@@ -312,7 +312,7 @@ def test_a_model_that_was_unpatched_or_patched_anew():
 def test_what_the_model_was_patched_with_stays():
     options = {
         "share_prefixes": False, "prune_last_layer": False, "pooling": "mask",
-        "attention": "sdpa", "max_tokens": 24,
+        "attention": "sdpa", "max_tokens": 24, "cuda_graphs": True,
     }  # fmt: skip
     for family in ("llama", "bloom"):
         model = rmfast.patch(tiny.model(family), **options)

@@ -118,7 +118,7 @@ def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module.__dict__[_KERNEL](*args, **kwargs)
 
 
-def _runs(cls: type) -> tuple:
+def runs(cls: type) -> tuple:
     """What a class runs that a kernel stands in for; any of it may be replaced later."""
     forward = cls.forward
     return forward, getattr(cls, "_norm", None), getattr(forward, "__globals__", {}).get(_ROPE)
@@ -140,7 +140,7 @@ class Kernel(Override):
     def look(self) -> None:
         """Keep what the class runs, if that is known."""
         cls = type(self.module)
-        self.runs = _runs(cls) if _rule(cls) == self.rule else None
+        self.runs = runs(cls) if _rule(cls) == self.rule else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in super().__getstate__().items() if k not in ("runs", "turning")}
@@ -150,7 +150,7 @@ class Kernel(Override):
         self.look()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and _runs(type(self.module)) != self.runs:
+        if not torch.compiler.is_compiling() and runs(type(self.module)) != self.runs:
             return self.original(*args, **kwargs)
         return self.faster(*args, **kwargs)
 
@@ -256,7 +256,7 @@ def overrides(base: nn.Module, patch: State) -> list[Kernel]:
 
 def _rule(cls: type) -> Any:
     """What a class runs, as ``_known()`` has it; None: nothing that is known."""
-    forward, _, rope = _runs(cls)
+    forward, _, rope = runs(cls)
     if not isinstance(forward, types.FunctionType):
         return None
     rope = rope if _ROPE in forward.__code__.co_names else None
@@ -273,6 +273,23 @@ def _knows(act: Any) -> bool:
 def is_on(module: nn.Module) -> bool:
     """Whether the forward of a module is a kernel's stand-in."""
     return getattr(models.replaced(module), "__func__", None) is forward
+
+
+def is_plain(module: nn.Module, *others: str) -> bool:
+    """Whether torch's, transformers' or our code runs in a module, and nobody looks on.
+
+    Args:
+        others: packages whose code may, too.
+    """
+    own = isinstance(models.replaced(module), (Override, type(None))) or is_on(module)
+    theirs = (
+        "torch.nn.",
+        "transformers.models.",
+        "transformers.activations",
+        "transformers.pytorch_utils",
+        *others,
+    )
+    return own and type(module).__module__.startswith(theirs) and not models.is_watched(module)
 
 
 def report(overrides: Iterable[Override]) -> str | None:

@@ -20,7 +20,9 @@ from rmfast.ops._common import transformed
 from rmfast.packed import attention, models, pieces
 from rmfast.packed.compiling import untraced
 from rmfast.packed.pieces import Piece
+from rmfast.packed.replay import Graphs
 from rmfast.packed.stand_in import Override, Unservable
+from rmfast.packed.state import State
 from rmfast.packed.survey import Seen
 from rmfast.trie import PackedTrie, moved, pack
 
@@ -38,6 +40,10 @@ class PackedForward(Override):
     """Base of the stand-ins for the model and the backbone: reads a call, packs it, runs it."""
 
     served: frozenset[str] = frozenset()  # outputs the packed path can give
+
+    def __init__(self, module: nn.Module, patch: State) -> None:
+        super().__init__(module, patch)
+        self.graphs = Graphs()
 
     def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         if not args:
@@ -139,13 +145,19 @@ class PackedForward(Override):
         shared: bool,
     ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
         """What :func:`rmfast.packed.pieces.run` asks for."""
-        trie = piece.trie
-        rows = trie.pooled if prune and self.may_prune() else None
-        if rows is not None and not len(rows):
-            rows = rows.new_full((1,), len(trie) - 1)  # nobody is scored here: any one will do
+        prune, patch = prune and self.may_prune(), self.patch
         carried = attention.Carried(piece.carried, piece.keep, before or {}, piece.old)
-        out = self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)
-        return out[0][0], carried.after
+
+        def forward(trie: PackedTrie) -> Tensor:
+            rows = trie.pooled if prune else None
+            if prune and not len(rows):
+                rows = rows.new_full((1,), len(trie) - 1)  # nobody is scored here: any one will do
+            return self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)[0][0]
+
+        alone = prune and not piece.carried and not piece.keep.numel() and len(piece.rows)
+        if alone and patch.options.cuda_graphs:
+            return self.graphs.run(patch.base, piece.trie, forward), {}
+        return forward(piece.trie), carried.after
 
     def run_pieces(
         self,

@@ -78,10 +78,8 @@ def ends_with_norm(base: nn.Module) -> bool:
     """
     layers, embeddings = models.decoder_layers(base), base.get_input_embeddings()
     beside = [m for m in base.children() if m is not layers and m is not embeddings]
-    return base.config.model_type not in RESHAPING and not any(
-        models.is_watched(m)
-        or not (isinstance(models.replaced(m), (Override, type(None))) or elementwise.is_on(m))
-        or not type(m).__module__.startswith(("transformers.models.", "torch.nn.", "peft."))
+    return base.config.model_type not in RESHAPING and all(
+        elementwise.is_plain(m, "peft.")
         for m in (base, *(m for one in beside for m in one.modules()))
     )
 

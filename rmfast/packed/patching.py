@@ -106,6 +106,8 @@ class Patch(State):
         kernels = elementwise.report(self.overrides)
         if kernels is not None:
             reasons.append(kernels)
+        if self.options.cuda_graphs and self.level == "trie":
+            reasons.append(str(self.overrides[0].graphs))
         warnings = [*self._of_the_head(), *self._of_the_backbone()]
         return Report(self.level, reasons, warnings, Counter(self.fallbacks))
 
@@ -234,6 +236,7 @@ def patch(
     pooling: str = "hf",
     attention: str = "auto",
     max_tokens: int | None = None,
+    cuda_graphs: bool = False,
 ) -> Model:
     """Make a Hugging Face reward model train and score without running a token twice.
 
@@ -259,6 +262,11 @@ def patch(
             Not given: 4096 on a CPU, 65536 on a GPU. 0: never in pieces. Calls at other levels,
             calls that fall back, and calls of a model that is sharded over processes never run in
             pieces.
+        cuda_graphs: replay small tries as CUDA graphs, in calls as those of ``max_tokens`` and of a
+            Scorer, where the host would take longer than the GPU. A size (rounded up by an eighth
+            at most) is captured when it comes for the third time; weights may be trained in place,
+            and what is changed on modules is seen. Models whose passes ask the host something, and
+            hooks, adapters and offloaded weights, run as without it. **Not yet run on a GPU.**
 
     Returns:
         The same object.
@@ -291,6 +299,7 @@ def patch(
         pooling=pooling,
         attention=attention,
         max_tokens=max_tokens,
+        cuda_graphs=cuda_graphs,
     )
     try:
         made = Patch(model, options)

@@ -49,6 +49,7 @@ class Options:
     pooling: str = "hf"
     attention: str = "auto"
     max_tokens: int | None = None
+    cuda_graphs: bool = False
 
 
 @dataclasses.dataclass
