@@ -144,7 +144,7 @@ def look(modules: list[nn.Module]) -> list[Any] | None:
         own = module.__dict__
         if "_hf_hook" in own or not elementwise.is_plain(module):
             return None
-        found += [elementwise.runs(type(module)), own.get("forward")]
+        found += [elementwise.runs(type(module)), "forward" in own]  # if so, it is ours
         found += [x for x in own.values() if type(x) in _PLAIN]
         for x in (*own["_parameters"].values(), *own["_buffers"].values()):
             if type(x) not in (nn.Parameter, Tensor, type(None)):

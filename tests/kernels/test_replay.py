@@ -1,8 +1,10 @@
 """Passes replayed as CUDA graphs: what a graph would hold is recorded, and launched again."""
 
 import copy
+import gc
 import itertools
 import pickle
+import weakref
 
 import numpy as np
 import peft
@@ -216,6 +218,19 @@ def test_copies(replaying):
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         check(again, own, next(batches(1)))
         assert patching.attached(again).overrides[0].graphs.replayed == 0
+
+
+def test_graphs_keep_no_model_alive(captures):
+    gc.disable()
+    try:
+        model = rmfast.patch(tiny.model("qwen3", num_hidden_layers=1).eval(), cuda_graphs=True)
+        for batch, _ in zip(batches(), range(3), strict=False):
+            scores(model, batch)
+        gone = weakref.ref(model.model.layers[0])
+        del model
+        assert len(captures) == 1 and gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("nodes", [1, 15, 16, 17, 100, 1000, 4095])
