@@ -131,7 +131,7 @@ def load_to_train(
             "checkpoint of a language model, or of a reward model"
         )
     loading.refuse_other_outputs(name, model, tokens)
-    std = _new_head(model, missing, seed)
+    std = new_head(model, missing, seed)
     pad, source, warnings = _pad(model, tokens)
     _refuse_read_pads(name, model, tokens)
     others = [key for key in unused if not key.startswith(_LANGUAGE_HEADS)]
@@ -193,7 +193,7 @@ def _refuse_config(name: str, remote: dict[str, Any], lora: bool) -> None:
 
 
 @torch.no_grad()
-def _new_head(model: PreTrainedModel, missing: list[str], seed: int) -> float | None:
+def new_head(model: PreTrainedModel, missing: list[str], seed: int) -> float | None:
     """Draw what gives the score, where it is new; returns the standard deviation."""
     std = None
     generator = torch.Generator().manual_seed(seed)
