@@ -7,7 +7,6 @@ each run the packed trie, and their language head only where an answer's token f
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -36,10 +35,7 @@ class Answer(NamedTuple):
 
     ids: np.ndarray
     start: int
-
-    @property
-    def size(self) -> int:
-        return self.ids.size
+    size: int  # tokens
 
 
 class LikelihoodScorer(Scorer):
@@ -163,16 +159,16 @@ class ImplicitScorer(LikelihoodScorer):
             encoder = self.encoder._uncounted()
             encoder.max_length = None
             whole = encoder(row)
-        answers, shared = [], shared_length(whole)
-        same = itertools.groupby(zip(map(_prompt, row), whole, kept, strict=True), lambda x: x[0])
-        for prompt, group in same:  # a prompt is tokenised once
-            try:
-                before = None if prompt is None else self.encoder.prompt(*prompt)
-            except RowError as error:
-                return error
-            for _, uncut, ids in group:
+        answers, known, shared = [], None, shared_length(whole)
+        try:
+            for prompt, uncut, ids in zip(map(_prompt, row), whole, kept, strict=True):
+                if prompt is not None and prompt != known:  # it is tokenised once
+                    known, before = prompt, self.encoder.prompt(*prompt)
                 start = shared if prompt is None else shared_length([uncut, before])
-                answers.append(Answer(ids, max(1, start - (uncut.size - ids.size))))
+                start = max(1, start - (uncut.size - ids.size))
+                answers.append(Answer(ids, start, ids.size))
+        except RowError as error:
+            return error
         return answers
 
 
@@ -190,16 +186,13 @@ def _prompt(conversation: Any) -> tuple[str | list, Any] | None:
     return None if isinstance(response, list) and is_whole(response) else (prompt, given)
 
 
-def _log_probs(model: nn.Module, hidden: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities of tokens, ``[E]``. Logits are made of some rows at a time.
-
-    They are made by the model's own forward, which is given ``hidden`` as its backbone's output.
-
-    Args:
-        hidden: ``[n, H]``.
-        before: int64 ``[E]``, rising, on the CPU: the row of ``hidden`` that each token follows.
-        tokens: int64 ``[E]``, on the CPU.
-    """
+def _log_probs(
+    model: nn.Module,
+    hidden: Tensor,  # [n, H]: the model's own forward gets it as its backbone's output
+    before: Tensor,  # int64 [E], rising, on the CPU: the row that each token follows
+    tokens: Tensor,  # int64 [E], on the CPU
+) -> Tensor:  # [E]
+    """Log-probabilities of tokens. Logits are made of some rows at a time."""
     found = [torch.zeros(0, device=hidden.device)]
     rows, place = before.unique_consecutive(return_inverse=True)
     count = max(1, _LOGITS // model.get_input_embeddings().num_embeddings)
