@@ -97,9 +97,8 @@ def _start(options: DemoOptions) -> tuple[begin.Started, Rows]:
         device=options.device,
         trust_remote_code=options.trust_remote_code,
         seed=options.seed,
+        chat_template=template,
     )
-    if template is not None:
-        started.tokenizer.chat_template = template
     _say(started.start)
     rows = tokenised(started, train, held_out, options.max_length)
     _say(f"  data: {len(rows.train)} pairs to train on, {len(rows.held_out)} held out; "
