@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
-from transformers import PrinterCallback, TrainerCallback
+from datasets import disable_progress_bars
+from transformers import TrainerCallback
 
 from rmfast import data, loading
 from rmfast.data.encoding import read_template
@@ -29,7 +29,7 @@ from rmfast.losses import bradley_terry
 from rmfast.packed import patching
 from rmfast.packed.step import pad
 from rmfast.resume import locked, make_folder, saving
-from rmfast.train import begin
+from rmfast.train import begin, fit
 from rmfast.train.rows import Rows, hold_out, tokenised
 from rmfast.train.trainer import RewardConfig, RewardTrainer
 from rmfast.trie import pack
@@ -70,7 +70,6 @@ def _run(options: DemoOptions, folder: str) -> None:
     _say(f"held-out accuracy after   {_accuracy(trainer)}")
     _say("(in brackets the 95 % interval; ties count as wrong)")
     if options.output is not None:
-        rows.form.record(started.model.config)
         with patching.unpatched(trainer.model) as model, saving(Path(options.output)):
             model.save_pretrained(options.output)
             started.tokenizer.save_pretrained(options.output)
@@ -154,17 +153,7 @@ def _trainer(options: DemoOptions, started: begin.Started, rows: Rows, folder: s
         disable_tqdm=True,
         report_to="none",
     )
-    args._n_gpu = min(1, args.n_gpu)  # one process trains on one GPU
-    sets = map(Dataset.from_list, (rows.train, rows.held_out))
-    try:
-        trainer = RewardTrainer(
-            started.model, args, None, *sets, processing_class=started.tokenizer
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Lines())
-    return trainer
+    return fit.of_rows(RewardTrainer, started, rows, args, callbacks=[_Lines()])
 
 
 def _scores(model: Any, batches: list[list[Any]], train: bool = False) -> torch.Tensor:
