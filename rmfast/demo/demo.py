@@ -98,6 +98,8 @@ def _start(options: DemoOptions) -> tuple[begin.Started, Rows]:
         seed=options.seed,
         chat_template=template,
     )
+    if options.model is None:
+        _say("SmolLM2-135M-Instruct, with a reward head drawn at random:")
     _say(started.start)
     rows = tokenised(started, train, held_out, options.max_length)
     _say(f"  data: {len(rows.train)} pairs to train on, {len(rows.held_out)} held out; "
