@@ -44,12 +44,8 @@ class Options:
                 wrong = why_not(value, field.metadata, kind)
                 if wrong is not None:
                     raise UserError(f"{flag(field.name)} {wrong}, got {value!r}")
-
-    def one_of(self, *names: str) -> None:
-        """Raise UserError where two of these switches are on."""
-        on = [flag(name) for name in names if getattr(self, name)]
-        if len(on) > 1:
-            raise UserError(f"{' and '.join(on)} exclude each other: give one of them")
+        if getattr(self, "resume", False) and getattr(self, "overwrite", False):
+            raise UserError("--resume and --overwrite exclude each other: give one of them")
 
 
 def flag(name: str) -> str:

@@ -160,15 +160,15 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def model_identity(name: str) -> dict[str, Any]:
+def model_identity(option: str, name: str | None) -> dict[str, Any]:
     """Settings that tell a model from another one, and from itself before its folder changed."""
+    if name is None or not Path(name).is_dir():
+        return {option: name}
     folder = Path(name)
-    if not folder.is_dir():
-        return {"--model": name}
     names = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     paths = [path for path in names if path.suffix in _OF_MODELS]
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return {"--model": str(folder.resolve()), "a file of --model": digest(stats)}
+    return {option: str(folder.resolve()), f"a file of {option}": digest(stats)}
 
 
 def digest(value: Any) -> str:

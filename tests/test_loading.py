@@ -88,7 +88,7 @@ def test_a_bias_begins_at_zero_and_a_deep_head_scores_by_the_rule():
     model = torch.nn.ModuleDict({"score": head})
     inner = head[0].weight.clone()
     missing = [f"score.{name}" for name, _ in head.named_parameters()]
-    assert begin._new_head(model, missing, 0) == pytest.approx(1 / 7)
+    assert begin.new_head(model, missing, 0) == pytest.approx(1 / 7)
     assert torch.equal(head[0].weight, inner) and head[2].bias.item() == 0
     assert 0.5 < head[2].weight.std().item() * 7 < 1.5
 

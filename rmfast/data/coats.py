@@ -166,8 +166,8 @@ def with_parts(
         part = str(column).lower()
         if part not in _PROMPT or column in used or is_empty(value):
             continue
-        if part in TURNS and _is_id(value):
-            continue
+        if part in TURNS and not isinstance(value, (list, dict)) and len(str(value).split()) == 1:
+            continue  # it only names the conversation
         if part in TURNS or part in ASKED:
             value = cleaned(f'"{column}"', uncoat(f'"{column}"', value)[0])
         # with an answer, as UltraFeedback has the chosen one
@@ -187,11 +187,6 @@ def with_parts(
             )
         conversations = found
     return conversations
-
-
-def _is_id(value: Any) -> bool:
-    """Whether a column of turns only names the conversation."""
-    return not isinstance(value, (list, dict)) and len(str(value).split()) == 1
 
 
 def _with_system(text: str, conversation: str | Messages, prompt: bool) -> str | Messages | None:

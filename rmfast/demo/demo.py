@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import random
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
-from transformers import PrinterCallback, TrainerCallback
+from datasets import disable_progress_bars
+from transformers import TrainerCallback
 
 from rmfast import data, loading
 from rmfast.data.encoding import read_template
@@ -29,7 +29,7 @@ from rmfast.losses import bradley_terry
 from rmfast.packed import patching
 from rmfast.packed.step import pad
 from rmfast.resume import locked, make_folder, saving
-from rmfast.train import begin
+from rmfast.train import begin, fit
 from rmfast.train.rows import Rows, hold_out, tokenised
 from rmfast.train.trainer import RewardConfig, RewardTrainer
 from rmfast.trie import pack
@@ -38,60 +38,51 @@ _HELD_OUT = 128  # pairs, or a fifth of the data
 _CHECKED = 24  # held-out pairs scored by the unpatched model too
 _TIMED = 3  # batches
 _ROUNDS = 3  # of unpatched and patched in turn; the median counts
-_DTYPES = {
-    "mixed": "fp32 weights, bf16 arithmetic",
-    "float32": "fp32 weights and arithmetic",
-    "bfloat16": "bf16 weights and arithmetic",
-}
-_PAIRS = """\
-Asked what a function of Python's standard library does, chosen is its docstring, rejected a
-sibling's. Two pairs a question. Held out are other modules. Easy on purpose: a docstring that does
-not mention its name was left out."""
+
+_say = functools.partial(print, flush=True)
 
 
 def run(options: DemoOptions) -> None:
     """The whole demo, with the options of ``rmfast demo``; prints to stdout."""
-    with warnings.catch_warnings(), _output(options):
-        warnings.simplefilter("ignore", FutureWarning)  # names that only newer libraries have
-        _run(options)
-
-
-def _run(options: DemoOptions) -> None:
-    start = time.perf_counter()
     loading.silence_transformers()
     disable_progress_bars()
     device = loading.usable_device(options.device)
     dtype = options.dtype or ("mixed" if loading.bf16_is_fast(device) else "float32")
-    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "mixed")
-    started, rows = _start(options, device, dtype)
-    _say("\n1. The patch")
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(options, device, dtype, started, rows, folder)
-        _say(trainer.report)
-        _say("\n2. The same scores")
-        _say(_agreement(trainer.model, rows, options.batch_pairs))
-        _say("\n3. Training")
-        _say(f"held-out accuracy before  {_accuracy(trainer)}")
-        trainer.train()
-        _say(f"held-out accuracy after   {_accuracy(trainer)}")
-        _say("(in brackets the 95 % interval; ties count as wrong)")
+    options = dataclasses.replace(options, device=device, dtype=dtype)
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore", FutureWarning)  # names that only newer libraries have
         if options.output is not None:
-            rows.form.record(started.model.config)
-            with patching.unpatched(trainer.model) as model, saving(Path(options.output)):
-                model.save_pretrained(options.output)
-                started.tokenizer.save_pretrained(options.output)
-            _say(f"saved to {options.output}")
-        _say(f"\n4. Time, without and with the patch in turn, on this machine: {_machine(device)}")
-        with autocast:
-            _say(_comparison(trainer.model, rows, options.batch_pairs))
-    _say(f"\nin all {time.perf_counter() - start:.0f} s")
+            folder = Path(options.output)
+            make_folder(folder, {"--model": options.model, "--data": options.data})
+            stack.enter_context(locked(folder))
+            if any(not path.name.startswith(".") for path in folder.iterdir()):
+                raise UserError(f"--output {folder} is not empty: name another folder")
+        _run(options, stack.enter_context(tempfile.TemporaryDirectory()))
 
 
-def _say(words: object) -> None:
-    print(words, flush=True)
+def _run(options: DemoOptions, folder: str) -> None:
+    started, rows = _start(options)
+    trainer = _trainer(options, started, rows, folder)
+    _say(f"\n1. The patch\n{trainer.report}\n\n2. The same scores")
+    _say(_agreement(trainer.model, rows, options.batch_pairs))
+    _say(f"\n3. Training\nheld-out accuracy before  {_accuracy(trainer)}")
+    trainer.train()
+    _say(f"held-out accuracy after   {_accuracy(trainer)}")
+    _say("(in brackets the 95 % interval; ties count as wrong)")
+    if options.output is not None:
+        with patching.unpatched(trainer.model) as model, saving(Path(options.output)):
+            model.save_pretrained(options.output)
+            started.tokenizer.save_pretrained(options.output)
+        _say(f"saved to {options.output}")
+    machine = f"{torch.get_num_threads()} CPU threads"
+    if options.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    _say(f"\n4. Time, without and with the patch in turn, on this machine: {machine}")
+    with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "mixed"):
+        _say(_comparison(trainer.model, rows, options.batch_pairs))
 
 
-def _start(options: DemoOptions, device: str, dtype: str) -> tuple[begin.Started, Rows]:
+def _start(options: DemoOptions) -> tuple[begin.Started, Rows]:
     """The model, and the data as token ids; says what they are."""
     template = read_template(options.chat_template)
     train, held_out = _preferences(options)
@@ -101,37 +92,21 @@ def _start(options: DemoOptions, device: str, dtype: str) -> tuple[begin.Started
         raise UserError(f"{error}; or name a --model") from None
     started = begin.load_to_train(
         model,
-        dtype="bfloat16" if dtype == "bfloat16" else "float32",
-        device=device,
+        dtype="bfloat16" if options.dtype == "bfloat16" else "float32",
+        device=options.device,
         trust_remote_code=options.trust_remote_code,
         seed=options.seed,
+        chat_template=template,
     )
-    if template is not None:
-        started.tokenizer.chat_template = template
     if options.model is None:
         _say("SmolLM2-135M-Instruct, with a reward head drawn at random:")
     _say(started.start)
     rows = tokenised(started, train, held_out, options.max_length)
     _say(f"  data: {len(rows.train)} pairs to train on, {len(rows.held_out)} held out; "
-         f"{options.batch_pairs} pairs a batch")  # fmt: skip
-    _say(f"  machine: {_machine(device)}; {_DTYPES[dtype]}")
+         f"{options.batch_pairs} pairs a batch, {options.dtype}")  # fmt: skip
     if options.data is None:
-        _say(_PAIRS)
+        _say(embedded.ABOUT)
     return started, rows
-
-
-@contextlib.contextmanager
-def _output(options: DemoOptions) -> Iterator[None]:
-    """Keep the output's folder for this run; raise UserError where something would be lost."""
-    if options.output is None:
-        yield
-        return
-    folder = Path(options.output)
-    make_folder(folder, {"--model": options.model, "--data": options.data})
-    with locked(folder):
-        if any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise UserError(f"--output {folder} is not empty: name another folder")
-        yield
 
 
 def _preferences(options: DemoOptions) -> tuple[Preferences, Preferences]:
@@ -142,19 +117,12 @@ def _preferences(options: DemoOptions) -> tuple[Preferences, Preferences]:
         found = data.preferences(options.data, ranks="pairs")
         if len(data.by_question(found)) < 2:
             raise DataError(f"{options.data}: needs pairs of two different prompts, or more")
-        share = min(0.2, _HELD_OUT / len(found))
-        train, held_out = hold_out(found, share, options.seed)
+        train, held_out = hold_out(found, min(0.2, _HELD_OUT / len(found)), options.seed)
     questions = data.by_question(train)
     random.Random(options.seed).shuffle(questions)
-    pairs = [pair for question in questions for pair in question]
+    pairs = [*itertools.chain(*questions)]
     needed = max(options.steps, _TIMED) * options.batch_pairs
     return dataclasses.replace(train, records=pairs[:needed]), held_out
-
-
-def _machine(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 class _Lines(TrainerCallback):
@@ -162,13 +130,11 @@ class _Lines(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "loss" in logs:
-            print(f"  step {state.global_step} of {state.max_steps}: loss {logs['loss']:.3f}, "
-                  f"accuracy {logs['accuracy']:.0%}", flush=True)  # fmt: skip
+            _say(f"  step {state.global_step} of {state.max_steps}: loss {logs['loss']:.3f}, "
+                 f"accuracy {logs['accuracy']:.0%}")  # fmt: skip
 
 
-def _trainer(
-    options: DemoOptions, device: str, dtype: str, started: begin.Started, rows: Rows, folder: str
-) -> RewardTrainer:
+def _trainer(options: DemoOptions, started: begin.Started, rows: Rows, folder: str) -> Any:
     args = RewardConfig(
         output_dir=folder,
         max_steps=options.steps,
@@ -177,44 +143,33 @@ def _trainer(
         learning_rate=options.learning_rate or (2e-5 if options.model else 1.5e-4),
         warmup_steps=0.1,
         adam_beta2=0.95,
-        bf16=dtype != "float32",
+        bf16=options.dtype != "float32",
         gradient_checkpointing=False,
         train_sampling_strategy="sequential",  # pairs of one question in one batch
         max_length=None,  # longer pairs were dropped already
-        use_cpu=device == "cpu",
-        dataloader_pin_memory=device != "cpu",
+        use_cpu=options.device == "cpu",
+        dataloader_pin_memory=options.device != "cpu",
         seed=options.seed,
         logging_steps=max(1, options.steps // 6),
         save_strategy="no",
         disable_tqdm=True,
         report_to="none",
     )
-    args._n_gpu = min(1, args.n_gpu)  # one process trains on one GPU
-    sets = {
-        "train_dataset": Dataset.from_list(rows.train),
-        "eval_dataset": Dataset.from_list(rows.held_out),
-    }
-    try:
-        trainer = RewardTrainer(
-            started.model, args, processing_class=started.tokenizer, callbacks=[_Lines()], **sets
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return fit.of_rows(RewardTrainer, started, rows, args, callbacks=[_Lines()])
 
 
-def _scores(model: Any, batches: list[list[Any]], train: bool = False) -> list[float]:
+def _scores(model: Any, batches: list[list[Any]], train: bool = False) -> torch.Tensor:
     """Scores of padded batches; with ``train``, a backward of Bradley-Terry's loss too."""
-    out, device = [], model.device
+    out = []
     for batch in batches:
-        ids, mask = pad([torch.tensor(row) for row in batch], model.config.pad_token_id)
+        inputs = pad([*map(torch.tensor, batch)], model.config.pad_token_id)
+        ids, mask = (x.to(model.device) for x in inputs)
         with torch.set_grad_enabled(train):
-            scores = model(ids.to(device), mask.to(device), use_cache=False).logits[:, 0].float()
+            scores = model(ids, mask, use_cache=False).logits[:, 0].float()
         if train:
             bradley_terry(*scores.chunk(2)).backward()
-        out += scores.tolist()  # waits for the device
-    return out
+        out.append(scores.detach().cpu())  # waits for the device
+    return torch.cat(out)
 
 
 def _agreement(model: Any, rows: Rows, batch_pairs: int) -> str:
@@ -223,23 +178,21 @@ def _agreement(model: Any, rows: Rows, batch_pairs: int) -> str:
     (held_out,) = _batches(rows.held_out[:_CHECKED], _CHECKED)
     sides = list(dict.fromkeys(map(tuple, held_out)))
     batches = [sides[i : i + 2 * batch_pairs] for i in range(0, len(sides), 2 * batch_pairs)]
-    patched = torch.tensor(_scores(model, batches))
+    ours = _scores(model, batches)
     with patching.unpatched(model):
-        unpatched = torch.tensor(_scores(model, batches))
-    apart = ((patched - unpatched).abs().max() / unpatched.std()).item()
-    i, j = torch.triu_indices(len(unpatched), len(unpatched), offset=1)
-    same = (unpatched[i] > unpatched[j]) == (patched[i] > patched[j])
-    precision = str(next(model.parameters()).dtype).removeprefix("torch.")
+        plain = _scores(model, batches)
+    apart = ((ours - plain).abs().max() / plain.std()).item()
+    i, j = torch.triu_indices(len(plain), len(plain), offset=1)
+    same = (plain[i] > plain[j]) == (ours[i] > ours[j])
     return (
-        f"{len(unpatched)} held-out sequences, patched against unpatched, {precision}\n"
+        f"{len(plain)} held-out sequences, patched against unpatched, {model.dtype}\n"
         f"largest difference: {apart:.1e} of the scores' standard deviation\n"
         f"same order: {int(same.sum()):,} of {len(same):,} comparisons of two sequences"
     )
 
 
 def _accuracy(trainer: RewardTrainer) -> str:
-    count = len(trainer.eval_dataset)
-    accuracy = trainer.evaluate()["eval_accuracy"]
+    count, accuracy = len(trainer.eval_dataset), trainer.evaluate()["eval_accuracy"]
     low, high = interval(round(accuracy * count), count)
     return f"{accuracy:.1%} [{low:.1%}, {high:.1%}] of {count} pairs"
 
@@ -261,12 +214,10 @@ def _comparison(model: Any, rows: Rows, batch_pairs: int) -> str:
         lines.append(f"{title:28}{plain:14.2f}{ours:10.2f}{plain / ours:8.2f}x")
     slots = sum(len(batch) * max(map(len, batch)) for batch in batches)
     tokens = sum(map(len, itertools.chain(*batches)))
-    nodes = sum(len(pack(batch)) for batch in batches)
-    pairs = sum(map(len, batches)) // 2
     lines.append(
-        f"{pairs} pairs in {len(batches)} batches: {slots:,} token slots with padding, {tokens:,} "
-        f"tokens, {nodes:,} distinct prefixes.\n"
-        "What a batch repeats and pads is what is saved: other data, other ratios."
+        f"{sum(map(len, batches)) // 2} pairs in {len(batches)} batches: {slots:,} token slots "
+        f"with padding, {tokens:,} tokens, {sum(len(pack(x)) for x in batches):,} distinct "
+        "prefixes.\nWhat a batch repeats and pads is what is saved: other data, other ratios."
     )
     return "\n".join(lines)
 

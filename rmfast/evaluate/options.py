@@ -65,7 +65,3 @@ class EvalOptions(ScoringOptions):
     batch_size: int | None = option(
         "Do nothing: see --max-tokens.", None, metavar="N", least=1, group=REWARDBENCH)
     # fmt: on
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.one_of("resume", "overwrite")

@@ -36,10 +36,8 @@ def first_state(args: EvalOptions, reader: Reader, template: str | None) -> Stat
             raise UserError("--resume continues what is in --scores: give it, too")
         return State({})
     now = settings(args, reader, template)
-    for name in ("tokenizer", "subset_column", "ref_model", "beta"):
-        now[flag(name)] = getattr(args, name)
-    if args.ref_model is not None:
-        now["a file of --ref-model"] = model_identity(args.ref_model).get("a file of --model")
+    now |= model_identity("--ref-model", args.ref_model)
+    now |= {flag(name): getattr(args, name) for name in ("subset_column", "beta")}
     path = Path(args.scores)
     file = beside(path, "state.json")
     before = None if args.overwrite else stored(file, State)

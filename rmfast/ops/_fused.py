@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import NamedTuple
 
@@ -23,13 +22,6 @@ from rmfast.ops._common import (
 from rmfast.ops._head import RULE, check_head, check_padded, check_rows
 from rmfast.ops._pairwise import check_pairs
 
-# its kernel keeps a counter between launches, which memory of a CUDA graph cannot hold; older
-# versions of torch cannot be told
-_TAGS = {}
-if "tags" in inspect.signature(torch.library.custom_op).parameters:
-    if hasattr(torch.Tag, "cudagraph_unsafe"):
-        _TAGS["tags"] = (torch.Tag.cudagraph_unsafe,)
-
 
 @op(
     "reward_head_pairwise_loss",
@@ -37,7 +29,8 @@ if "tags" in inspect.signature(torch.library.custom_op).parameters:
     f"Tensor? target, Tensor? pair_weight, {RULE}, str layout, float label_smoothing, "
     "float center, float gamma, str reduction, bool needs_hidden, bool needs_weight) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    **_TAGS,
+    # its kernel keeps a counter between launches, which memory of a CUDA graph cannot hold
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def _reward_head_pairwise_loss(*inputs):
     """Loss, scores, metrics, rows found, gradients of a pair's scores, partial of the weight."""

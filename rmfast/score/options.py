@@ -151,10 +151,6 @@ class ScoreOptions(ScoringOptions):
         None, metavar="FILE", group=RUN)
     # fmt: on
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.one_of("resume", "overwrite")
-
     def for_scorer(self, template: str | None) -> dict[str, Any]:
         scores = {"normalize": self.normalize, "sigmoid": self.sigmoid}
         return super().for_scorer(template) | scores | {"pooling": self.pooling}

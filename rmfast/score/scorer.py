@@ -7,7 +7,7 @@ keys and values of a prefix that the next micro-batch needs are carried over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,7 +183,15 @@ class Scorer(BulkScorer):
         }
 
     def _scores(self, rows: list[np.ndarray]) -> np.ndarray:  # fp32 [len(rows)]
-        lengths = self._count(rows)
+        scores = (self._raw(rows) - self._mean) / self._std
+        if self._sigmoid:
+            scores = np.where(np.isfinite(scores), np.exp(-np.logaddexp(0, -scores)), scores)
+        return scores.astype(np.float32)
+
+    def _raw(self, rows: list[np.ndarray]) -> np.ndarray:  # fp64 [len(rows)]
+        """What the model gives the rows."""
+        lengths = np.array([row.size for row in rows])
+        self.stats.tokens += int(lengths.sum())
         if self._patch.level == "trie" and self._pooling == "hf":  # where rmfast pools
             rows = [until_scored(row, self._pad) for row in rows]
         raw = torch.full((len(rows),), float("nan"), dtype=torch.float64)
@@ -193,15 +201,7 @@ class Scorer(BulkScorer):
                 self._run_trie(rows, np.flatnonzero(packed), lengths, raw)
             if not packed.all():
                 self._run_padded(rows, np.flatnonzero(~packed), raw)
-        scores = (raw.numpy() - self._mean) / self._std
-        if self._sigmoid:
-            scores = np.where(np.isfinite(scores), np.exp(-np.logaddexp(0, -scores)), scores)
-        return scores.astype(np.float32)
-
-    def _count(self, rows: Sequence[Any]) -> np.ndarray:  # int64 [len(rows)], their lengths
-        lengths = np.array([row.size for row in rows])
-        self.stats.tokens += int(lengths.sum())
-        return lengths
+        return raw.numpy()
 
     def _packed(self, rows: list[np.ndarray]) -> np.ndarray:  # bool [len(rows)]
         """Which rows can run in the trie."""

@@ -16,10 +16,10 @@ from rmfast.resume import check_paths, digest, model_identity, same_run, stored,
 from rmfast.score.options import ScoreOptions
 from rmfast.score.windows import Stats
 
-# options that decide the output, beside the input, the model, the device and the template
+# options that decide the output, beside the input, the models, the device and the template
 _DECIDE = """dtype max_tokens max_length on_overlong batch_window limit shard attention
 pooling system_prompt chat end_of_text special_tokens ignore_columns normalize sigmoid reward_column
-tokenizer""".split()
+""".split()
 STDOUT = Path("-")
 
 
@@ -101,9 +101,8 @@ def settings(options: ScoreOptions, reader: files.Reader, template: str | None) 
     import torch
 
     found = {f"{name} of --input": value for name, value in reader.identity().items()}
-    found |= model_identity(options.model)
-    if options.tokenizer is not None:
-        found["a file of --tokenizer"] = model_identity(options.tokenizer).get("a file of --model")
+    found |= model_identity("--model", options.model)
+    found |= model_identity("--tokenizer", options.tokenizer)
     found["--revision"] = options.revision
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found["--device"] = device.split(":")[0]

@@ -75,6 +75,7 @@ def load_to_train(
     tokenizer: str | None = None,
     seed: int = 0,
     lora: bool = False,
+    chat_template: str | None = None,
 ) -> Started:
     """A reward model to train, from a language model's checkpoint, or from a reward model's.
 
@@ -93,6 +94,7 @@ def load_to_train(
         tokenizer: folder or hub name of another tokenizer than the model's.
         seed: of the head; the process's generators are left alone.
         lora: an adapter is to be trained, and not the weights.
+        chat_template: Jinja template in place of the tokenizer's.
 
     Raises:
         UserError: it cannot be loaded, is a classifier of more than one label, lacks more than a
@@ -131,7 +133,7 @@ def load_to_train(
             "checkpoint of a language model, or of a reward model"
         )
     loading.refuse_other_outputs(name, model, tokens)
-    std = _new_head(model, missing, seed)
+    std = new_head(model, missing, seed)
     pad, source, warnings = _pad(model, tokens)
     _refuse_read_pads(name, model, tokens)
     others = [key for key in unused if not key.startswith(_LANGUAGE_HEADS)]
@@ -140,6 +142,8 @@ def load_to_train(
             f"{first_names(others)} of the checkpoint is not used: if that is a head, convert the "
             "checkpoint, so that training does not begin without it"
         )
+    if chat_template is not None:
+        tokens.chat_template = chat_template
     start = Start(name, missing, std, unused, pad, source, warnings)
     return Started(model, tokens, start)
 
@@ -193,7 +197,7 @@ def _refuse_config(name: str, remote: dict[str, Any], lora: bool) -> None:
 
 
 @torch.no_grad()
-def _new_head(model: PreTrainedModel, missing: list[str], seed: int) -> float | None:
+def new_head(model: PreTrainedModel, missing: list[str], seed: int) -> float | None:
     """Draw what gives the score, where it is new; returns the standard deviation."""
     std = None
     generator = torch.Generator().manual_seed(seed)

@@ -61,9 +61,8 @@ def option_of(args: trl.RewardConfig, name: str) -> Any:
 def refuse(args: trl.RewardConfig, dataset: Any) -> None:
     """Raise ValueError for an option that would silently train on something else."""
     budget, accelerator = option_of(args, "max_tokens_per_batch"), args.accelerator_config
-    parallel = getattr(args, "parallelism_config", None)
+    parallel = args.parallelism_config
     splits = any(getattr(parallel, f"{kind}_size", 1) > 1 for kind in ("cp", "sp", "tp"))
-    strategy = getattr(args, "train_sampling_strategy", "random")
     refused = [
         ("use_liger_kernel", args.use_liger_kernel, "Liger puts the causal-LM forward on a reward "
          "model; rmfast puts kernels of its own on the backbone"),
@@ -83,8 +82,8 @@ def refuse(args: trl.RewardConfig, dataset: Any) -> None:
         refused += [
             ("max_tokens_per_batch", budget < 1 or no_length, "it must be a positive integer, and "
              "the data set's length known"),
-            ("train_sampling_strategy", strategy != "random", "max_tokens_per_batch draws the "
-             "order of batches itself"),
+            ("train_sampling_strategy", args.train_sampling_strategy != "random",
+             "max_tokens_per_batch draws the order of batches itself"),
             ("dataloader_drop_last", args.dataloader_drop_last, "batches of max_tokens_per_batch "
              "have no size to fall short of"),
             ("auto_find_batch_size", args.auto_find_batch_size, "it changes "

@@ -69,30 +69,33 @@ def make_trainer(
     use_cache = getattr(started.model.config, "use_cache", None)
     begun = _weights(started.model)
     dtypes = {name: parameter.dtype for name, parameter in started.model.named_parameters()}
-    held_out = None if rows.held_out is None else Dataset.from_list(rows.held_out)
     if options.gradient_checkpointing and not started.model.supports_gradient_checkpointing:
         print(f"! no gradient checkpointing: {type(started.model).__name__} has none")
         options = dataclasses.replace(options, gradient_checkpointing=False)
-    args = _config(options, folder, held_out is not None, is_new)
-    try:
-        trainer = Trainer(
-            started.model,
-            args,
-            train_dataset=Dataset.from_list(rows.train),
-            eval_dataset=held_out,
-            processing_class=started.tokenizer,
-            peft_config=None if options.lora_rank is None else _adapter(options, started.model),
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    args = _config(options, folder, rows.held_out is not None, is_new)
+    adapter = None if options.lora_rank is None else _adapter(options, started.model)
+    trainer = of_rows(Trainer, started, rows, args, peft_config=adapter)
     trainer.use_cache = use_cache
-    rows.form.record(started.model.config)
-    trainer.remove_callback(PrinterCallback)
     if options.lora_rank is not None:  # small updates would be rounded away
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     trainer.begun, trainer.dtypes = begun, dtypes
+    return trainer
+
+
+def of_rows(
+    kind: type[RewardTrainer], started: Started, rows: Rows, args: RewardConfig, **more: Any
+) -> Any:
+    """A trainer of tokenised rows, quiet, on one device; UserError: it does not take the model."""
+    args._n_gpu = min(1, args.n_gpu)
+    sets = (None if x is None else Dataset.from_list(x) for x in (rows.train, rows.held_out))
+    try:
+        trainer = kind(started.model, args, None, *sets, started.tokenizer, **more)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    rows.form.record(started.model.config)
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 
@@ -108,7 +111,7 @@ def _weights(model: torch.nn.Module) -> dict[str, int]:
 def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -> RewardConfig:
     evaluates = options.eval_every or _PART
     saves = evaluates if options.keep_best else options.save_every or _PART
-    args = RewardConfig(
+    return RewardConfig(
         output_dir=str(folder / "checkpoints"),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
@@ -142,8 +145,6 @@ def _config(options: TrainOptions, folder: Path, measures: bool, is_new: bool) -
         report_to=options.report_to.split(",") if options.report_to else "none",
         run_name=folder.resolve().name,
     )
-    args._n_gpu = min(1, args.n_gpu)  # one process trains on one GPU
-    return args
 
 
 def _adapter(options: TrainOptions, model: Any) -> Any:

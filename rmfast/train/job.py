@@ -238,10 +238,8 @@ def _settings(
     """What decides the weights and the figures. A run with others cannot go on with this one's."""
     values = dataclasses.asdict(options).items()
     settings = {flag(name): value for name, value in values if name not in _MAY_DIFFER}
-    settings |= resume.model_identity(options.model)
-    if options.tokenizer is not None:
-        own = resume.model_identity(options.tokenizer).get("a file of --model")
-        settings["a file of --tokenizer"] = own
+    for name in ("model", "tokenizer"):
+        settings |= resume.model_identity(flag(name), getattr(options, name))
     settings["the text of --chat-template"] = None if template is None else resume.digest(template)
     settings["the preferences of --data"] = _digest(train)
     if options.eval_data is not None:
@@ -263,9 +261,8 @@ def _start(options: TrainOptions, template: str | None) -> begin.Started:
         tokenizer=options.tokenizer,
         seed=options.seed,
         lora=options.lora_rank is not None,
+        chat_template=template,
     )
-    if template is not None:
-        started.tokenizer.chat_template = template
     print(started.start)
     return started
 

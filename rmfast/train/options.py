@@ -123,10 +123,6 @@ class TrainOptions(Options):
     overwrite: bool = _run("Replace what an earlier run wrote to the folder.", False)
     # fmt: on
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.one_of("resume", "overwrite")
-
     def as_yaml(self) -> str:
         """All options that have a value, as ``--config`` reads them."""
         import yaml
