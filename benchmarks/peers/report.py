@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import itertools
 import platform
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def facts(args: argparse.Namespace) -> dict[str, str]:
 
 
 def write(folder: Path, rows: list[Row], about: dict[str, str], size: float) -> str:
-    """Write ``peers.csv``, ``peers.md``, ``throughput.png`` and, of a curve, ``curve.png``.
+    """Write ``peers.csv``, ``peers.md``, ``throughput.png``, and ``curve.png`` of the curve.
 
     Returns:
         The Markdown.
@@ -76,7 +75,8 @@ def write(folder: Path, rows: list[Row], about: dict[str, str], size: float) -> 
     text = markdown(rows, about)
     (folder / "peers.md").write_text(text, encoding="utf-8")
     title = f"{about['model']}, {about['dtype']}, {about['machine']}, {about['date'][:10]}"
-    bars([row for row in rows if not _count(row)], title).savefig(folder / "throughput.png")
+    if not all(map(_count, rows)):
+        bars(rows, title).savefig(folder / "throughput.png")
     if any(map(_count, rows)):
         curve(rows, size, title).savefig(folder / "curve.png")
     return text
@@ -140,8 +140,8 @@ def _line(row: Row) -> list[str]:
 
 def bars(rows: list[Row], title: str) -> Any:
     """Tokens of the workload a second, for each workload and alternative."""
-    works = [*dict.fromkeys(row["workload"] for row in rows)]
-    names = [*dict.fromkeys(row["alternative"] for row in rows if "seconds" in row)]
+    works = [*dict.fromkeys(row["workload"] for row in rows if not _count(row))]
+    names = _timed(rows)
     drawn = show._figure(f"Throughput\n{title}", max(8, 1.6 * len(works)), 6)
     axes, width = drawn.subplots(), 0.8 / max(1, len(names))
     for place, name in enumerate(names):
@@ -162,16 +162,21 @@ def curve(rows: list[Row], size: float, title: str) -> Any:
     bound = [workloads.bound(size, count) for count in workloads.GROUPS]
     axes.plot(workloads.GROUPS, bound, "k--", label="(prompt + N · answer) ÷ (prompt + answer)")
     timed = [row for row in rows if _count(row) and "seconds" in row]
-    key = lambda row: row["alternative"]  # noqa: E731
-    for name, some in itertools.groupby(sorted(timed, key=key), key):
-        found = {_count(row): row["seconds"] for row in some}
+    for place, name in enumerate(_timed(rows)):
+        found = {_count(row): row["seconds"] for row in timed if row["alternative"] == name}
         if 1 in found:
-            axes.plot([*found], [x / found[1] for x in found.values()], "o-", label=name)
+            costs, style = [x / found[1] for x in found.values()], ("o-", "v--")[place >= 10]
+            axes.plot([*found], costs, style, label=name, color=f"C{place % 10}")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="N", ylabel="cost of N ÷ cost of one", yscale="log")
     axes.set_xticks(workloads.GROUPS, workloads.GROUPS)
     show._legend(axes)
     return drawn
+
+
+def _timed(rows: list[Row]) -> list[str]:
+    """Names in their order, which is that of the colours in both pictures."""
+    return [*dict.fromkeys(row["alternative"] for row in rows if "seconds" in row)]
 
 
 def _count(row: Row) -> int:
