@@ -55,8 +55,14 @@ setup(
         *(f"rmfast.{name}" for name in ROOMS),
         "rmfast.kernels",
         "rmfast.benchmarks",
+        "rmfast.benchmarks.peers",
+        "rmfast.benchmarks.peers.adapters",
     ],
-    package_data={"rmfast": ["py.typed"], "rmfast.demo": ["pairs.jsonl.gz"]},
+    package_data={
+        "rmfast": ["py.typed"],
+        "rmfast.demo": ["pairs.jsonl.gz"],
+        "rmfast.benchmarks.peers.adapters": ["*.txt"],
+    },
     package_dir={"rmfast.kernels": "kernels", "rmfast.benchmarks": "benchmarks"},
     install_requires=[
         "numpy>=2.0.2",
