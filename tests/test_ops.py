@@ -124,7 +124,11 @@ def test_no_tensor_has_n_by_n_elements():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_in_low_precision(dtype):
-    """No further from fp64 than one dense call of torch's own attention."""
+    """As near to fp64 as one dense call of torch's own attention, in which the largest weight is 1.
+
+    There only the answer is rounded where one weight counts, here that weight is, too: each by as
+    much, so the square root of 2 is the most that lies between them.
+    """
     torch.manual_seed(0)
     trie = random_trie(3, batch=16, length=120)
     leaves = qkv(trie, 6, 2, 32, dtype)
@@ -134,7 +138,7 @@ def test_attention_in_low_precision(dtype):
     theirs = F.scaled_dot_product_attention(*leaves, attn_mask=allowed, enable_gqa=True)
     ours = ops.trie_attention(*leaves, plan_of(trie))
     assert ours.dtype == dtype
-    assert (ours - exact).norm() <= 1.1 * (theirs.transpose(1, 2) - exact).norm()
+    assert (ours - exact).norm() <= 2**0.5 * (theirs.transpose(1, 2) - exact).norm()
 
 
 def test_autocast_stays_out_of_the_fp32_sums():

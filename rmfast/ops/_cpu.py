@@ -34,13 +34,11 @@ def attend(
 
     Soft cap: Gemma 2, arXiv 2408.00118, section 2. Sinks: gpt-oss, arXiv 2508.10925.
     """
-    weights, _, sink = _weights(query, key, bias, scale, softcap, sinks)
-    weights = weights.to(value.dtype if _in_two(value) else weights.dtype)
-    total = weights.sum(-1, keepdim=True, dtype=wide(value.dtype)) if sink is None else 1.0
+    weights = _weights(query, key, bias, scale, softcap, sinks)[0]
     weights = torch.nn.functional.dropout(weights, dropout)
-    out = _product(_fold(weights, key.shape[1]), value.flatten(0, 1).to(weights.dtype))
-    out = out.view(*query.shape[:3], value.shape[-1])
-    return (out / total).to(value.dtype)  # what weights lost when they were rounded
+    dtype = value.dtype if _in_two(value) else weights.dtype  # as torch's kernels round them, too
+    out = torch.bmm(_fold(weights.to(dtype), key.shape[1]), value.flatten(0, 1).to(dtype))
+    return out.view(*query.shape[:3], value.shape[-1]).to(value.dtype)
 
 
 def attend_backward(
