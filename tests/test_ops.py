@@ -114,6 +114,18 @@ def test_attention_of_many_shapes(seed, batch, length):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+def test_attention_after_many_keys():
+    """Tiles are larger there; a short one stands beside them."""
+    prompt = [1] * (cpu._MANY + 5)
+    trie = rmfast.pack([[*prompt, row, *[row] * (20 * row)] for row in range(5)])
+    leaves = qkv(trie, 2, 1, 8, torch.float64)
+    got = ops.trie_attention(*leaves, plan_of(trie))
+    want = dense_attention(*leaves, trie, None, None, 8**-0.5, None, None)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    made = cpu.bundles(trie.subtree_end, trie.position_ids, None, len(trie), None)
+    assert {b.queries.shape[1] for b in made} == {cpu._TILE, 2 * cpu._TILE}
+
+
 def test_no_tensor_has_n_by_n_elements():
     """Rows of 64 tokens: what is computed grows with their number, not with its square."""
     trie = rmfast.pack([[row] + [1] * 63 for row in range(200)])

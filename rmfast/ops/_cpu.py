@@ -14,7 +14,8 @@ from torch import Tensor
 from rmfast.reference.head import wide
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_TILE = 32  # packed queries in a tile
+_TILE = 32  # packed queries in a tile; twice as many where they see many keys
+_MANY = 512  # keys
 _POOLED = 16  # pooled queries in a tile: they lie far apart, so few share keys
 _BUNDLE = 1 << 16  # queries x keys in a bundle, padding included
 _EVEN = 0.75  # shortest to longest tile of a bundle
@@ -180,15 +181,15 @@ def _bundles(
     if (np.diff(nodes) <= 0).any():
         raise ValueError("queries must rise: sort them, without repeats")
     size = _TILE if nodes[-1] - nodes[0] + 1 == nodes.size else _POOLED
-    tiles = []
-    for start in range(0, nodes.size, size):
-        rows = np.arange(start, min(start + size, nodes.size))
-        q = nodes[rows]
-        first, last = int(q[0]), int(q[-1])
-        if last - first + 1 == q.size:  # what the first one sees, and the queries themselves
-            keys = np.concatenate([np.flatnonzero(end[:first] > first), q])
-        else:
-            keys = np.arange(last + 1)
+    tiles, start = [], 0
+    while start < nodes.size:
+        first = int(nodes[start])
+        path = np.flatnonzero(end[:first] > first)
+        count = 2 * size if size == _TILE and path.size >= _MANY else size
+        q = nodes[start : start + count]
+        rows, last, start = np.arange(start, start + q.size), int(q[-1]), start + q.size
+        together = last - first + 1 == q.size  # they see what the first one sees, and themselves
+        keys = np.concatenate([path, q]) if together else np.arange(last + 1)
         allowed = (keys <= q[:, None]) & (q[:, None] < end[keys])
         if window is not None:
             allowed &= position[q][:, None] - position[keys] < window
@@ -199,7 +200,7 @@ def _bundles(
     longest = group[0][1].size
     while tiles:
         tile = tiles.pop()
-        full = (len(group) + 1) * size * longest > _BUNDLE
+        full = (len(group) + 1) * group[0][0].size * longest > _BUNDLE
         if full or tile[1].size < _EVEN * longest:
             out.append(_bundle(group, subtree_end.device))
             group, longest = [], tile[1].size
