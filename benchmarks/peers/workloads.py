@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rmfast.benchmarks import contestants
+from rmfast.reference.head import until_scored
 
 Rows = list[list[int]]
 GROUPS = (1, 2, 4, 8, 16, 32, 64)  # N of the curve
@@ -157,7 +158,10 @@ def made(
 
 
 def _pairs(data: Path | None, count: int, folder: str) -> Rows:
-    from transformers import AutoTokenizer
+    """Up to the token that Hugging Face scores: others score a pad token at the end, too."""
+    from transformers import AutoConfig, AutoTokenizer
 
     args = argparse.Namespace(data=data, pairs=count)
-    return contestants._rows(args, AutoTokenizer.from_pretrained(folder))
+    rows = contestants._rows(args, AutoTokenizer.from_pretrained(folder))
+    pad = AutoConfig.from_pretrained(folder).pad_token_id or 0  # as models.py has it
+    return [until_scored(np.asarray(row), pad).tolist() for row in rows]
