@@ -192,6 +192,7 @@ def test_pairs_are_read_as_in_training(tmp_path):
     import tiny
 
     tiny.tokenizer().save_pretrained(tmp_path)
+    tiny.config("llama").save_pretrained(tmp_path)
     lines = [{"prompt": f"w{i} w2", "chosen": " w3", "rejected": " w4 w5"} for i in range(5)]
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -30,16 +30,22 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,  # [Hq], one more logit per head that takes weight and gives none
     dropout: float = 0.0,
+    once: bool = False,  # bf16: round the weights, and no more than that; else undo it
 ) -> Tensor:  # [G, Hq, M, Dv]
     """Softmax attention with grouped heads, soft-capped logits and attention sinks, written out.
 
     Soft cap: Gemma 2, arXiv 2408.00118, section 2. Sinks: gpt-oss, arXiv 2508.10925.
     """
-    weights = _weights(query, key, bias, scale, softcap, sinks)[0]
+    weights, _, sink = _weights(query, key, bias, scale, softcap, sinks)
+    weights = weights.to(value.dtype if _in_two(value) else weights.dtype)
+    shape = (*query.shape[:3], value.shape[-1])
+    if once and _in_two(value):
+        out = torch.bmm(_fold(weights, key.shape[1]), value.flatten(0, 1))
+        return out.view(shape)
+    total = weights.sum(-1, keepdim=True, dtype=wide(value.dtype)) if sink is None else 1.0
     weights = torch.nn.functional.dropout(weights, dropout)
-    dtype = value.dtype if _in_two(value) else weights.dtype  # as torch's kernels round them, too
-    out = torch.bmm(_fold(weights.to(dtype), key.shape[1]), value.flatten(0, 1).to(dtype))
-    return out.view(*query.shape[:3], value.shape[-1]).to(value.dtype)
+    out = _product(_fold(weights, key.shape[1]), value.flatten(0, 1).to(weights.dtype))
+    return (out.view(shape) / total).to(value.dtype)  # what weights lost when they were rounded
 
 
 def attend_backward(
@@ -244,6 +250,7 @@ def trie_attention(
     softcap: float | None,
     dropout: float = 0.0,
     made: dict | None = None,
+    once: bool = False,  # as in attend
 ) -> Tensor:  # [1, M, Hq, Dv]
     """Attention under ``k <= q < subtree_end[k]``: no tensor has N x N elements."""
     _, heads, count, width = query.shape
@@ -257,7 +264,7 @@ def trie_attention(
         if torchs:
             part, _ = _flash(q, k, v, 0.0, False, attn_mask=b.bias(q.dtype), scale=scale)
         else:
-            part = attend(q, k, v, b.bias(wide(q.dtype)), scale, softcap, sinks, dropout)
+            part = attend(q, k, v, b.bias(wide(q.dtype)), scale, softcap, sinks, dropout, once)
         rows, part = b.rows("queries", outs), part.flatten(0, 2)
         if dropout and b.repeats is not None:  # they drew noise of their own
             keep = ~b.repeats.expand(*q.shape[:3], 1).flatten()
