@@ -323,7 +323,7 @@ def model(name: str, attention: str = "triton") -> Iterator[dict]:
         out["bf16, in pieces"] = pieces = apart(net(**batch).logits[:, 0].float())
     replays = attention == "triton" and not DRY  # sdpa asks the device which tiles there are
     rmfast.patch(net, attention=attention, cuda_graphs=True)
-    others = {**batch, "input_ids": batch["input_ids"] + batch["attention_mask"]}
+    others = {**batch, "input_ids": batch["input_ids"] - batch["attention_mask"]}
     with torch.no_grad():
         for _ in range(3):
             net(**others)  # captured with other tokens
