@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,10 @@ class KeysAndValues(Exception):
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         self.key, self.value = key, value
+
+
+class SequencesMeet(Exception):
+    """The model's own attention would not keep the sequences of one row apart."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +84,7 @@ class TrieRun:
         carried: of a trie that is a piece of a larger one.
         leave_at_attention: raise :class:`KeysAndValues` instead of attending.
         keys_and_values: those of all nodes, where only pooled queries run.
+        apart: flash attention would have to keep sequences of one row apart.
     """
 
     trie: PackedTrie
@@ -89,6 +95,7 @@ class TrieRun:
     carried: Carried | None = None
     leave_at_attention: bool = False
     keys_and_values: tuple[Tensor, Tensor] | None = None
+    apart: bool = False
 
     def attend(
         self,
@@ -180,11 +187,42 @@ def unpacked_function(before: str, module: nn.Module) -> Callable | None:
     return None
 
 
+def foreign(before: str) -> str | None:
+    """The module of an attention function that is not transformers' own; None where it is.
+
+    It may attend otherwise, or to tokens that other processes hold (sequence parallelism).
+    """
+    from transformers.integrations import flash_attention
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    function = ALL_ATTENTION_FUNCTIONS.get(before)
+    while isinstance(function, functools.partial):
+        function = function.func
+    owners = [] if function is None else [function.__module__]
+    if "flash" in before:
+        owners.append(flash_attention._flash_attention_forward.__module__)
+        ulysses = sys.modules.get("verl.utils.ulysses")  # its own stands there with any settings
+        if ulysses is not None and ulysses.get_ulysses_sequence_parallel_world_size() == 1:
+            owners.pop()
+    return next((name for name in owners if not name.startswith("transformers.")), None)
+
+
+@functools.cache
+def _caps(function: Callable) -> bool:
+    """Whether an attention function caps logits where it is asked to, or refuses to run."""
+    known = inspect.signature(function).parameters.keys() | set(function.__code__.co_consts)
+    return "softcap" in known
+
+
 def _forward(
     before: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs
 ) -> tuple[Tensor, Any]:
-    run = kwargs.pop("rmfast_run", None)
+    run, function = kwargs.pop("rmfast_run", None), unpacked_function(before, module)
     if run is None:
-        return unpacked_function(before, module)(module, query, key, value, *args, **kwargs)
+        return function(module, query, key, value, *args, **kwargs)
     kwargs.pop("attention_mask", None)  # the trie is the mask
+    if kwargs.get("softcap") is not None and not _caps(function):
+        del kwargs["softcap"]
+    if run.apart and "position_ids" not in kwargs:  # which flash attention goes by
+        raise SequencesMeet
     return run.attend(module, query, key, value, **kwargs), None

@@ -1,7 +1,12 @@
-"""The stand-in for ``forward`` of a decoder whose head is its own."""
+"""The stand-ins for ``forward`` of a decoder that is called for its hidden states.
+
+Another head than rmfast's reads them, or a language model around it does.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from rmfast import reference
+from rmfast.packed import padding_free
+from rmfast.packed.attention import SequencesMeet
 from rmfast.packed.compiling import untraced
-from rmfast.packed.forward import PackedForward, _given, _on_cpu
-from rmfast.packed.stand_in import Unservable
+from rmfast.packed.forward import PackedForward, _as_it_was, _given, _on_cpu, as_it_was, sent
+from rmfast.packed.stand_in import Override, Unservable
+from rmfast.trie import PackedTrie, pack
+
+_MEET = "sequences in one row, which this model lets see each other"
+_PASSED = ("output_hidden_states", "output_router_logits")
 
 
 class BackboneForward(PackedForward):
     """``forward`` of a backbone under another head: packed inside, ``[B, T, H]`` outside."""
 
-    served = frozenset({"output_hidden_states"})
+    served = frozenset(_PASSED)
 
     def inside(self) -> Callable:
         return self.original
@@ -27,36 +38,105 @@ class BackboneForward(PackedForward):
         stand_in, output = _given.get()
         if stand_in is self:
             return output
-        call = self.named(args, kwargs)
+        call, patch = self.named(args, kwargs), self.patch
         if call.get("rmfast_step") is not None:
             raise ValueError(
                 "rmfast_step needs a model that scores by its last token: this has a "
                 "head of its own"
             )
-        try:
-            seen = self.check(call)
-            ids, mask, positions = _on_cpu(call)
-            if self.patch.reads_pads and mask is not None and not mask[:, 0].all():
-                raise Unservable("left-padded rows under a language model, whose loss reads a pad")
-            trie, shared, keep = self.pack(ids, mask, positions, None, seen.noisy)
-        except Unservable as reason:
-            self.patch.fallbacks[str(reason)] += 1
+        if call.get("rmfast_run") is not None or _as_it_was.get() or patch.is_orphan():
             return self.original(*args, **kwargs)
-        node = torch.full(keep.shape, len(trie))  # one row more, of zeros, for what is not attended
-        node[keep] = torch.cat([torch.from_numpy(path) for path in trie.paths()])
-        trie, node = trie.sent(call["input_ids"].device, node)
-        passed = {k: call[k] for k in ("output_hidden_states",) if k in call}
-        out = self.backbone(self.original, trie, shared, None, return_dict=True, **passed)
+        passed = {k: call[k] for k in _PASSED if k in call}
+        try:
+            trie, shared, node, apart = self.read(call)
+            trie, node = trie.sent(call["input_ids"].device, node)
+            run = functools.partial(self.backbone, self.original, trie, shared, None, apart=apart)
+            out = run(return_dict=True, **passed)
+        except (Unservable, SequencesMeet) as reason:
+            patch.fallbacks[str(reason) or _MEET] += 1
+            return self.original(*args, **kwargs)
+        patch.past_the_head += patch.classifier is not None
         out.last_hidden_state = _unpack(out.last_hidden_state, node)
         if out.get("hidden_states") is not None:
             out.hidden_states = tuple(_unpack(h, node) for h in out.hidden_states)
+        if out.get("router_logits") is not None:  # [N, E] -> [B * T, E]
+            each = (_unpack(logits[None], node) for logits in out.router_logits)
+            out.router_logits = tuple(logits.flatten(0, 1) for logits in each)
         out.past_key_values = self.no_cache(call)
         as_dict = call.get("return_dict")
         as_dict = self.module.config.return_dict if as_dict is None else as_dict
         return out if as_dict else out.to_tuple()
 
+    @untraced(whole=True)
+    def read(self, call: dict[str, Any]) -> tuple[PackedTrie, bool, Tensor, bool]:
+        """The trie of a call, whether prefixes are shared, each token's node, int64 ``[B, T]``.
+
+        What is not attended has the node after the last one. Then, whether the model's own
+        attention function has to keep sequences apart.
+        """
+        theirs = self.patch.attention_before or ""
+        call, where = padding_free.plain(call, theirs)
+        seen = self.check(call)
+        ids, mask, positions = _on_cpu(call)
+        begins = padding_free.begins(ids, mask, positions, sent(where, "cpu"))
+        flash = "flash" in theirs  # it goes by positions itself; others go by the mask
+        if begins is None:
+            trie, shared, keep = self.pack(ids, mask, positions, None, seen.noisy)
+        elif not flash and not padding_free.masks(inspect.unwrap(type(self.module).forward)):
+            raise Unservable(_MEET)
+        elif not flash and self.no_cache(call) is not None:
+            raise Unservable(f"{_MEET} because a cache is made: pass use_cache=False")
+        else:
+            trie, shared = self.pack_row(ids, positions, begins, seen.noisy)
+            keep = torch.ones_like(ids, dtype=torch.bool)
+        node = torch.full(keep.shape, len(trie))
+        node[keep] = torch.cat([torch.from_numpy(path) for path in trie.paths()])
+        return trie, shared, node, flash and begins is not None
+
+    def pack_row(
+        self, ids: Tensor, positions: Tensor, begins: list[int], noisy: bool
+    ) -> tuple[PackedTrie, bool]:
+        """The trie of the sequences in one row, and whether prefixes are shared."""
+        if ids.min() < 0:
+            raise Unservable("a token id below zero")
+        if int(positions.max()) + 1 >= self.patch.position_limit:
+            raise Unservable(self.too_long())
+        share = self.patch.options.share_prefixes and not noisy
+        return pack([*ids[0].tensor_split(begins[1:])], share_prefixes=share), share
+
 
 def _unpack(hidden: Tensor, node: Tensor) -> Tensor:  # [1, N, H], int64 [B, T] -> [B, T, H]
-    # in fp32, so that the gradients of a shared token are summed in fp32
+    # one row more, of zeros, for what is not attended; in fp32, so that the gradients of a shared
+    # token are summed in fp32
     rows = nn.functional.pad(hidden[0].to(reference.wide(hidden.dtype)), (0, 0, 0, 1))
     return nn.functional.embedding(node.to(rows.device), rows).to(hidden.dtype)
+
+
+class LanguageModelForward(Override):
+    """``forward`` of a language model, whose loss may read a token that the mask hides.
+
+    Hugging Face computes hidden states of such tokens, and a packed backbone does not.
+    """
+
+    @untraced()
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.patch.packs or not _reads_hidden(self.named(args, kwargs)):
+            return self.original(*args, **kwargs)
+        self.patch.fallbacks["labels that are read from a token which attention_mask hides"] += 1
+        with as_it_was():
+            return self.original(*args, **kwargs)
+
+
+@untraced(whole=True)
+def _reads_hidden(call: dict[str, Any]) -> bool:
+    """Whether a label that counts is predicted from a token that the mask hides."""
+    labels, mask = call.get("labels"), call.get("attention_mask")
+    if labels is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return False  # all are attended, or the backbone has its own reason
+    shifted = call.get("shift_labels")
+    if shifted is None:  # a token predicts the next one
+        shifted, mask = labels[..., 1:], mask[:, :-1]
+    if shifted.shape != mask.shape:
+        return True
+    ignored = call.get("ignore_index", -100)
+    return bool(((shifted != ignored) & (mask == 0).to(shifted.device)).any())

@@ -45,16 +45,6 @@ class PackedForward(Override):
         super().__init__(module, patch)
         self.graphs = Graphs()
 
-    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if not args:
-            return dict(kwargs)
-        signature = self.__signature__
-        named = dict(signature.bind(*args, **kwargs).arguments)
-        for parameter in signature.parameters.values():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                named.update(named.pop(parameter.name, {}))
-        return named
-
     @untraced(whole=True)
     def check(self, call: dict[str, Any]) -> Seen:
         """The model as the call finds it; :class:`Unservable` but for ids, mask and positions."""
@@ -80,6 +70,9 @@ class PackedForward(Override):
         for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
             if call.get(name, getattr(config, name, False)) and name not in self.served:
                 raise Unservable(f"the argument {name}")
+        theirs = attention.foreign(self.patch.attention_before or "")
+        if theirs is not None:
+            raise Unservable(f"the attention function is by {theirs}")
         noise = getattr(self.patch.base.get_input_embeddings(), "neftune_noise_alpha", None)
         if noise and self.module.training:
             raise Unservable("NEFTune noise depends on the padded length")
@@ -199,11 +192,13 @@ class PackedForward(Override):
         shared: bool,
         pooled: Tensor | None,
         carried: attention.Carried | None = None,
+        apart: bool = False,
         **kwargs: Any,
     ) -> Any:
         first = 0 if carried is None else carried.count
         plan = TriePlan(trie.subtree_end, trie.position_ids, first=first)
-        run = attention.TrieRun(trie, plan, shared, self.patch.options.attention, pooled, carried)
+        backend = self.patch.options.attention
+        run = attention.TrieRun(trie, plan, shared, backend, pooled, carried, apart=apart)
         # a 4D mask is handed to the layers as it is; this one fails loudly should any use it
         no_mask = torch.empty(0, 0, 0, 0, device=trie.input_ids.device)
         return call(
@@ -226,7 +221,7 @@ def _on_cpu(call: dict[str, Any]) -> list[Tensor | None]:
     return sent([call.get(x) for x in ("input_ids", "attention_mask", "position_ids")], "cpu")
 
 
-# of this thread alone: others may run the same model
+# these two of this thread alone: others may run the same model
 _given: contextvars.ContextVar[tuple[PackedForward | None, Any]] = contextvars.ContextVar(
     "rmfast_given", default=(None, None)
 )
@@ -240,3 +235,16 @@ def giving(stand_in: PackedForward, output: Any) -> Iterator[None]:
         yield
     finally:
         _given.reset(token)
+
+
+_as_it_was: contextvars.ContextVar[bool] = contextvars.ContextVar("rmfast_as_it_was", default=False)
+
+
+@contextlib.contextmanager
+def as_it_was() -> Iterator[None]:
+    """In this thread, backbones run their own forward: the call around them could not be served."""
+    token = _as_it_was.set(True)
+    try:
+        yield
+    finally:
+        _as_it_was.reset(token)

@@ -78,7 +78,7 @@ def ends_with_norm(base: nn.Module) -> bool:
     """
     layers, embeddings = models.decoder_layers(base), base.get_input_embeddings()
     beside = [m for m in base.children() if m is not layers and m is not embeddings]
-    return base.config.model_type not in RESHAPING and all(
+    return models.family(base) not in RESHAPING and all(
         elementwise.is_plain(m, "peft.")
         for m in (base, *(m for one in beside for m in one.modules()))
     )

@@ -41,6 +41,12 @@ def _owner(module: nn.Module) -> type:
     return next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
 
 
+def family(module: nn.Module) -> str:
+    """The model type of the class whose forward runs; a config of one's own may say another."""
+    config = getattr(_owner(module), "config_class", None)
+    return getattr(config, "model_type", None) or module.config.model_type
+
+
 def _runs_transformers(module: nn.Module) -> bool:
     """Whether the class's forward, and all that wraps it, is transformers' own code."""
     function = _owner(module).__dict__["forward"]
@@ -113,7 +119,7 @@ def _scores_last_token(module: nn.Module) -> bool:
     if wrapped or not isinstance(inner(module), nn.Module) or not hasattr(module, "score"):
         return False
     own = _owner(module).__name__.endswith("ForSequenceClassification")
-    listed = own and module.config.model_type in LAST_TOKEN_HEADS and _pools_rightmost(module)
+    listed = own and family(module) in LAST_TOKEN_HEADS and _pools_rightmost(module)
     known = _runs_transformers(module) and (is_generic(module) or listed)
     return known and is_pointwise(module.score)
 
@@ -176,8 +182,11 @@ def why_not_trie(base: nn.Module) -> str | None:
     bidirectional = getattr(config, "use_bidirectional_attention", None)
     if not getattr(config, "is_causal", True) or bidirectional:
         return f"{name} is configured bidirectional: a token sees what comes after it"
-    if config.model_type not in TRIE_BACKBONES:
-        return f"{name} ({config.model_type}) is not among the backbones proved to run packed"
+    if family(base) not in TRIE_BACKBONES:
+        return f"{name} ({family(base)}) is not among the backbones proved to run packed"
+    for module in walk(decoder_layers(base)) if config.model_type != family(base) else ():
+        if not type(module).__module__.startswith(("torch.nn.", "transformers.", "peft.")):
+            return f"{name} has a {type(module).__name__}, which rmfast does not know"
     if getattr(config, "output_attentions", False):
         return "config.output_attentions asks for attention weights in every call"
     before = (config._attn_implementation or "").removeprefix(attention.PREFIX)
@@ -278,10 +287,18 @@ def arguments(base: nn.Module) -> frozenset[str]:
 
 
 def can_generate(model: nn.Module) -> bool:
-    """Whether there is a causal language model around the backbone."""
+    """Whether there is a causal language model in a model."""
     from transformers import PreTrainedModel
 
     return any(isinstance(m, PreTrainedModel) and m.can_generate() for m in model.modules())
+
+
+def language_models(root: nn.Module, base: nn.Module) -> list[nn.Module]:
+    """The causal language models around a backbone."""
+    from transformers import PreTrainedModel
+
+    known = (m for m in root.modules() if isinstance(m, PreTrainedModel) and m is not base)
+    return [m for m in known if m.can_generate() and any(part is base for part in m.modules())]
 
 
 class NoCache:

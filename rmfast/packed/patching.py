@@ -19,7 +19,7 @@ from torch import nn
 from rmfast import reference
 from rmfast.packed import attention as packed_attention
 from rmfast.packed import backends, elementwise, models, survey
-from rmfast.packed.backbone import BackboneForward
+from rmfast.packed.backbone import BackboneForward, LanguageModelForward
 from rmfast.packed.last_layer import LastLayer
 from rmfast.packed.scoring import ScoringForward
 from rmfast.packed.stand_in import Override
@@ -41,15 +41,15 @@ class Patch(State):
         super().__init__(options, level, classifier, base)
         # not a wrapper such as PEFT's: the patch is found again from inside and from outside it
         self.holder = next(m for m in (classifier, base, root) if m is not None)
-        self.reads_pads = level != "head" and models.can_generate(root)
-        self.overrides = self._overrides()
+        self.overrides = self._overrides(root)
 
-    def _overrides(self) -> list[Override]:
+    def _overrides(self, root: nn.Module) -> list[Override]:
         out: list[Override] = []
-        if self.level == "backbone":
-            out.append(BackboneForward(self.base, self))
-        elif self.classifier is not None:
+        if self.classifier is not None:
             out.append(ScoringForward(self.classifier, self))
+        if self.level != "head":  # also beside a classifier: trainers call the backbone past it
+            out.append(BackboneForward(self.base, self))
+            out += [LanguageModelForward(m, self) for m in models.language_models(root, self.base)]
         if self.last_layer is not None:
             out.append(LastLayer(self.last_layer, self))
         if self.packs:
@@ -139,19 +139,21 @@ class Patch(State):
         """Warnings: what differs from the model's own forward."""
         if not self.packs:
             return
-        if _drops_soft_cap(self.base.config, self.attention_before):
+        if _drops_soft_cap(self.base, self.attention_before):
             yield (
                 "gemma2: in transformers up to 5.20, SDPA leaves out the soft cap of the attention "
-                "logits (config.attn_logit_softcapping). Packed calls have it, so their scores "
-                "differ from Hugging Face's and from those of calls that run unpacked; loaded with "
-                "attn_implementation='eager', both have it"
+                "logits (config.attn_logit_softcapping) that the model was trained with, and so do "
+                "packed calls; loaded with attn_implementation='eager', both have it"
             )
         if self.options.share_prefixes and survey.draws_noise(self.marked()[0], active=False):
             yield (
                 "the model has dropout: in training mode prefixes are not shared, because each "
                 "sequence draws its own noise"
             )
-        if self.level == "backbone":
+        if self.past_the_head:
+            calls = "1 call" if self.past_the_head == 1 else f"{self.past_the_head} calls"
+            yield f"{calls} of the backbone past {type(self.classifier).__name__} ran packed"
+        if self.level == "backbone" or self.past_the_head:
             yield (
                 "hidden states of tokens that the attention mask hides are zeros: a head or a loss "
                 "that reads them gives other numbers"
@@ -160,13 +162,13 @@ class Patch(State):
             yield "forward hooks on the backbone see packed rows [1, N, H], not [B, T, H]"
 
 
-def _drops_soft_cap(config: Any, attention_before: str | None) -> bool:
+def _drops_soft_cap(base: nn.Module, attention_before: str | None) -> bool:
     """Whether the model's own attention ignores the soft cap of its config.
 
     gemma2 alone hands one on, of the families that run packed. Later versions refuse it with SDPA.
     """
-    cap = getattr(config, "attn_logit_softcapping", None)
-    return config.model_type == "gemma2" and cap is not None and attention_before == "sdpa"
+    cap = getattr(base.config, "attn_logit_softcapping", None)
+    return models.family(base) == "gemma2" and cap is not None and attention_before == "sdpa"
 
 
 def _keep_the_heap(base: nn.Module) -> None:

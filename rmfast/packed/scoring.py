@@ -12,7 +12,7 @@ from rmfast import ops, reference
 from rmfast.packed import models
 from rmfast.packed import step as packed_step
 from rmfast.packed.compiling import untraced
-from rmfast.packed.forward import PackedForward, _on_cpu, sent
+from rmfast.packed.forward import PackedForward, _on_cpu, as_it_was, sent
 from rmfast.packed.last_layer import pooled_rows
 from rmfast.packed.stand_in import Unservable
 from rmfast.packed.step import Rows
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class ScoringForward(PackedForward):
     """``forward`` of a sequence classifier that scores by its last token."""
 
+    served = frozenset({"output_router_logits"})  # which a sequence classifier does not hand on
+
     @untraced()
     def run(self, *args: Any, **kwargs: Any) -> Any:
         call = self.named(args, kwargs)
@@ -38,9 +40,10 @@ class ScoringForward(PackedForward):
                 return self.packed(call, self.check(call))
             except Unservable as reason:
                 patch.fallbacks[str(reason)] += 1
-        if patch.options.pooling == "mask" or self.pools_first(call):
-            return self.padded(call)
-        return self.unpacked(call)
+        with as_it_was():
+            if patch.options.pooling == "mask" or self.pools_first(call):
+                return self.padded(call)
+            return self.unpacked(call)
 
     def pools_first(self, call: dict[str, Any]) -> bool:
         """Whether a padded batch is pooled here: the model's own head would round its scores."""
@@ -137,7 +140,8 @@ class ScoringForward(PackedForward):
             # with noise, it runs packed all the same, without sharing
             pools = not (batch["shared"] and self.patch.prepare().noisy)
         if pad is not None and pools:
-            hidden = models.inner(self.module)(**inputs, **how)[0]
+            with as_it_was():
+                hidden = models.inner(self.module)(**inputs, **how)[0]
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             head = self.head_beside(hidden, ids) if ids.shape == hidden.shape[:2] else None
             where = {"index": None, "input_ids": ids, "attention_mask": mask, "pad_token_id": pad}

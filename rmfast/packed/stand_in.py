@@ -99,5 +99,16 @@ class Override(Member):
             return self.original(*args, **kwargs)
         return self.run(*args, **kwargs)
 
+    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name."""
+        if not args:
+            return dict(kwargs)
+        signature = self.__signature__
+        named = dict(signature.bind(*args, **kwargs).arguments)
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                named.update(named.pop(parameter.name, {}))
+        return named
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError

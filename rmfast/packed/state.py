@@ -91,6 +91,7 @@ class State(Member):
         active: False once the patch is undone.
         fallbacks: as in :class:`Report`.
         rounded: calls scored in half precision, by dtype.
+        past_the_head: packed calls of the backbone that did not come from its classifier.
         attention_before: the attention function that the model had.
     """
 
@@ -106,6 +107,7 @@ class State(Member):
         self.active = False
         self.fallbacks: Counter[str] = Counter()
         self.rounded: Counter[str] = Counter()
+        self.past_the_head = 0
         self.budgets: dict[str, pieces.Budget] = {}  # by device
         self.attention_before: str | None = None
         self.survey: Survey | None = None
