@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    LlamaForCausalLM,
     LlamaModel,
     LlamaPreTrainedModel,
     PreTrainedModel,
@@ -45,6 +46,19 @@ class Reward(LlamaPreTrainedModel):
         hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=False)[0]
         last = attention_mask.sum(1) - 1
         return self.value_head(hidden)[torch.arange(len(last)), last]
+
+
+class Headless(LlamaForCausalLM):
+    """A language model whose head was replaced by a scalar one, as ms-swift does it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head, self.score = nn.Identity(), nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, **inputs):
+        out = super().forward(**inputs, use_cache=False)
+        out.logits = self.score(out.logits)
+        return out
 
 
 class Gated(Reward):
@@ -98,6 +112,7 @@ def told(capsys) -> list[str]:
         (AutoModelForSequenceClassification, "trie"),
         (AutoModelForTokenClassification, "backbone"),
         (Reward, "backbone"),
+        (Headless, "backbone"),
     ],
 )
 def test_reward_models_are_patched_and_score_as_before(cls, level, saved):
@@ -106,8 +121,9 @@ def test_reward_models_are_patched_and_score_as_before(cls, level, saved):
     with rmfast.everywhere(attention="sdpa"):
         ours = cls.from_pretrained(path)
     assert attached(theirs) is None and attached(cls.from_pretrained(path)) is None
-    keep = INPUTS["attention_mask"].bool() if cls is AutoModelForTokenClassification else ...
-    assert tiny.score_error(scores(ours)[keep], scores(theirs)[keep]) <= 16 * 96 * UNIT
+    wanted = scores(theirs)
+    keep = INPUTS["attention_mask"].bool() if wanted.ndim == 3 else ...  # of tokens, or sequences
+    assert tiny.score_error(scores(ours)[keep], wanted[keep]) <= 16 * 96 * UNIT
     report = rmfast.report(ours)
     assert report.level == level and report.packed and not report.fallbacks
     assert attached(ours).options.attention == "sdpa"
