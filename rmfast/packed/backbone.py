@@ -44,10 +44,12 @@ class BackboneForward(PackedForward):
                 "rmfast_step needs a model that scores by its last token: this has a "
                 "head of its own"
             )
-        if call.get("rmfast_run") is not None or _as_it_was.get() or patch.is_orphan():
+        if call.get("rmfast_run") is not None or _as_it_was.get():
             return self.original(*args, **kwargs)
         passed = {k: call[k] for k in _PASSED if k in call}
         try:
+            if patch.is_orphan():
+                raise Unservable("the classifier that was patched is gone")
             trie, shared, node, apart = self.read(call)
             trie, node = trie.sent(call["input_ids"].device, node)
             run = functools.partial(self.backbone, self.original, trie, shared, None, apart=apart)
@@ -55,7 +57,7 @@ class BackboneForward(PackedForward):
         except (Unservable, SequencesMeet) as reason:
             patch.fallbacks[str(reason) or _MEET] += 1
             return self.original(*args, **kwargs)
-        patch.past_the_head += patch.classifier is not None
+        patch.packed[type(self.module).__name__] += 1
         out.last_hidden_state = _unpack(out.last_hidden_state, node)
         if out.get("hidden_states") is not None:
             out.hidden_states = tuple(_unpack(h, node) for h in out.hidden_states)

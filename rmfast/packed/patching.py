@@ -18,7 +18,7 @@ from torch import nn
 
 from rmfast import reference
 from rmfast.packed import attention as packed_attention
-from rmfast.packed import backends, elementwise, models, survey
+from rmfast.packed import elementwise, models, survey
 from rmfast.packed.backbone import BackboneForward, LanguageModelForward
 from rmfast.packed.last_layer import LastLayer
 from rmfast.packed.scoring import ScoringForward
@@ -26,7 +26,6 @@ from rmfast.packed.stand_in import Override
 from rmfast.packed.state import Options, Report, State, Weak
 from rmfast.packed.survey import walk
 
-_POOLING = ("hf", "mask")
 _ATTRIBUTE = "_rmfast"
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -93,7 +92,7 @@ class Patch(State):
     def report(self) -> Report:
         if self.is_orphan():
             why = "the classifier that was patched is gone: its backbone runs as it was"
-            return Report("head", [why], [], Counter(self.fallbacks))
+            return Report("head", [why], [], Counter(self.fallbacks), Counter(self.packed))
         reasons = list(self.reasons)
         cuts = self.level == "trie" and self.options.max_tokens != 0
         if cuts and self.packs and not survey.is_sharded(walk(self.base)):
@@ -109,7 +108,8 @@ class Patch(State):
         if self.options.cuda_graphs and self.level == "trie":
             reasons.append(str(self.overrides[0].graphs))
         warnings = [*self._of_the_head(), *self._of_the_backbone()]
-        return Report(self.level, reasons, warnings, Counter(self.fallbacks))
+        counts = Counter(self.fallbacks), Counter(self.packed)
+        return Report(self.level, reasons, warnings, *counts)
 
     def _of_the_head(self) -> Iterator[str]:
         """Warnings: which token is scored, and in what precision."""
@@ -150,10 +150,7 @@ class Patch(State):
                 "the model has dropout: in training mode prefixes are not shared, because each "
                 "sequence draws its own noise"
             )
-        if self.past_the_head:
-            calls = "1 call" if self.past_the_head == 1 else f"{self.past_the_head} calls"
-            yield f"{calls} of the backbone past {type(self.classifier).__name__} ran packed"
-        if self.level == "backbone" or self.past_the_head:
+        if self.level == "backbone" or type(self.base).__name__ in self.packed:
             yield (
                 "hidden states of tokens that the attention mask hides are zeros: a head or a loss "
                 "that reads them gives other numbers"
@@ -280,21 +277,6 @@ def patch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
-    if pooling not in _POOLING:
-        raise ValueError(f"pooling must be one of {_POOLING}, got {pooling!r}")
-    if max_tokens is not None and max_tokens < 0:
-        raise ValueError(f"max_tokens must be 0 (no limit) or more, got {max_tokens}")
-    missing = backends.why_not(attention)
-    if missing is not None:
-        raise ValueError(missing)
-    found = attached(model)
-    if found is not None:
-        if found.holder is not None and found.holder not in model.modules():
-            raise ValueError(
-                f"the backbone of this {type(model).__name__} is already patched as part of a "
-                f"{type(found.holder).__name__}: unpatch that one first"
-            )
-        found.undo()
     options = Options(
         share_prefixes=share_prefixes,
         prune_last_layer=prune_last_layer,
@@ -303,6 +285,14 @@ def patch(
         max_tokens=max_tokens,
         cuda_graphs=cuda_graphs,
     )
+    found = attached(model)
+    if found is not None:
+        if found.holder is not None and found.holder not in model.modules():
+            raise ValueError(
+                f"the backbone of this {type(model).__name__} is already patched as part of a "
+                f"{type(found.holder).__name__}: unpatch that one first"
+            )
+        found.undo()
     try:
         made = Patch(model, options)
     except ValueError:

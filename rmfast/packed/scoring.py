@@ -37,7 +37,9 @@ class ScoringForward(PackedForward):
         patch = self.patch
         if patch.level == "trie":
             try:
-                return self.packed(call, self.check(call))
+                out = self.packed(call, self.check(call))
+                patch.packed[type(self.module).__name__] += 1
+                return out
             except Unservable as reason:
                 patch.fallbacks[str(reason)] += 1
         with as_it_was():
@@ -120,6 +122,7 @@ class ScoringForward(PackedForward):
                 patch.fallbacks[str(reason)] += 1
             rows = self.of_padded(batch)
         else:
+            patch.packed[type(self.module).__name__] += 1
             trie = packed_step.trie_of(batch)
             few = trie.pooled if self.may_prune() else None
             out = self.backbone(patch.base, trie, batch["shared"], few)
