@@ -88,7 +88,8 @@ def launch(module: str, kinds: Collection[str], folder: Path) -> Path:
 def alone(code: str, *args: str | Path) -> None:
     """Run Python code in a new process that can import rmfast and the tests' helpers."""
     here, root = Path(__file__).parent, Path(rmfast.__file__).parent.parent
-    env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(here), str(root), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code, *args], env=env, check=True, timeout=600)
 
 

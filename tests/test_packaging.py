@@ -244,6 +244,30 @@ print(json.dumps([name for name in ("torch", "numpy", "transformers") if name in
     assert ask(code, cwd=ROOT) == []
 
 
+def test_a_transformers_that_is_too_old_is_named(tmp_path):
+    """By all that needs it, and nothing before; the commands say it in one line."""
+    metadata = tmp_path / "transformers-4.57.6.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.6\n")
+    code = """
+import contextlib, io, json, sys
+import rmfast
+from rmfast.commands import main
+from rmfast.errors import UserError
+said = []
+for name in ("patch", "Scorer", "doctor", "pack"):
+    with contextlib.suppress(UserError):
+        said += [getattr(rmfast, name)]
+with contextlib.redirect_stderr(io.StringIO()) as err:
+    code = main.main(["doctor", "--model", "nowhere"])
+print(json.dumps([[x.__name__ for x in said], code, err.getvalue(), "transformers" in sys.modules]))
+"""
+    names, exit_code, error, imported = ask(code, cwd=ROOT, path=tmp_path)
+    assert names == ["pack"] and exit_code == 2 and not imported
+    needed = "rmfast needs transformers 5.0 or newer, found 4.57.6: pip install 'transformers>=5.0'"
+    assert error == f"rmfast doctor: {needed}\n"
+
+
 def test_import_without_triton():
     code = """
 import json, sys

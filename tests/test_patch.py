@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import pickle
+import re
 import weakref
 
 import numpy as np
@@ -326,6 +327,8 @@ HALF = {
 )
 def test_what_runs_unpacked_is_scored_in_fp32_too(family, case, how):
     """The hidden states are Hugging Face's; the head reads them as it reads packed rows."""
+    if family in tiny.LOWER:
+        pytest.skip(f"the classifier of this transformers' {family} scores with its own head")
     kind = torch.float32 if how == "autocast" else getattr(torch, how)
     model = tiny.model(family, kind)
     exact = tiny.model(family, torch.float64)
@@ -390,6 +393,21 @@ def test_gradients_of_a_padded_batch_in_half_precision():
     _, ours = tiny.run(rmfast.patch(half), **inputs)
     assert rmfast.report(half).fallbacks
     assert tiny.grad_error(ours, oracle) <= 1.1 * tiny.grad_error(theirs, oracle)
+
+
+def test_rotary_frequencies_that_a_long_batch_leaves_behind():
+    """They are Hugging Face's of this version, where short batches may keep them for good."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    made = (
+        tiny.model("llama", torch.float64, rope_parameters=rope, max_position_embeddings=12)
+        for _ in range(2)
+    )
+    plain, patched = next(made), rmfast.patch(next(made))
+    long = tiny.padded(tiny.rows())
+    short = tiny.padded([row[:10] for row in tiny.rows()])
+    for inputs in (short, long, short, long):
+        assert_same(plain(**inputs).logits, patched(**inputs).logits, 96 * UNIT)
+    assert sum(rmfast.report(patched).fallbacks.values()) == 2
 
 
 def test_long_rope_goes_unpacked_where_frequencies_depend_on_padding():
@@ -650,7 +668,7 @@ def test_router_logits_come_back_by_token(family):
     torch.testing.assert_close(ours.aux_loss, theirs.aux_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-6, atol=0)
     assert tiny.grad_error(our_grads, their_grads) <= 16 * 96 * UNIT
-    for a, b in zip(ours.router_logits, theirs.router_logits, strict=True):
+    for a, b in zip(ours.router_logits or (), theirs.router_logits or (), strict=True):
         assert a.shape == b.shape
         kept = keep.flatten()
         torch.testing.assert_close(a[kept], b[kept], rtol=1e-6, atol=1e-6)
@@ -731,7 +749,7 @@ def test_a_subclass_with_its_own_forward_keeps_it():
 
 
 HEAD_LEVEL = {
-    "jamba": "linear_attention",
+    "jamba": "carry state|not among the backbones",
     "qwen3_next": "linear_attention",
     "bloom": "not among the backbones",
     "falcon": "not among the backbones",
@@ -757,7 +775,7 @@ def test_head_level(family):
         ours, our_grads = tiny.run(model, **inputs)
         after = model(**inputs, labels=torch.arange(6) % 3)
     assert report.level == "head"
-    assert HEAD_LEVEL[family] in report.reasons[0]
+    assert re.search(HEAD_LEVEL[family], report.reasons[0])
     assert seen == [(6, 1, 32)]  # pooled first: the head sees one row a sequence
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert tiny.grad_error(our_grads, their_grads) <= 1e-4
@@ -969,7 +987,8 @@ def test_attention_scaled_by_absolute_position():
     model = tiny.model("ministral3", torch.float64, rope_parameters=rope)
     theirs, ours, report = both(model, tiny.padded(tiny.rows(), "left"))
     assert_same(theirs, ours, 16 * 96 * UNIT)
-    assert not report.fallbacks
+    assert report.level == tiny.LOWER.get("ministral3", "trie") and not report.fallbacks
+    assert ("cache_position" in report.reasons[0]) == ("ministral3" in tiny.LOWER)
 
 
 @pytest.mark.parametrize(
@@ -1136,7 +1155,7 @@ LIVES = {
     "patched": lambda model, inputs: None,
     "scored": lambda model, inputs: model(**inputs),
     "trained": lambda model, inputs: tiny.run(model, **inputs),
-    "fell back": lambda model, inputs: model(**inputs, output_attentions=True),
+    "fell back": lambda model, inputs: model(**inputs, use_cache=True),
     "raised": raises,
     "in pieces": lambda model, inputs: model.requires_grad_(False)(**inputs),
     "unpatched": lambda model, inputs: rmfast.unpatch(model),

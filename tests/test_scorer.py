@@ -1,6 +1,7 @@
 """The scorer: Hugging Face's scores whatever the budget, the window and the order."""
 
 import concurrent.futures
+import copy
 import dataclasses
 import functools
 import itertools
@@ -254,12 +255,12 @@ def test_a_model_that_records_its_training():
 
 
 def test_a_window_of_rope_that_depends_on_the_length():
-    """Rows beyond the limit run alone, as Hugging Face runs one that comes after a short one."""
+    """Rows beyond the limit run alone, as Hugging Face runs the first row of all."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = tiny.model("llama", rope_parameters=rope, max_position_embeddings=32)
     rows = groups()
-    expected = np.concatenate([one_by_one(model, [[5], row])[1:] for row in rows])
-    scorer = Scorer(model, max_length=1000)
+    expected = np.concatenate([one_by_one(copy.deepcopy(model), [row]) for row in rows])
+    scorer = Scorer(model, max_length=1000, window=3)
     assert np.abs(scorer.score(rows) - expected).max() <= 1e-4 * expected.std()
     assert scorer.stats.tokens_run > scorer.stats.nodes
 
@@ -271,9 +272,10 @@ def test_scores_of_one_run_are_rounded_alike():
     model, exact = (tiny.model("llama", kind, **options) for kind in (torch.bfloat16, torch.double))
     exact.load_state_dict(model.state_dict())
     rows = [row for seed in range(4) for row in groups(seed)]
-    # a short row first: a long one's frequencies are kept, and change its score
+    # a model each: a long row's frequencies are kept, and change the next one's score
     oracle, theirs = (
-        np.concatenate([one_by_one(m, [[5], row])[1:] for row in rows]) for m in (exact, model)
+        np.concatenate([one_by_one(copy.deepcopy(m), [row]) for row in rows])
+        for m in (exact, model)
     )
     scorer = Scorer(model, max_length=1000)
     ours = scorer.score(rows)

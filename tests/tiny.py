@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
+from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, __version__
 
 PAD, VOCAB = 0, 97
+# Levels of families whose code was another one in older versions of transformers; else "trie".
+LOWER = {}
+if Version(__version__) < Version("5.13"):
+    LOWER["biogpt"] = "backbone"  # its classifier counts the tokens
+if Version(__version__) < Version("5.4"):
+    LOWER["ministral3"] = "head"  # it scales attention by cache_position
 
 _SMALL = {
     "vocab_size": VOCAB,
@@ -66,7 +73,7 @@ def config(family: str, **overrides):
         name: value
         for name, value in _SMALL.items()
         if hasattr(default, name) and (getattr(default, name) is not None or name in _KEEP_NONE)
-    }
+    } | {"pad_token_id": PAD}  # transformers 5.0 left some configs without that name
     if family == "falcon":
         del names["head_dim"]  # derived, and not to be set
     layer_types = getattr(default, "layer_types", None)

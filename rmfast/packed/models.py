@@ -191,6 +191,9 @@ def why_not_trie(base: nn.Module) -> str | None:
         return "config.output_attentions asks for attention weights in every call"
     before = (config._attn_implementation or "").removeprefix(attention.PREFIX)
     callers = [m for m in decoder_layers(base)[0].modules() if _runs_transformers(m)]
+    named = {x for m in callers for x in inspect.signature(type(m).forward).parameters}
+    if "cache_position" in named and _scales_by_position(config):  # up to transformers 5.3
+        return f"{name} scales attention by cache_position, the place in the padded batch"
     if not any(attention.unpacked_function(before, m) for m in callers):
         return f"{name} uses attention {before!r}, which rmfast cannot call back"
     return None
@@ -212,6 +215,16 @@ def position_limit(config: Any) -> float:
         for name in ("original_max_position_embeddings", "max_position_embeddings")
     ]
     return min(length for length in lengths if length)
+
+
+def forget_long_rows(model: nn.Module) -> None:
+    """Let short rows have their own rotary frequencies again, after long ones.
+
+    Up to transformers 5.12 they keep the long ones': the length goes to a name that nobody reads.
+    """
+    for module in walk(model):
+        if module.__dict__.pop("None_max_seq_len_cached", None) is not None:
+            module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
 
 
 def text_config(model: nn.Module) -> Any:
@@ -275,7 +288,11 @@ def has_absolute_positions(base: nn.Module) -> bool:
     """Whether a token's position counts, not only its distance to other tokens."""
     tokens = base.get_input_embeddings()
     learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in base.modules())
-    return learned or any("llama_4_scaling_beta" in kind for kind in _rope(base.config))
+    return learned or _scales_by_position(base.config)
+
+
+def _scales_by_position(config: Any) -> bool:
+    return any("llama_4_scaling_beta" in kind for kind in _rope(config))
 
 
 def arguments(base: nn.Module) -> frozenset[str]:

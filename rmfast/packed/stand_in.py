@@ -84,7 +84,8 @@ class Override(Member):
     def original(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
             return self.before(*args, **kwargs)
-        return self.of_class()(*args, **kwargs)
+        # not of_class(): after a graph break, torch.compile would call module.forward, this one
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:  # trainers drop the columns it does not name

@@ -196,6 +196,7 @@ class Scorer(BulkScorer):
             rows = [until_scored(row, self._pad) for row in rows]
         raw = torch.full((len(rows),), float("nan"), dtype=torch.float64)
         with evaluating(self.model):
+            self._forget_long_rows()
             packed = self._packed(rows)
             if packed.any():
                 self._run_trie(rows, np.flatnonzero(packed), lengths, raw)
@@ -255,6 +256,7 @@ class Scorer(BulkScorer):
         left, found = order, []
 
         def run(batch: list[int]) -> Tensor:
+            self._forget_long_rows()
             if rows[batch[0]].size >= self._position_limit:
                 # a short row makes the model forget the rotary frequencies of longer ones
                 self._padded_scores([rows[batch[0]][:1]])
@@ -273,6 +275,10 @@ class Scorer(BulkScorer):
             self._ran(slots, len(done), sum(done))
         for i, score in zip(order, torch.cat(found).cpu().double(), strict=True):
             raw[equal[i]] = score
+
+    def _forget_long_rows(self) -> None:
+        for model, _ in self._patches:
+            models.forget_long_rows(model)
 
     def _batch(self, rows: list[np.ndarray], left: list[int]) -> list[int]:
         """The next rows that fit into the budget when padded; at least one."""

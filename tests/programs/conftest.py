@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import flash
 import rmfast
 import tiny
 
@@ -55,6 +56,12 @@ def ran(run: Callable[[], Tensor], models: tuple[nn.Module, ...]) -> tuple[Tenso
         if p.grad is not None
     }
     return out.detach(), grads, sum(tokens)
+
+
+@pytest.fixture
+def flash_attention(monkeypatch) -> None:
+    """Models attend by transformers' path of FlashAttention 2, on a CPU."""
+    flash.stand_in(monkeypatch)
 
 
 @pytest.fixture

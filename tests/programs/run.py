@@ -31,9 +31,11 @@ def main() -> None:
         pins = environments.constants(PROGRAMS[name], ["PINS"]).get("PINS", [])
         one = environments.Alternative(name, PROGRAMS[name], {}, pins, False)
         python, variables = environments.environment(one, args.build, {})
-        command = [python, "-m", "pytest", "-q", "--disable-warnings", PROGRAMS[name], *["--speed"] * args.speed]
+        command = [python, "-m", "pytest", "-q", "--disable-warnings", *["--speed"] * args.speed]
         print(f"--- {name}", flush=True)
-        if subprocess.run(command, env={**variables, "HF_HUB_OFFLINE": "1"}).returncode:
+        if subprocess.run(
+            [*command, PROGRAMS[name]], env={**variables, "HF_HUB_OFFLINE": "1"}
+        ).returncode:
             failed.append(name)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

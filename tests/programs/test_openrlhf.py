@@ -1,4 +1,4 @@
-"""OpenRLHF's reward model and critic, and a step of its reward trainer.
+"""OpenRLHF's reward model, critic and actor, and an epoch of its reward trainer.
 
 Stood in for where they are missing: deepspeed, of which nothing is called, and flash-attn's
 padding functions, which transformers has as well. Attention is SDPA.
@@ -8,13 +8,17 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModel
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_flash_attention_utils as padding
 
 import tiny
+from rmfast.demo import embedded
 
 PINS = ["openrlhf==0.11.2", "pylatexenc==2.11", "einops==0.8.2"]
 pytest.importorskip("openrlhf", reason="openrlhf is not installed: make programs")
@@ -38,23 +42,115 @@ if importlib.util.find_spec("flash_attn") is None:
     own |= {"index_first_axis": lambda x, where: x[where], "rearrange": rearrange}
     stand_in("flash_attn.bert_padding", **own)
 
-from openrlhf.models import get_llm_for_sequence_regression  # noqa: E402
+from openrlhf.datasets import RewardDataset  # noqa: E402
+from openrlhf.models import Actor, get_llm_for_sequence_regression  # noqa: E402
+from openrlhf.trainer.rm_trainer import RewardModelTrainer  # noqa: E402
 
-SIDES = ["left", "right"]
+pytestmark = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 
 
-def loaded(folder, kind, family="llama", **options):
-    """Its model on random weights, in fp32: it loads 16 bits alone."""
-    tiny.model(family, cls=AutoModel).save_pretrained(folder)
-    options |= {"param_dtype": "bf16", "attn_implementation": "sdpa"}
+def loaded(folder, kind, packed, **options):
+    """Its model from a folder, in fp32: it loads 16 bits alone."""
+    options |= {"param_dtype": "bf16", "attn_implementation": "sdpa", "packing_samples": packed}
     torch.manual_seed(0)
+    if kind == "actor":
+        return Actor(str(folder), **options).float().eval()
     return get_llm_for_sequence_regression(str(folder), kind, **options).float().eval()
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("side", SIDES)
+def tiny_one(folder, kind, packed, family="llama"):
+    cls = AutoModelForCausalLM if kind == "actor" else AutoModel
+    tiny.model(family, cls=cls, vocab_size=tiny.WORDS).save_pretrained(folder)
+    return loaded(folder, kind, packed)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_the_reward_model(family, side, packed, tmp_path, same):
-    model = loaded(tmp_path, "reward", family, packing_samples=packed, init_value_head=True)
+    model = tiny_one(tmp_path, "reward", packed, family)
+    assert getattr(model.config, "output_router_logits", False) == (family == "qwen3_moe")
     batch = tiny.padded(tiny.rows(), side)
     same(lambda: model(**batch), model)
+
+
+@pytest.mark.parametrize("kind", ["critic", "actor"])
+def test_values_and_log_probabilities_of_actions(kind, packed, tmp_path, same):
+    model = tiny_one(tmp_path, kind, packed)
+    ids, mask = tiny.padded(tiny.rows(), "left").values()
+    same(lambda: model(ids, torch.ones(len(ids), 5), mask), model)
+
+
+class Strategy:
+    """What its trainer asks of DeepSpeed, in one process; the optimiser takes no step."""
+
+    accumulated_gradient, ring_attn_group = 1, None
+
+    def __init__(self, packed, templates):
+        logger = SimpleNamespace(wandb=SimpleNamespace(key=None), tensorboard_dir=None)
+        logger.logging_steps = 1
+        self.args = SimpleNamespace(
+            logger=logger,
+            model=SimpleNamespace(
+                aux_loss_coef=0, margin_loss_enable=False, compute_fp32_loss_enable=False
+            ),
+            data=SimpleNamespace(
+                chosen_key="chosen", rejected_key="rejected", apply_chat_template=templates
+            ),
+            ds=SimpleNamespace(packing_samples=packed),
+            train=SimpleNamespace(batch_size=1),
+            eval=SimpleNamespace(steps=-1),
+            ckpt=SimpleNamespace(save_steps=-1),
+        )
+        self.losses = []
+
+    def is_rank_0(self):
+        return False
+
+    def print(self, *said):
+        pass
+
+    def backward(self, loss, model, optimizer):
+        self.losses.append(loss.item())
+        loss.backward()
+
+    def optimizer_step(self, optimizer, model, scheduler):
+        pass
+
+    def get_grad_norm(self, model):
+        return 0.0
+
+    def all_reduce(self, logs):
+        return logs
+
+
+def epoch(model, tokenizer, pairs, packed):
+    """An epoch of its reward trainer, 4 pairs a step: the losses."""
+    strategy = Strategy(packed, tokenizer.chat_template is not None)
+    rows = RewardDataset(Dataset.from_list(pairs), tokenizer, 1024, strategy, num_processors=None)
+    loader = DataLoader(rows, batch_size=4, collate_fn=rows.collate_fn)
+    scheduler = SimpleNamespace(get_last_lr=lambda: [0.0])
+    trainer = RewardModelTrainer(
+        model, strategy, None, loader, None, scheduler, tokenizer, max_epochs=1
+    )
+
+    def run():
+        strategy.losses.clear()
+        trainer.fit(strategy.args)
+        return torch.tensor(strategy.losses)
+
+    return run
+
+
+def test_its_trainer(packed, tmp_path, same):
+    model, tokenizer = tiny_one(tmp_path, "reward", packed), tiny.tokenizer(template=False)
+    tokenizer.padding_side = "left"
+    pairs = [{"chosen": f"What is {i}? {i}.", "rejected": f"What is {i}? No."} for i in range(8)]
+    same(epoch(model, tokenizer, pairs, packed), model)
+
+
+def test_speed_of_its_trainer(packed, timed):
+    folder = embedded.checkpoint()
+    model, tokenizer = loaded(folder, "reward", packed), AutoTokenizer.from_pretrained(folder)
+    pairs = [{"chosen": x.chosen, "rejected": x.rejected} for x in embedded.pairs("train")[:8]]
+    name = "packing_samples" if packed else "padded"
+    timed(f"RewardModelTrainer, {name}", epoch(model, tokenizer, pairs, packed), model)

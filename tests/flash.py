@@ -1,0 +1,43 @@
+"""transformers' path of FlashAttention 2 on a CPU: SDPA, by sequence, in place of flash-attn's own.
+
+Everything but the two functions of flash-attn is transformers': names, masks, lengths, unpadding.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import modeling_flash_attention_utils as utils
+
+NAME = "flash_attention_2"
+
+
+def dense(q, k, v, causal=False, softmax_scale=None, dropout_p=0.0, window_size=(-1, -1)):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, T, H, D] -> [B, H, T, D]
+    mask, is_causal = None, causal
+    if window_size[0] >= 0:
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+        mask, is_causal = (distance >= 0) & (distance <= window_size[0]), False
+    out = nn.functional.scaled_dot_product_attention(
+        q, k, v, mask, dropout_p, is_causal, scale=softmax_scale, enable_gqa=True
+    )
+    return out.transpose(1, 2)
+
+
+def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=0, max_seqlen_k=0, causal=False,
+           softmax_scale=None, dropout_p=0.0, window_size=(-1, -1)):  # fmt: skip
+    lengths = cu_seqlens_q.diff().tolist()
+    each = zip(*(x[None].split(lengths, 1) for x in (q, k, v)), strict=True)  # [N, H, D]
+    options = causal, softmax_scale, dropout_p, window_size
+    return torch.cat([dense(*one, *options)[0] for one in each])
+
+
+def stand_in(monkeypatch):
+    """Models load with ``attn_implementation="flash_attention_2"`` from here on."""
+
+    def functions(implementation, *_, **__):
+        assert implementation == NAME, "transformers knows no other"
+        return dense, varlen, None, utils._pad_input, utils._unpad_input
+
+    monkeypatch.setattr(utils, "_lazy_imports", functions)
+    monkeypatch.setattr(utils, "_loaded_implementation", None)
+    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
