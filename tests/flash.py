@@ -3,6 +3,11 @@
 Everything but the two functions of flash-attn is transformers': names, masks, lengths, unpadding.
 """
 
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -41,3 +46,24 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(utils, "_lazy_imports", functions)
     monkeypatch.setattr(utils, "_loaded_implementation", None)
     monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
+
+
+def module(name, **attributes):
+    """A module that is imported as ``name`` from here on, and has nothing but these."""
+    made = sys.modules[name] = types.ModuleType(name)
+    vars(made).update(attributes, __spec__=importlib.machinery.ModuleSpec(name, None))
+    parent, _, last = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], last, made)
+
+
+def package():
+    """flash-attn's padding functions, where it is missing: transformers has them as well."""
+    if importlib.util.find_spec("flash_attn") is None:
+        from einops import rearrange
+
+        module("flash_attn"), module("flash_attn.utils")
+        module("flash_attn.utils.distributed", all_gather=None)
+        own = {"pad_input": utils._pad_input, "unpad_input": utils._unpad_input}
+        own |= {"index_first_axis": lambda x, where: x[where], "rearrange": rearrange}
+        module("flash_attn.bert_padding", **own)

@@ -1,13 +1,10 @@
 """OpenRLHF's reward model, critic and actor, and an epoch of its reward trainer.
 
-Stood in for where they are missing: deepspeed, of which nothing is called, and flash-attn's
-padding functions, which transformers has as well. Attention is SDPA.
+Stood in for: deepspeed, of which one function is called, that does nothing but with ZeRO-3; what
+the trainer asks of its strategy, in one process; flash-attn's padding functions. SDPA attends.
 """
 
-import importlib.machinery
 import importlib.util
-import sys
-import types
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +12,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers import modeling_flash_attention_utils as padding
 
+import flash
 import tiny
 from rmfast.demo import embedded
 
@@ -24,23 +21,10 @@ PINS = ["openrlhf==0.11.2", "pylatexenc==2.11", "einops==0.8.2"]
 pytest.importorskip("openrlhf", reason="openrlhf is not installed: make programs")
 
 
-def stand_in(name, **attributes):
-    sys.modules[name] = types.ModuleType(name)
-    vars(sys.modules[name]).update(attributes, __spec__=importlib.machinery.ModuleSpec(name, None))
-
-
+flash.package()
 if importlib.util.find_spec("deepspeed") is None:
-    stand_in("deepspeed")
-    stand_in("deepspeed.utils", set_z3_leaf_modules=lambda model, classes: None)
-    sys.modules["deepspeed"].utils = sys.modules["deepspeed.utils"]
-if importlib.util.find_spec("flash_attn") is None:
-    from einops import rearrange
-
-    own = {name[1:]: getattr(padding, name) for name in ("_pad_input", "_unpad_input")}
-    stand_in("flash_attn"), stand_in("flash_attn.utils")
-    stand_in("flash_attn.utils.distributed", all_gather=None)
-    own |= {"index_first_axis": lambda x, where: x[where], "rearrange": rearrange}
-    stand_in("flash_attn.bert_padding", **own)
+    flash.module("deepspeed")
+    flash.module("deepspeed.utils", set_z3_leaf_modules=lambda model, classes: None)
 
 from openrlhf.datasets import RewardDataset  # noqa: E402
 from openrlhf.models import Actor, get_llm_for_sequence_regression  # noqa: E402
