@@ -145,6 +145,12 @@ class Patch(State):
                 "logits (config.attn_logit_softcapping) that the model was trained with, and so do "
                 "packed calls; loaded with attn_implementation='eager', both have it"
             )
+        if any(map(_looks_for_outliers, self.base.modules())):
+            yield (
+                "in 8 bits, bitsandbytes looks for outliers in all tokens of a batch, pads too: "
+                "scores depend on the batch, and packed ones differ as much as those of another "
+                "batch; with llm_int8_threshold=0 they do not"
+            )
         if self.options.share_prefixes and survey.draws_noise(self.marked()[0], active=False):
             yield (
                 "the model has dropout: in training mode prefixes are not shared, because each "
@@ -166,6 +172,12 @@ def _drops_soft_cap(base: nn.Module, attention_before: str | None) -> bool:
     """
     cap = getattr(base.config, "attn_logit_softcapping", None)
     return models.family(base) == "gemma2" and cap is not None and attention_before == "sdpa"
+
+
+def _looks_for_outliers(module: nn.Module) -> bool:
+    """Whether bitsandbytes keeps columns in 16 bits where any token of the batch is large."""
+    state = getattr(module, "state", None)
+    return type(module).__name__ == "Linear8bitLt" and getattr(state, "threshold", 0) > 0
 
 
 def _keep_the_heap(base: nn.Module) -> None:
