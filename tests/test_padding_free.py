@@ -119,6 +119,7 @@ def test_active_noise_is_drawn_for_each_sequence():
 
 REFUSED = {
     "lengths that differ": lambda x: x | lengths(tiny.rows()[::-1]),
+    "lengths in a list": lambda x: x | {"cu_seq_lens_q": [0, 79]},
     "a mask": lambda x: x | {"attention_mask": torch.ones_like(x["input_ids"])},
     "another beginning": lambda x: x | {"position_ids": x["position_ids"] + 1},
     "a cache": lambda x: x | {"use_cache": None},

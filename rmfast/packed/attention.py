@@ -37,6 +37,9 @@ class KeysAndValues(Exception):
 class SequencesMeet(Exception):
     """The model's own attention would not keep the sequences of one row apart."""
 
+    def __init__(self, why: str = "") -> None:
+        super().__init__(f"sequences in one row, which this model lets see each other{why}")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Carried:
@@ -187,6 +190,11 @@ def unpacked_function(before: str, module: nn.Module) -> Callable | None:
     return None
 
 
+def name(config: Any) -> str:
+    """The attention function that a model has now, without rmfast."""
+    return (getattr(config, "_attn_implementation", None) or "").removeprefix(PREFIX)
+
+
 def foreign(before: str) -> str | None:
     """The module of an attention function that is not transformers' own; None where it is.
 
@@ -211,6 +219,9 @@ def foreign(before: str) -> str | None:
 @functools.cache
 def _caps(function: Callable) -> bool:
     """Whether an attention function caps logits where it is asked to, or refuses to run."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
     known = inspect.signature(function).parameters.keys() | set(function.__code__.co_consts)
     return "softcap" in known
 

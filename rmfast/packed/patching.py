@@ -1,8 +1,8 @@
 """``patch``: give a Hugging Face reward model a backbone that runs no token twice.
 
-Only instances change: ``forward`` of the model (level ``trie``) or of its backbone (level
-``backbone``), ``forward`` of the last decoder layer, and the name of the attention function in the
-config. What the packed path cannot serve goes to the forward that was there before.
+Only instances change: ``forward`` of the classifier (level ``trie``), of the backbone and of models
+around it that have a loss of tokens, of the last decoder layer, and the name of the attention
+function in the config. What the packed path cannot serve goes to the forward that was there before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from rmfast import reference
 from rmfast.packed import attention as packed_attention
 from rmfast.packed import elementwise, models, survey
-from rmfast.packed.backbone import BackboneForward, LanguageModelForward
+from rmfast.packed.backbone import BackboneForward, LossForward
 from rmfast.packed.last_layer import LastLayer
 from rmfast.packed.scoring import ScoringForward
 from rmfast.packed.stand_in import Override
@@ -35,20 +35,24 @@ class Patch(State):
 
     holder = Weak()
 
-    def __init__(self, root: nn.Module, options: Options) -> None:
+    def __init__(self, root: nn.Module, options: Options, before: Patch | None = None) -> None:
         level, self.reasons, classifier, base = _choose(root, options)
         super().__init__(options, level, classifier, base)
         # not a wrapper such as PEFT's: the patch is found again from inside and from outside it
         self.holder = next(m for m in (classifier, base, root) if m is not None)
-        self.overrides = self._overrides(root)
+        # of an earlier patch from further outside
+        old = [] if before is None else before.overrides
+        losses = [one.module for one in old if isinstance(one, LossForward)]
+        self.overrides = self._overrides(root, [m for m in losses if m is not None])
 
-    def _overrides(self, root: nn.Module) -> list[Override]:
+    def _overrides(self, root: nn.Module, losses: list[nn.Module]) -> list[Override]:
         out: list[Override] = []
         if self.classifier is not None:
             out.append(ScoringForward(self.classifier, self))
         if self.level != "head":  # also beside a classifier: trainers call the backbone past it
             out.append(BackboneForward(self.base, self))
-            out += [LanguageModelForward(m, self) for m in models.language_models(root, self.base)]
+            around = dict.fromkeys([*models.losses(root, self.base), *losses])
+            out += [LossForward(m, self) for m in around if m is not self.classifier]
         if self.last_layer is not None:
             out.append(LastLayer(self.last_layer, self))
         if self.packs:
@@ -306,7 +310,7 @@ def patch(
             )
         found.undo()
     try:
-        made = Patch(model, options)
+        made = Patch(model, options, found)
     except ValueError:
         if found is not None:  # refused: it stays patched as it was
             _apply_again(model, found)

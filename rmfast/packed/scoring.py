@@ -42,7 +42,7 @@ class ScoringForward(PackedForward):
                 return out
             except Unservable as reason:
                 patch.fallbacks[str(reason)] += 1
-        with as_it_was():
+        with as_it_was(patch):
             if patch.options.pooling == "mask" or self.pools_first(call):
                 return self.padded(call)
             return self.unpacked(call)
@@ -143,7 +143,7 @@ class ScoringForward(PackedForward):
             # with noise, it runs packed all the same, without sharing
             pools = not (batch["shared"] and self.patch.prepare().noisy)
         if pad is not None and pools:
-            with as_it_was():
+            with as_it_was(self.patch):
                 hidden = models.inner(self.module)(**inputs, **how)[0]
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             head = self.head_beside(hidden, ids) if ids.shape == hidden.shape[:2] else None
