@@ -49,6 +49,7 @@ class Options:
     pooling: str = "hf"
     attention: str = "auto"
     max_tokens: int | None = None
+    max_training_tokens: int | None = None
     cuda_graphs: bool = False
 
 
@@ -138,13 +139,14 @@ class State(Member):
                 self.attention_before = attention.use(config)
         return survey.look(modules)
 
-    def budget(self) -> pieces.Budget:
-        """The budget of calls without gradients, on the device of the model."""
+    def budget(self, training: bool = False) -> pieces.Budget:
+        """The budget of calls without gradients, or with, on the device of the model."""
         device = models.device(self.base)
-        if device.type not in self.budgets:
-            tokens = self.options.max_tokens or pieces.most(device)
-            self.budgets[device.type] = pieces.Budget(tokens)
-        return self.budgets[device.type]
+        key = f"{device.type}, training" if training else device.type
+        if key not in self.budgets:
+            tokens = self.options.max_training_tokens if training else self.options.max_tokens
+            self.budgets[key] = pieces.Budget(tokens or pieces.most(device))
+        return self.budgets[key]
 
     def is_orphan(self) -> bool:
         """Whether a backbone has outlived the classifier that was patched around it."""
