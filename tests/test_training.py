@@ -146,6 +146,8 @@ def test_batches_are_full():
 def test_an_example_over_budget_is_named():
     with pytest.raises(ValueError, match="example 1 has 50 trie nodes, more than max_tokens = 45"):
         train_sampler.TokenBudgetSampler([10, 50], 45)
+    order = [*train_sampler.TokenBudgetSampler([10, 50, 10, 60, 10], 45, cuts=True)]
+    assert [1] in order and [3] in order  # alone
 
 
 def test_common_prefix():

@@ -140,17 +140,20 @@ class PackedForward(Override):
         """What :func:`rmfast.packed.pieces.run` asks for."""
         prune, patch = prune and self.may_prune(), self.patch
         carried = attention.Carried(piece.carried, piece.keep, before or {}, piece.old)
-
-        def forward(trie: PackedTrie) -> Tensor:
-            rows = trie.pooled if prune else None
-            if prune and not len(rows):
-                rows = rows.new_full((1,), len(trie) - 1)  # nobody is scored here: any one will do
-            return self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)[0][0]
-
+        forward = functools.partial(self.nodes, carried=carried, prune=prune, shared=shared)
         alone = prune and not piece.carried and not piece.keep.numel() and len(piece.rows)
         if alone and patch.options.cuda_graphs:
             return self.graphs.run(patch.base, piece.trie, forward), {}
         return forward(piece.trie), carried.after
+
+    def nodes(
+        self, trie: PackedTrie, carried: attention.Carried, prune: bool, shared: bool
+    ) -> Tensor:
+        """Hidden states ``[n, H]`` of a piece's own nodes, or ``[P, H]`` of its pooled ones."""
+        rows = trie.pooled if prune else None
+        if prune and not len(rows):
+            rows = rows.new_full((1,), len(trie) - 1)  # nobody is scored here: any one will do
+        return self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)[0][0]
 
     def run_pieces(
         self,

@@ -98,14 +98,15 @@ class Patch(State):
             why = "the classifier that was patched is gone: its backbone runs as it was"
             return Report("head", [why], [], Counter(self.fallbacks), Counter(self.packed))
         reasons = list(self.reasons)
-        cuts = self.level == "trie" and self.options.max_tokens != 0
-        if cuts and self.packs and not survey.is_sharded(walk(self.base)):
-            budget = self.budget()
-            reasons.append(f"without gradients at most {budget.tokens} tokens run at once")
-            if budget.halvings:
-                reasons[-1] += f": memory ran out {budget.halvings} times, each time it was halved"
-            if budget.doublings:
-                reasons[-1] += f"; it was doubled again {budget.doublings} times"
+        if self.level == "trie" and self.packs and not survey.is_sharded(walk(self.base)):
+            cuts = {False: self.options.max_tokens != 0, True: self.options.max_training_tokens}
+            for training in (kind for kind in cuts if cuts[kind]):
+                budget, with_ = self.budget(training), "with" if training else "without"
+                reasons.append(f"{with_} gradients at most {budget.tokens} tokens run at once")
+                if budget.halvings:
+                    reasons[-1] += f": memory ran out {budget.halvings} times, and it was halved"
+                if budget.doublings:
+                    reasons[-1] += f"; it was doubled again {budget.doublings} times"
         kernels = elementwise.report(self.overrides)
         if kernels is not None:
             reasons.append(kernels)
@@ -251,6 +252,7 @@ def patch(
     pooling: str = "hf",
     attention: str = "auto",
     max_tokens: int | None = None,
+    max_training_tokens: int | None = None,
     cuda_graphs: bool = False,
 ) -> Model:
     """Make a Hugging Face reward model train and score without running a token twice.
@@ -277,6 +279,10 @@ def patch(
             Not given: 4096 on a CPU, 65536 on a GPU. 0: never in pieces. Calls at other levels,
             calls that fall back, and calls of a model that is sharded over processes never run in
             pieces.
+        max_training_tokens: trie nodes that run at once in a call with gradients, at level
+            ``"trie"``: a larger batch runs in pieces, each node twice forward and once backward, in
+            the memory of a piece and of the keys and values of a path; halved when memory runs out.
+            Not given: a batch runs whole, as one of a model that is sharded over processes does.
         cuda_graphs: replay small tries as CUDA graphs, in calls as those of ``max_tokens`` and of a
             Scorer, where the host would take longer than the GPU. A size (rounded up by an eighth
             at most) is captured when it comes for the third time; weights may be trained in place,
@@ -299,6 +305,7 @@ def patch(
         pooling=pooling,
         attention=attention,
         max_tokens=max_tokens,
+        max_training_tokens=max_training_tokens,
         cuda_graphs=cuda_graphs,
     )
     found = attached(model)

@@ -51,6 +51,7 @@ class Options:
     pooling: str = "hf"
     attention: str = "auto"
     max_tokens: int | None = None
+    max_training_tokens: int | None = None
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +59,9 @@ class Options:
             raise ValueError(f"pooling must be one of {_POOLING}, got {self.pooling!r}")
         if self.max_tokens is not None and self.max_tokens < 0:
             raise ValueError(f"max_tokens must be 0 (no limit) or more, got {self.max_tokens}")
+        least = self.max_training_tokens
+        if least is not None and least < 1:
+            raise ValueError(f"max_training_tokens must be 1 or more, got {least}")
         missing = backends.why_not(self.attention)
         if missing is not None:
             raise ValueError(missing)
@@ -153,13 +157,14 @@ class State(Member):
                 self.attention_before = attention.use(config)
         return survey.look(modules)
 
-    def budget(self) -> pieces.Budget:
-        """The budget of calls without gradients, on the device of the model."""
+    def budget(self, training: bool = False) -> pieces.Budget:
+        """The budget of calls without gradients, or with, on the device of the model."""
         device = models.device(self.base)
-        if device.type not in self.budgets:
-            tokens = self.options.max_tokens or pieces.most(device)
-            self.budgets[device.type] = pieces.Budget(tokens)
-        return self.budgets[device.type]
+        key = f"{device.type}, training" if training else device.type
+        if key not in self.budgets:
+            tokens = self.options.max_training_tokens if training else self.options.max_tokens
+            self.budgets[key] = pieces.Budget(tokens or pieces.most(device))
+        return self.budgets[key]
 
     def is_orphan(self) -> bool:
         """Whether a backbone has outlived the classifier that was patched around it."""
