@@ -35,6 +35,9 @@ def run(
         "Hugging Face; mask: the last one.")] = "hf",
     max_tokens: Annotated[int | None, typer.Option(metavar="TOKENS", min=0, help=
         "Run this many distinct prefixes at once without gradients; 0: no limit.")] = None,
+    max_training_tokens: Annotated[int | None, typer.Option(metavar="TOKENS", min=1, help=
+        "Run this many distinct prefixes at once with gradients, and larger batches in pieces.",
+        show_default=False)] = None,
     share_prefixes: Annotated[bool, typer.Option(show_default=False, help=
         "Run a prefix that sequences of a batch share once, or not.")] = True,
 ) -> None:
@@ -50,6 +53,7 @@ def run(
         "attention": attention,
         "pooling": pooling,
         "max_tokens": max_tokens,
+        "max_training_tokens": max_training_tokens,
         "share_prefixes": share_prefixes,
     }
     first, *rest = program
