@@ -1,4 +1,9 @@
+<<<<<<< HEAD
 # make setup | demo | docs | test | test-pins | test-oldest | test-gpu-pins | bench | peers | programs | gpu | clean
+=======
+# make setup | demo | docs | test | test-pins | test-oldest | test-gpu-pins | test-version | bench | peers |
+#      gpu | clean
+>>>>>>> versions
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -11,7 +16,11 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile=ci --num
 LONG := tests/compile $(patsubst %,tests/test_%.py,ray gpu_programs work score compose train \
 	packaging trl_processes devices)
 
+<<<<<<< HEAD
 .PHONY: setup demo docs test test-pins test-oldest test-gpu-pins bench peers programs gpu clean
+=======
+.PHONY: setup demo docs test test-pins test-oldest test-gpu-pins test-version bench peers gpu clean
+>>>>>>> versions
 
 setup: .venv/.complete
 
@@ -39,23 +48,32 @@ test: setup docs
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels # processes of their own: see its conftest.py
 	HF_HUB_OFFLINE=1 $(PYTEST) --ignore=tests/kernels $(LONG) tests
 
-# Other versions. test-pins runs these tests with what of them is quick to have, torch stays as it is;
+# Other versions. test-pins runs some tests with what of them is quick to have, torch stays as it is;
 # test-oldest and test-gpu-pins run all tests, in environments of their own (gigabytes of torch):
 # make PYTHON=python3.10 test-oldest; make PYTHON=python3.12 test-gpu-pins
-OTHER_oldest := numpy|transformers|trl|huggingface-hub|tokenizers|httpx|httpcore
 OTHER_gpu := transformers|huggingface-hub|tokenizers|httpx|httpcore
-OTHER_TESTS := $(addprefix tests/test_,parity.py patch.py scorer.py trl.py)
+OTHER_oldest := $(OTHER_gpu)|numpy
+OTHER_train := $(OTHER_gpu)|trl
+OTHER_TESTS := $(addprefix tests/test_,parity.py patch.py)
 
 test-pins: PROCESSES := 2
-test-pins: .venv/oldest/.complete .venv/gpu/.complete
-	PYTHONPATH=$(CURDIR)/.venv/oldest HF_HUB_OFFLINE=1 $(PYTEST) $(OTHER_TESTS)
-	PYTHONPATH=$(CURDIR)/.venv/gpu HF_HUB_OFFLINE=1 $(PYTEST) $(filter-out %scorer.py,$(OTHER_TESTS:trl.py=trl.py::test_trains_as_trl_does))
+test-pins: .venv/oldest/.complete .venv/train/.complete .venv/gpu/.complete
+	PYTHONPATH=$(CURDIR)/.venv/oldest HF_HUB_OFFLINE=1 $(PYTEST) $(OTHER_TESTS) tests/test_scorer.py
+	PYTHONPATH=$(CURDIR)/.venv/train HF_HUB_OFFLINE=1 $(PYTEST:loadfile=load) tests/test_trl.py
+	PYTHONPATH=$(CURDIR)/.venv/gpu HF_HUB_OFFLINE=1 $(PYTEST) $(OTHER_TESTS) tests/test_trl.py::test_trains_as_trl_does
 
 .venv/%/.complete: constraints-%.txt .venv/.complete
 	rm -rf .venv/$*
 	$(BIN)/uv pip install --python $(BIN)/python --no-config --no-deps --target .venv/$* \
 		$$(sed -nE 's/^(($(OTHER_$*))==[^ ;]+).*/\1/p' $<)
 	touch $@
+
+# another transformers, beside the pinned torch: make VERSION=5.6.0 test-version
+test-version: setup
+	$(BIN)/uv pip install --python $(BIN)/python --no-config --no-deps --target build/transformers-$(VERSION) \
+		$$(grep -vE '^(#|transformers|trl)' constraints-train.txt) transformers==$(VERSION)
+	PYTHONPATH=$(CURDIR)/build/transformers-$(VERSION) HF_HUB_OFFLINE=1 $(PYTEST) $(OTHER_TESTS) \
+		tests/test_padding_free.py tests/test_scorer.py
 
 test-oldest: .venv-oldest/.complete
 test-gpu-pins: .venv-gpu/.complete

