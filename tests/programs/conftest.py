@@ -58,6 +58,15 @@ def ran(run: Callable[[], Tensor], models: tuple[nn.Module, ...]) -> tuple[Tenso
     return out.detach(), grads, sum(tokens)
 
 
+@pytest.fixture(scope="module")
+def one_process():
+    """torch.distributed, for programs that ask it who else is there."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def flash_attention(monkeypatch) -> None:
     """Models attend by transformers' path of FlashAttention 2, on a CPU."""
