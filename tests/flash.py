@@ -10,7 +10,7 @@ import types
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, integrations
 from transformers import modeling_flash_attention_utils as utils
 
 NAME = "flash_attention_2"
@@ -46,6 +46,9 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(utils, "_lazy_imports", functions)
     monkeypatch.setattr(utils, "_loaded_implementation", None)
     monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
+    # programs put another there, for the whole process: it is put back
+    function = integrations.flash_attention._flash_attention_forward
+    monkeypatch.setattr(integrations.flash_attention, "_flash_attention_forward", function)
 
 
 def module(name, **attributes):

@@ -36,14 +36,7 @@ from skyrl.backends.skyrl_train.workers.model_wrapper import (  # noqa: E402
     get_llm_for_sequence_regression,
 )
 
-
-@pytest.fixture(autouse=True)
-def as_transformers_had_it(monkeypatch, flash_attention):
-    """SkyRL replaces transformers' function for the whole process."""
-    from transformers.integrations import flash_attention
-
-    theirs = flash_attention._flash_attention_forward
-    monkeypatch.setattr(flash_attention, "_flash_attention_forward", theirs)
+pytestmark = pytest.mark.usefixtures("flash_attention")
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])

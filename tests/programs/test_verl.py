@@ -23,6 +23,8 @@ pytest.importorskip("verl", reason="verl is not installed: make programs")
 from verl.plugin.platform import platform_manager  # noqa: E402
 from verl.plugin.platform.platform_cuda import PlatformCUDA  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_process", "flash_attention")
+
 
 class OnCPU(PlatformCUDA):
     device_name, device_module = "cpu", torch.cpu
@@ -45,23 +47,6 @@ ENGINES = {
 CLASSES = {
     "value_model": AutoModelForTokenClassification, "language_model": AutoModelForCausalLM
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(autouse=True)
-def as_transformers_had_it(monkeypatch, flash_attention):
-    """verl replaces transformers' function for the whole process."""
-    from transformers.integrations import flash_attention
-
-    theirs = flash_attention._flash_attention_forward
-    monkeypatch.setattr(flash_attention, "_flash_attention_forward", theirs)
 
 
 def engine(folder, kind, **options):
