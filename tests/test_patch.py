@@ -1381,6 +1381,25 @@ def test_a_wrapper_put_on_a_patched_model_keeps_its_say(block):
     assert np.abs(scores - want[:, 0].numpy()).max() <= 1e-4 * want.std()
 
 
+def test_a_forward_is_wrapped_as_the_method_it_was():
+    """ms-swift takes a method's function, and binds what it makes of it."""
+    model, inputs, calls = tiny.model(), tiny.padded(tiny.rows()), []
+    want = model(**inputs).logits
+    rmfast.patch(model)
+    function = model.forward.__func__
+
+    @functools.wraps(function)
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return function(self, *args, **kwargs)
+
+    model.forward = counted.__get__(model)
+    assert tiny.score_error(model(**inputs).logits, want) <= 1e-5
+    assert calls == [model] and not rmfast.report(model).fallbacks
+    rmfast.unpatch(model)
+    assert torch.equal(model(**inputs).logits, want) and len(calls) == 2
+
+
 def test_a_wrapper_put_on_while_it_was_unpatched_keeps_its_say():
     model, inputs = tiny.model("llama"), tiny.padded(tiny.rows())
     with torch.no_grad():

@@ -91,6 +91,11 @@ class Override(Member):
     def __signature__(self) -> inspect.Signature:  # trainers drop the columns it does not name
         return inspect.signature(self.before or self.of_class())
 
+    @property
+    def __func__(self) -> Override:
+        """What a bound method has: programs take it to wrap a forward, and bind it themselves."""
+        return self
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], nn.Module):  # accelerate makes a method of what it unwraps
             args = args[1:]

@@ -4,17 +4,15 @@ Stood in for are torchaudio, of which nothing is called, and its checks of versi
 as new as these.
 """
 
-import importlib.machinery
 import importlib.util
 import json
 import os
-import sys
-import types
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import flash
 import tiny
 
 PINS = [
@@ -26,8 +24,7 @@ pytest.importorskip("llamafactory", reason="llamafactory is not installed: make 
 
 os.environ["DISABLE_VERSION_CHECK"] = "1"
 if importlib.util.find_spec("torchaudio") is None:
-    stand_in = sys.modules["torchaudio"] = types.ModuleType("torchaudio")
-    stand_in.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    flash.module("torchaudio")
 
 from llamafactory.data import (  # noqa: E402
     PairwiseDataCollatorWithPadding,

@@ -3,16 +3,15 @@
 Stood in for is aiohttp, of which nothing is called.
 """
 
-import importlib.machinery
 import importlib.util
 import json
-import sys
-import types
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import flash
+import rmfast
 import tiny
 
 PINS = [
@@ -25,44 +24,48 @@ PINS = [
 if importlib.util.find_spec("swift") is None:
     pytest.skip("ms-swift is not installed: make programs", allow_module_level=True)
 if importlib.util.find_spec("aiohttp") is None:
-    stand_in = sys.modules["aiohttp"] = types.ModuleType("aiohttp")
-    stand_in.__spec__ = importlib.machinery.ModuleSpec("aiohttp", None)
+    flash.module("aiohttp")
 
 from swift.model import get_model_processor  # noqa: E402
 from swift.pipelines.train.rlhf import SwiftRLHF  # noqa: E402
+from swift.pipelines.train.sft import SwiftSft  # noqa: E402
 
 ANSWERS = [("yes", "no"), ("yes, so it is", "no, not at all"), ("so", "so it is not")]
 
 
-class Pipeline(SwiftRLHF):
-    """Its own, up to the first step: what it made is looked at."""
-
-    def train(self, trainer):
-        return trainer
+def rows(kind):
+    """Pairs for its reward trainer, or answers with a label for its classifiers."""
+    for chosen, rejected in ANSWERS:
+        for answer, label in ((chosen, 1.0), (rejected, 0.0))[: 1 if kind == "rm" else 2]:
+            said = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}]
+            rest = {"rejected_response": rejected} if kind == "rm" else {"label": label}
+            yield {"messages": said, **rest}
 
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    def made(**options):
+    """The trainer that its pipeline makes, up to the first step; ``patched`` when it was loaded."""
+
+    def made(pipeline=SwiftRLHF, kind="rm", patched=False, **options):
+        class Pipeline(pipeline):
+            def _prepare_model_tokenizer(self):
+                super()._prepare_model_tokenizer()
+                if patched:
+                    rmfast.patch(self.model)
+
+            def train(self, trainer):
+                return trainer
+
         tiny.model(vocab_size=tiny.WORDS, cls=AutoModelForCausalLM).save_pretrained(tmp_path)
         tiny.tokenizer().save_pretrained(tmp_path)
-        rows = [
-            {
-                "messages": [
-                    {"role": "user", "content": "Is it?"},
-                    {"role": "assistant", "content": chosen},
-                ],
-                "rejected_response": rejected,
-            }
-            for chosen, rejected in ANSWERS
-        ]
-        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows(kind))))
         arguments = {
-            "rlhf_type": "rm", "model": str(tmp_path), "model_type": "llama", "template": "chatml",
+            "model": str(tmp_path), "model_type": "llama", "template": "chatml",
             "dataset": str(tmp_path / "pairs.jsonl"), "output_dir": str(tmp_path / "out"),
             "report_to": "none", "per_device_train_batch_size": "3", "torch_dtype": "float32",
             "use_cpu": "true", "tuner_type": "full", "split_dataset_ratio": "0",
             "check_model": "false", "gradient_checkpointing": "false",
+            **({"rlhf_type": "rm"} if kind == "rm" else CLASSIFIER),
         } | options  # fmt: skip
         line = [text for name, value in arguments.items() for text in (f"--{name}", value)]
         return Pipeline(line).main()
@@ -70,6 +73,7 @@ def trainer(tmp_path, monkeypatch):
     return made
 
 
+CLASSIFIER = {"task_type": "seq_cls", "num_labels": "1", "problem_type": "regression"}
 KINDS = {
     "full": {},
     "lora": {"tuner_type": "lora", "target_modules": "all-linear"},
@@ -88,6 +92,22 @@ def test_the_loss_of_its_trainer(kind, trainer, same):
     batch = next(iter(one.get_train_dataloader()))
     assert (batch["attention_mask"] == 0).any() and len(batch["input_ids"]) == 6
     assert same(lambda: losses(one, batch), one.model)[0].level == "trie"
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["then patched", "patched before"])
+def test_a_classifier_trains_without_padding(patched, trainer, flash_attention, same):
+    """Its hook on the backbone lays the rows out again, and its own forward scores them."""
+    options = {"padding_free": "true", "attn_impl": flash.NAME, "per_device_train_batch_size": "6"}
+    one = trainer(SwiftSft, "classifier", patched, **options)
+    rmfast.unpatch(one.model)
+    batch = next(iter(one.get_train_dataloader()))
+    assert len(batch["input_ids"]) == 1 and "attention_mask" not in batch
+
+    def run():
+        loss, out = one.compute_loss(one.model, dict(batch), return_outputs=True)
+        return torch.cat([loss[None], out.logits.flatten()])
+
+    same(run, one.model)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
