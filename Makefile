@@ -1,5 +1,5 @@
 # make setup | demo | docs | test | test-pins | test-oldest | test-gpu-pins | test-version | bench | peers |
-#      gpu | clean
+#      programs | gpu | clean
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -12,7 +12,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile=ci --num
 LONG := tests/compile $(patsubst %,tests/test_%.py,ray gpu_programs work score compose train \
 	packaging trl_processes devices)
 
-.PHONY: setup demo docs test test-pins test-oldest test-gpu-pins test-version bench peers gpu clean
+.PHONY: setup demo docs test test-pins test-oldest test-gpu-pins test-version bench peers programs gpu clean
 
 setup: .venv/.complete
 
@@ -93,6 +93,10 @@ bench: setup
 SIZE := 0.05
 peers: setup
 	$(BIN)/python -m rmfast.benchmarks.peers --size $(SIZE) $(ARGS)
+
+# Inside other programs, in environments that are made first: make programs ONLY="verl trl" ARGS=--speed
+programs: setup
+	$(BIN)/python tests/programs/run.py $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 # On a machine that has one, with its own torch (see CONTRIBUTING.md), in under ten minutes. What
 # fails is said at the end, and in benchmarks/results/<device>.json: all else is run, then make fails.

@@ -61,6 +61,7 @@ setup(
     package_data={
         "rmfast": ["py.typed"],
         "rmfast.demo": ["pairs.jsonl.gz"],
+        "rmfast.integrations": ["startup/sitecustomize.py"],  # in no package: Python is to find it
         "rmfast.benchmarks.peers.adapters": ["*.txt"],
     },
     package_dir={"rmfast.kernels": "kernels", "rmfast.benchmarks": "benchmarks"},

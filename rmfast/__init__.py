@@ -14,6 +14,7 @@ if _TYPE_CHECKING:
     from rmfast import data, loading, losses, ops
     from rmfast.diagnosis.case import Finding
     from rmfast.diagnosis.doctor import Diagnosis, doctor
+    from rmfast.integrations.everywhere import everywhere
     from rmfast.packed.patching import patch, patched, report, unpatch
     from rmfast.packed.state import Report
     from rmfast.score.scorer import Scorer
@@ -29,6 +30,7 @@ __all__ = [
     "Scorer",
     "data",
     "doctor",
+    "everywhere",
     "loading",
     "losses",
     "ops",
@@ -42,6 +44,7 @@ __all__ = [
 _FROM = {
     "diagnosis.case": ("Finding",),
     "diagnosis.doctor": ("Diagnosis", "doctor"),
+    "integrations.everywhere": ("everywhere",),
     "packed.patching": ("patch", "patched", "report", "unpatch"),
     "packed.state": ("Report",),
     "score.scorer": ("Scorer",),

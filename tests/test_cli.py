@@ -33,7 +33,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], *([name, "--help"] for name in "demo score eval train bench doctor".split())],
+    [["--help"], *([name, "--help"] for name in "demo score eval train run bench doctor".split())],
 )
 def test_help(capsys, argv):
     assert main.main(argv) == 0
@@ -64,6 +64,8 @@ def test_help(capsys, argv):
         ([*TRAIN, "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["bench", "fly"], "no benchmark 'fly'"),
         (["doctor"], "Missing option '--model'"),
+        (["run", "--attention", "x", "a.py"], "Invalid value for '--attention'"),
+        (["run", "--", "fly"], "there is no program 'fly' on PATH"),
     ],
 )
 def test_wrong_options_end_with_2(capsys, argv, said):

@@ -252,6 +252,16 @@ def test_torch_compile_of_the_whole_model(patch_first):
     assert_step(got, want, 1e-5)
 
 
+def test_torch_compile_of_a_call_that_runs_unpacked():
+    model = tiny.model("llama", torch.float64, num_hidden_layers=2, attn_implementation="eager")
+    inputs = pairs() | {"output_attentions": True}
+    with torch.no_grad():
+        want = model(**inputs).logits
+        compiled = torch.compile(rmfast.patch(model), backend="eager")
+        assert tiny.score_error(compiled(**inputs).logits, want) <= 1e-5
+    assert list(rmfast.report(model).fallbacks) == ["the argument output_attentions"]
+
+
 UNPICKLED = """
 import pickle, sys, torch, tiny
 model, batches, want = pickle.load(open(sys.argv[1], "rb"))

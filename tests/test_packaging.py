@@ -238,7 +238,7 @@ print(json.dumps(early + [name for name in heavy if name in sys.modules]))
     assert ask(code, cwd=ROOT) == []
 
 
-@pytest.mark.parametrize("command", ["", "demo", "score", "eval", "train", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["", *"demo score eval train run bench doctor".split()])
 def test_help_waits_for_no_torch(command):
     code = f"""
 import contextlib, json, sys

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
+import flash
 import rmfast
 import tiny
 from rmfast.ops import TriePlan
@@ -118,6 +119,7 @@ def test_active_noise_is_drawn_for_each_sequence():
 
 REFUSED = {
     "lengths that differ": lambda x: x | lengths(tiny.rows()[::-1]),
+    "lengths in a list": lambda x: x | {"cu_seq_lens_q": [0, 79]},
     "a mask": lambda x: x | {"attention_mask": torch.ones_like(x["input_ids"])},
     "another beginning": lambda x: x | {"position_ids": x["position_ids"] + 1},
     "a cache": lambda x: x | {"use_cache": None},
@@ -167,7 +169,7 @@ def test_positions_that_do_not_come_to_flash_attention():
 def test_attention_of_others_runs_as_it_was(monkeypatch):
     """It may attend to tokens that another process holds."""
     from transformers import AttentionInterface
-    from transformers.integrations import flash_attention, sdpa_attention
+    from transformers.integrations import sdpa_attention
 
     def theirs(*args, **kwargs):
         return sdpa_attention.sdpa_attention_forward(*args, **kwargs)
@@ -179,12 +181,25 @@ def test_attention_of_others_runs_as_it_was(monkeypatch):
     with rmfast.patched(model):
         assert torch.equal(model(**inputs).logits, want)
         assert list(rmfast.report(model).fallbacks) == [f"the attention function is by {__name__}"]
-    # verl and others put theirs where transformers' flash function looks for it
-    monkeypatch.setattr(flash_attention, "_flash_attention_forward", theirs)
-    model.config._attn_implementation_internal = "flash_attention_2"
+
+
+@pytest.mark.parametrize(("processes", "runs_packed"), [(None, False), (1, True), (2, False)])
+def test_flash_attention_of_others(processes, runs_packed, monkeypatch):
+    """What verl and its like put there splits sequences, and says over how many processes."""
+    from transformers.integrations import flash_attention
+
+    flash.stand_in(monkeypatch)
+    names = {"theirs": flash_attention._flash_attention_forward, "__name__": "others"}
+    if processes is not None:
+        names["get_ulysses_sequence_parallel_world_size"] = lambda: processes
+    exec("def function(*args, **kwargs): return theirs(*args, **kwargs)", names)
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", names["function"])
+    model, inputs = values(attn_implementation=flash.NAME), tiny.padded(tiny.rows(), "left")
+    want, seen = model(**inputs).logits, inputs["attention_mask"].bool()
     rmfast.patch(model)
-    with pytest.raises(Unservable, match="the attention function is by"):
-        rmfast.packed.patching.attached(model).overrides[0].check(inputs)
+    assert tiny.score_error(model(**inputs).logits[seen], want[seen]) <= 16 * 96 * UNIT
+    fallbacks = list(rmfast.report(model).fallbacks)
+    assert fallbacks == ([] if runs_packed else ["the attention function is by others"])
 
 
 def test_a_language_models_loss_over_a_row():

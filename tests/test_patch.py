@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
@@ -558,7 +560,8 @@ def test_a_backbone_called_past_its_classifier_runs_packed():
     theirs, their_grads = run()
     rmfast.patch(model)
     model(**inputs)
-    assert not any("past" in text for text in rmfast.report(model).warnings)
+    assert rmfast.report(model).packed == {"Qwen3ForSequenceClassification": 1}
+    assert not any("hidden states of" in text for text in rmfast.report(model).warnings)
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda *a: seen.append(a[1][0].shape[1]))
     ours, our_grads = run()
@@ -567,7 +570,9 @@ def test_a_backbone_called_past_its_classifier_runs_packed():
     assert tiny.grad_error(our_grads, their_grads) <= 16 * 96 * UNIT
     report = rmfast.report(model)
     assert report.level == "trie" and not report.fallbacks
-    assert "1 call of the backbone past Qwen3ForSequenceClassification ran packed" in str(report)
+    assert report.packed == {"Qwen3ForSequenceClassification": 1, "Qwen3Model": 1}
+    assert "1 call of Qwen3Model ran packed" in str(report)
+    assert any("hidden states of" in text for text in report.warnings)
     model.model(**inputs, output_attentions=True)
     assert list(rmfast.report(model).fallbacks) == ["the argument output_attentions"]
 
@@ -644,6 +649,112 @@ def test_rollouts_of_a_left_padded_policy():
     assert tiny.grad_error(our_grads, their_grads) <= 16 * 96 * UNIT
 
 
+# --- what a loss, or another patch, may read
+
+
+def test_losses_that_read_hidden_tokens_fall_back():
+    inputs = tiny.padded(tiny.rows())
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    token = ids % 2
+    first = torch.ones(6, dtype=torch.int64)
+    cases = [
+        (AutoModelForTokenClassification, {"labels": token}, "labels that are read from a token"),
+        (AutoModelForTokenClassification, {"labels": token.masked_fill(mask == 0, -100)}, None),
+        (
+            AutoModelForQuestionAnswering,
+            {"start_positions": first, "end_positions": first},
+            "a loss over all tokens",
+        ),
+    ]
+    for cls, labels, reason in cases:
+        model = tiny.model("llama", torch.float64, 2, cls)
+        want = model(**inputs, **labels).loss
+        with rmfast.patched(model):
+            torch.testing.assert_close(model(**inputs, **labels).loss, want, rtol=1e-9, atol=0)
+            reasons = list(rmfast.report(model).fallbacks)
+        assert reasons == [] if reason is None else reasons[0].startswith(reason)
+
+
+def test_a_language_model_that_makes_labels_of_its_own():
+    class Own(type(tiny.model(cls=AutoModelForCausalLM))):
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            labels = input_ids.masked_fill(attention_mask == 0, -100)
+            return super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+
+    model = tiny.model(cls=AutoModelForCausalLM, dtype=torch.float64)
+    model.__class__ = Own
+    for side in ("left", "right"):
+        inputs = tiny.padded(tiny.rows(), side)
+        want = model(**inputs).loss
+        with rmfast.patched(model):
+            torch.testing.assert_close(model(**inputs).loss, want, rtol=1e-9, atol=0)
+            assert bool(rmfast.report(model).fallbacks) == (side == "left")
+
+
+def test_patched_again_from_inside_the_loss_is_still_looked_at():
+    model = tiny.model(cls=AutoModelForCausalLM, dtype=torch.float64)
+    inputs = tiny.padded(tiny.rows(), "left")
+    want = model(**inputs, labels=inputs["input_ids"]).loss
+    rmfast.patch(rmfast.patch(model).model)
+    torch.testing.assert_close(model(**inputs, labels=inputs["input_ids"]).loss, want)
+    assert rmfast.report(model).fallbacks
+
+
+def test_a_transform_of_a_call_with_labels():
+    """Gradients of each example, which see no numbers."""
+    make = functools.partial(tiny.model, cls=AutoModelForCausalLM, attn_implementation="eager")
+    model = make(dtype=torch.float64, use_cache=False)
+    inputs = tiny.padded(tiny.rows()[:2])
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights, ids, mask):
+        call = {"input_ids": ids[None], "attention_mask": mask[None], "labels": ids[None]}
+        return torch.func.functional_call(model, weights, (), call).loss
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
+    want = each(weights, inputs["input_ids"], inputs["attention_mask"])
+    rmfast.patch(model)
+    got = each(weights, inputs["input_ids"], inputs["attention_mask"])
+    assert tiny.grad_error(got, want) <= 1e-12
+
+
+def test_one_models_fallback_is_not_anothers():
+    teacher, model = rmfast.patch(tiny.model()), rmfast.patch(tiny.model(cls=AutoModelForCausalLM))
+    inputs, seen = tiny.padded(tiny.rows(), "left"), []
+    teacher.model.norm.register_forward_hook(lambda _, args, out: seen.append(out.shape[0]))
+    model.lm_head.register_forward_pre_hook(lambda *_: teacher(**inputs) and None)
+    model(**inputs, labels=inputs["input_ids"])
+    assert rmfast.report(model).fallbacks and not rmfast.report(teacher).fallbacks
+    assert seen == [1]
+
+
+def test_a_classifiers_own_forward_may_score_a_hidden_token():
+    model = tiny.model(dtype=torch.float64)
+    inputs = tiny.padded(tiny.rows(), "left")
+    inputs["attention_mask"][:, -1] = 0
+    want = type(model).forward(model, **inputs).logits
+    rmfast.patch(model)
+    assert torch.equal(type(model).forward(model, **inputs).logits, want)
+    reasons = list(rmfast.report(model).fallbacks)
+    assert reasons == ["a token that attention_mask hides, and is no pad token"]
+
+
+def test_attention_that_was_changed_counts_in_the_next_call():
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    def doubled(module, query, key, value, *args, **kwargs):
+        return sdpa_attention_forward(module, query, key, 2 * value, *args, **kwargs)
+
+    AttentionInterface.register("doubled", doubled)
+    AttentionMaskInterface.register("doubled", sdpa_mask)
+    model, inputs = rmfast.patch(tiny.model(dtype=torch.float64)), tiny.padded(tiny.rows())
+    model.set_attn_implementation("doubled")
+    got = model(**inputs).logits
+    want = rmfast.unpatch(model)(**inputs).logits
+    assert tiny.score_error(got, want) <= 1e-12
+
+
 # --- router logits
 
 
@@ -703,11 +814,11 @@ def test_a_config_of_ones_own():
     assert_same(want, model(**inputs), 16 * 96 * UNIT)
     rmfast.unpatch(model)
 
-    class Attention(nn.Module):  # and attends in a way of its own
-        def forward(self, *args, **kwargs):
-            raise NotImplementedError
+    class Norm(nn.LayerNorm):  # and a part of its own
+        def forward(self, x):
+            return super().forward(x.cumsum(1))
 
-    model.backbone.layers[1].attention = Attention()
+    model.backbone.final_layer_norm.__class__ = Norm
     assert rmfast.report(rmfast.patch(model)).level == "head"
 
 
@@ -1216,7 +1327,9 @@ def test_the_backbone_outlives_its_model():
     base = rmfast.patch(model).model
     del model
     assert_same(want, base(**inputs)[0])
-    assert rmfast.report(base).level == "head" and "is gone" in str(rmfast.report(base))
+    report = rmfast.report(base)
+    assert report.level == "head" and "its backbone runs as it was" in str(report)
+    assert list(report.fallbacks) == ["the classifier that was patched is gone"]
     rmfast.patch(base)
     assert rmfast.report(base).level == "backbone"
     keep = inputs["attention_mask"].bool()

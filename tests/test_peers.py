@@ -77,7 +77,8 @@ def found(tmp_path_factory):
             known, folder, {"main": folder / "model"}, "bfloat16", "cpu", {}, said.append
         )
         works = [Workload("short", ROWS), Workload("long", [[4, *row, 1] for row in ROWS])]
-        rows = contest.run(works, "baseline", 2)
+        rows = contest.run(works, "baseline", 1, starts=2)
+        assert said.count("starting as-good") == 2 and said.count("starting missing") == 1
         rows = report.compared(rows, "baseline", contest.versions)
         assert any("oracle" in line for line in said)
         said.clear()
@@ -300,7 +301,7 @@ def test_packages_are_installed_once(tmp_path, monkeypatch):
 def test_report(found, tmp_path):
     pytest.importorskip("matplotlib")
     options = {"model": None, "data": None, "dtype": "bfloat16", "device": "cpu"}
-    about = report.facts(SimpleNamespace(**options, size=0.5, rounds=2))
+    about = report.facts(SimpleNamespace(**options, size=0.5, rounds=2, starts=1))
     rows = [row for row in found.values() if row["workload"] == "short"]
     for count in (1, 4, 64):
         more = {"workload": f"n-{count}", "alternative": "rmfast", "verdict": "right"}

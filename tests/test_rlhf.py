@@ -83,16 +83,6 @@ def batch(kind):
     )
 
 
-@pytest.fixture
-def accelerate_anew():
-    """Accelerate keeps the first precision it was asked for, for the whole process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.usefixtures("accelerate_anew")
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 @pytest.mark.parametrize("kind", ["text", "messages"])

@@ -751,7 +751,7 @@ def test_a_call_of_a_patched_model_grows_back_too():
         full.tokens = 64
         for _ in range(12):
             assert tiny.score_error(model(**batch).logits, want) <= 1e-4
-    said = "at most 64 tokens run at once: memory ran out 1 times, each time it was halved; it was "
+    said = "at most 64 tokens run at once: memory ran out 1 times, and it was halved; it was "
     assert said + "doubled again 1 times" in str(rmfast.report(model))
 
 

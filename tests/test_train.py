@@ -787,7 +787,6 @@ def test_places_where_a_run_must_not_write(run, model, capsys):
             ["--loss", "plackett_luce"],
             "loss_type='plackett_luce' does not go with ",
         ),
-        (pairs(6), ["--max-tokens-per-batch", "9"], "--max-tokens-per-batch 9: example"),
         (
             pairs(6),
             ["--label-smoothing", "0.5"],

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 import rmfast
 import tiny
+from rmfast.packed import patching
 from rmfast.packed import step as packed_step
 from rmfast.train import objective as train_objective
 from rmfast.train.trainer import RewardConfig, RewardTrainer
@@ -194,11 +195,10 @@ class Recording(RewardTrainer):
         return out
 
 
-@pytest.mark.parametrize("ranked", [False, True])
-def test_token_budget(tmp_path, ranked):
+@pytest.mark.parametrize(("ranked", "budget"), [(False, 60), (True, 90)])
+def test_token_budget(tmp_path, ranked, budget):
     """Batches keep to the budget, and steps are those of the mean over their pairs."""
     rows = groups(18) if ranked else pairs(30, margin=True)
-    budget = 90 if ranked else 60
     options = {"max_tokens_per_batch": budget, "gradient_accumulation_steps": 3, **SGD}
     kind = "plackett_luce" if ranked else "bradley_terry"
     got = run(
@@ -225,6 +225,21 @@ def test_token_budget(tmp_path, ranked):
     assert logged == pytest.approx(losses, rel=1e-5)
     for p, q in zip(got.model.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
+def test_examples_larger_than_the_budget_run_in_pieces(tmp_path, monkeypatch):
+    """Alone in their batches, and the training is that of batches which run whole."""
+    options = {"max_tokens_per_batch": 18, "gradient_accumulation_steps": 3, **SGD}
+    got = run(Recording, tmp_path, pairs(30, margin=True), **options)
+    larger = [b for step in got.steps for b in step if len(b["input_ids"]) > 18]
+    assert larger and {batch["count"] for batch in larger} == {1}
+    assert "with gradients at most 18 tokens run at once" in str(got.report)
+    repatch = patching.repatch
+    monkeypatch.setattr(patching, "repatch", lambda model, **_: repatch(model))
+    whole = run(Recording, tmp_path, pairs(30, margin=True), **options)
+    assert "with gradients" not in str(whole.report)
+    for p, q in zip(got.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
 
 
 def test_all_pairs_is_the_default_of_groups(tmp_path):
@@ -389,7 +404,6 @@ def test_options_that_would_train_on_something_else_are_refused(tmp_path, option
         (groups(4), {"loss_type": "bradley_terry"}, "does not go with ranked responses"),
         (groups(4), {"eval_dataset": Dataset.from_list(pairs(3))}, "train: ranked responses, eval"),
         (pairs(4), {"data_collator": list, "max_tokens_per_batch": 99}, "give no data_collator"),
-        (pairs(4), {"max_tokens_per_batch": 12}, "raise it, or lower the length"),
     ],
 )
 def test_what_does_not_go_together(tmp_path, rows, options, message):

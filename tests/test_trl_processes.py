@@ -24,7 +24,7 @@ PROCESSES = {
     "ddp": {},
     "ddp-unchecked": {"gradient_checkpointing": False},  # DDP then looks for unused parameters
     "ddp-budget": BUDGET,
-    "ddp-groups": {"loss_type": "plackett_luce", "max_tokens_per_batch": 90},
+    "ddp-groups": {"loss_type": "plackett_luce", "max_tokens_per_batch": 40},
     "ddp-lora": {"gradient_checkpointing": False},
     "fsdp2-lora": {},
     "fsdp2": {"gradient_checkpointing": False},

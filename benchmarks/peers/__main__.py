@@ -35,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     add("--workloads", nargs="+", choices=workloads.NAMES, default=others, help="what they run")
     add("--size", type=float, default=1.0, help="scales the workloads")
     add("--rounds", type=int, default=3, help="timed rounds, after an untimed one")
+    add("--starts", type=int, default=1,
+        help="how often all processes are started anew, each time for as many rounds: where its "
+        "memory lies makes one process faster than the next")  # fmt: skip
     add("--data", type=Path, help="pairs, as rmfast train reads them; default: the embedded ones")
     add("--model", help="reward model, folder or hub name; default: the embedded one")
     add("--dtype", choices=contestants.DTYPES, default="bfloat16", help="of weights and arithmetic")
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = lambda work: (work.trains, work.model)  # noqa: E731  whose processes are the same
     rows = []
     for (trains, _), some in itertools.groupby(sorted(works, key=kind), kind):
-        found = contest.run([*some], BASELINES[trains], args.rounds)
+        found = contest.run([*some], BASELINES[trains], args.rounds, args.starts)
         rows += report.compared(found, BASELINES[trains], contest.versions)
     out = args.out or args.build / "report"
     print(report.write(out, rows, report.facts(args), args.size))

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,20 @@ def alternatives(folder: Path = ADAPTERS) -> dict[str, Alternative]:
     """All of a folder, by name. The files are read, not run: their packages are elsewhere."""
     found = {}
     for file in sorted(folder.glob("*.py")):
-        said = {}
-        for line in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(line, ast.Assign) and line.targets[0].id in ("PEERS", "PINS", "TRAINS"):
-                said[line.targets[0].id] = ast.literal_eval(line.value)
+        said = constants(file, ("PEERS", "PINS", "TRAINS"))
         for name, options in said["PEERS"].items():
             pins, trains = said.get("PINS", []), said.get("TRAINS", False)
             found[name] = Alternative(name, file, options, pins, trains)
     return found
+
+
+def constants(file: Path, names: Collection[str]) -> dict[str, Any]:
+    """Values of those names that are assigned at the top of a file of Python."""
+    return {
+        line.targets[0].id: ast.literal_eval(line.value)
+        for line in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(line, ast.Assign) and getattr(line.targets[0], "id", None) in names
+    }
 
 
 def packages(one: Alternative, build: Path) -> Path | None:

@@ -8,6 +8,7 @@ from the fp32 oracle than :data:`FACTOR` times the baseline's is wrong, and is n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -125,6 +126,22 @@ def allowed(baseline: float, exact: Answers, dtype: str) -> float:
 # --- one run
 
 
+@dataclasses.dataclass
+class Tally:
+    """What comes of a workload: by name, passes, of which the first is untimed, and differences."""
+
+    work: Workload
+    exact: Answers
+    names: dataclasses.InitVar[list[str]]
+    most: float = float("inf")  # how far off an answer may be
+    roofs: list[list[float]] = dataclasses.field(default_factory=list)
+    lost: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self, names: list[str]) -> None:
+        self.passes: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        self.off = dict.fromkeys(names, 0.0)
+
+
 class Contest:
     """All that stays the same from workload to workload.
 
@@ -168,35 +185,51 @@ class Contest:
             file.write_text(json.dumps(answers))
         return json.loads(file.read_text())
 
-    def run(self, works: Sequence[Workload], baseline: str, rounds: int) -> list[dict[str, Any]]:
+    def run(
+        self, works: Sequence[Workload], baseline: str, rounds: int, starts: int = 1
+    ) -> list[dict[str, Any]]:
         """Workloads of one model, all scored or all trained on; the processes live that long.
+
+        Args:
+            rounds: timed ones, after an untimed one, of each start.
+            starts: how often all processes are started anew.
 
         Returns:
             For each workload and alternative what :func:`measured` says.
         """
-        first, out = works[0], []
+        first = works[0]
         names = [n for n, one in self.who.items() if one.trains == first.trains and n != baseline]
+        names.insert(0, baseline)
         try:
             exact = [self.oracle(self.who[baseline], work) for work in works]
         except Ended as reason:
             self._lose(baseline, str(reason), baseline, {})
-        processes: dict[str, Process] = {}
+        tallies = [Tally(work, right, names) for work, right in zip(works, exact, strict=True)]
         lost: dict[str, str] = {}
-        try:
-            for name in ("roof", baseline, *names):
-                one = ROOF if name == "roof" else self.who[name]
-                self.say(f"starting {name}")
-                try:
-                    processes[name] = self.start(one, first.model, self.dtype)
-                    self.versions[name] = processes[name].versions
-                except Ended as reason:
-                    self._lose(name, str(reason), baseline, lost)
-            for work, right in zip(works, exact, strict=True):
-                out += self._contest(work, right, baseline, names, processes, lost, rounds)
-        finally:
-            for process in processes.values():
-                process.close()
-        return out
+        for _ in range(starts):
+            processes: dict[str, Process] = {}
+            try:
+                for name in ("roof", *(name for name in names if name not in lost)):
+                    one = ROOF if name == "roof" else self.who[name]
+                    self.say(f"starting {name}")
+                    try:
+                        processes[name] = self.start(one, first.model, self.dtype)
+                        self.versions[name] = processes[name].versions
+                    except Ended as reason:
+                        self._lose(name, str(reason), baseline, lost)
+                for tally in tallies:
+                    tally.lost |= lost
+                    self._contest(tally, baseline, processes, rounds)
+            finally:
+                for process in processes.values():
+                    process.close()
+        return [
+            measured(
+                name, tally.work, tally.passes[name], tally.off[name], tally.most,
+                tally.lost.get(name), tally.roofs,
+            )
+            for tally in tallies for name in names
+        ]  # fmt: skip
 
     def _lose(self, name: str, reason: str, baseline: str, lost: dict[str, str]) -> None:
         self.say(f"{name} {reason}")
@@ -205,35 +238,29 @@ class Contest:
         lost[name] = reason
 
     def _contest(
-        self, work: Workload, exact: Answers, baseline: str, names: list[str],
-        processes: dict[str, Process], lost: dict[str, str], rounds: int,
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """One workload: an untimed round, and the timed ones of who was right in all before."""
-        passes: dict[str, list[dict[str, Any]]] = {n: [] for n in (baseline, *names)}
-        off = dict.fromkeys(passes, 0.0)
-        roofs, most = [], float("inf")
-        lost = dict(lost)
+        self, tally: Tally, baseline: str, processes: dict[str, Process], rounds: int
+    ) -> None:
+        """An untimed round, and the timed ones of who was right in all before."""
+        work = tally.work
         for number in range(rounds + 1):
             self.say(f"{work.name}: {f'round {number} of {rounds}' if number else 'untimed round'}")
             if "roof" in processes:
                 time.sleep(PAUSE)
-                roofs.append(processes["roof"].run(work.rows)["answers"]["score"])
-            for name in passes:
-                if name in lost or off[name] > most:
+                tally.roofs.append(processes["roof"].run(work.rows)["answers"]["score"])
+            for name, passes in tally.passes.items():
+                if name in tally.lost or tally.off[name] > tally.most:
                     continue
                 time.sleep(PAUSE)
                 try:
-                    passes[name].append(self._turn(name, work, number, processes))
+                    done = self._turn(name, work, number, processes)
                 except Ended as reason:
-                    self._lose(name, str(reason), baseline, lost)
+                    self._lose(name, str(reason), baseline, tally.lost)
                     continue
-                off[name] = max(off[name], difference(passes[name][-1]["answers"], exact))
-                if name == baseline and not number:
-                    most = allowed(off[name], exact, self.dtype)
-        return [
-            measured(name, work, passes[name], off[name], most, lost.get(name), roofs)
-            for name in passes
-        ]
+                tally.off[name] = max(tally.off[name], difference(done["answers"], tally.exact))
+                if name == baseline and not passes:
+                    tally.most = allowed(tally.off[name], tally.exact, self.dtype)
+                if number or not passes:  # the untimed pass of another start tells nothing new
+                    passes.append(done)
 
     def _turn(
         self, name: str, work: Workload, number: int, processes: dict[str, Process]

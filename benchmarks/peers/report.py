@@ -55,7 +55,7 @@ def facts(args: argparse.Namespace) -> dict[str, str]:
         "dtype": args.dtype,
         "data": contestants._name(args.data),
         "size": f"{args.size:g}",
-        "rounds": str(args.rounds),
+        "rounds": f"{args.rounds} of {args.starts} starts",
         "python": platform.python_version(),
         "rmfast": rmfast.__version__,
     }

@@ -9,7 +9,7 @@ import typer
 
 from rmfast.commands.arguments import interruptible
 
-BENCHMARKS = ("score", "train", "bulk", "trainer", "parity", "kernels")
+BENCHMARKS = ("score", "train", "bulk", "trainer", "trees", "parity", "kernels")
 
 
 def add(app: typer.Typer) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 try:
     import typer
 
-    from rmfast.commands import bench, train, work
+    from rmfast.commands import bench, run, train, work
     from rmfast.errors import DataError, UserError
 except KeyboardInterrupt:  # no command has begun
     sys.exit(130)
@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (work, train, bench):
+for module in (work, train, run, bench):
     module.add(app)
 
 

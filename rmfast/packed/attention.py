@@ -7,10 +7,10 @@ before, so whatever the packed path cannot serve attends as if nothing had been 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +36,9 @@ class KeysAndValues(Exception):
 
 class SequencesMeet(Exception):
     """The model's own attention would not keep the sequences of one row apart."""
+
+    def __init__(self, why: str = "") -> None:
+        super().__init__(f"sequences in one row, which this model lets see each other{why}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,6 +190,11 @@ def unpacked_function(before: str, module: nn.Module) -> Callable | None:
     return None
 
 
+def name(config: Any) -> str:
+    """The attention function that a model has now, without rmfast."""
+    return (getattr(config, "_attn_implementation", None) or "").removeprefix(PREFIX)
+
+
 def foreign(before: str) -> str | None:
     """The module of an attention function that is not transformers' own; None where it is.
 
@@ -200,18 +208,32 @@ def foreign(before: str) -> str | None:
         function = function.func
     owners = [] if function is None else [function.__module__]
     if "flash" in before:
-        owners.append(flash_attention._flash_attention_forward.__module__)
-        ulysses = sys.modules.get("verl.utils.ulysses")  # its own stands there with any settings
-        if ulysses is not None and ulysses.get_ulysses_sequence_parallel_world_size() == 1:
-            owners.pop()
+        function = flash_attention._flash_attention_forward
+        # verl's, SkyRL's and AReaL's splits sequences over this many processes
+        size = getattr(function, "__globals__", {}).get("get_ulysses_sequence_parallel_world_size")
+        if size is None or size() > 1:
+            owners.append(function.__module__)
     return next((name for name in owners if not name.startswith("transformers.")), None)
 
 
 @functools.cache
 def _caps(function: Callable) -> bool:
     """Whether an attention function caps logits where it is asked to, or refuses to run."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
     known = inspect.signature(function).parameters.keys() | set(function.__code__.co_consts)
     return "softcap" in known
+
+
+def _named(module: nn.Module, before: str) -> nn.Module:
+    """A layer as its attention function knew it: flash attention looks its own name up."""
+    if "flash" not in before:
+        return module
+    out = copy.copy(module)  # threads may run this layer packed
+    out.config = copy.copy(module.config)
+    out.config._attn_implementation_internal = before
+    return out
 
 
 def _forward(
@@ -219,7 +241,7 @@ def _forward(
 ) -> tuple[Tensor, Any]:
     run, function = kwargs.pop("rmfast_run", None), unpacked_function(before, module)
     if run is None:
-        return function(module, query, key, value, *args, **kwargs)
+        return function(_named(module, before), query, key, value, *args, **kwargs)
     kwargs.pop("attention_mask", None)  # the trie is the mask
     if kwargs.get("softcap") is not None and not _caps(function):
         del kwargs["softcap"]

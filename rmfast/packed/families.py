@@ -1,4 +1,7 @@
-"""Model families by ``config.model_type``; ``tests/test_parity.py`` checks every name in here."""
+"""Model families by the ``model_type`` of the class that runs.
+
+``tests/test_parity.py`` checks every name in here.
+"""
 
 # Backbones whose packed scores and gradients equal Hugging Face's. Others run at level "head":
 # some pass a sliding window to the mask and another one, or none, to the attention function.

@@ -70,7 +70,7 @@ class PackedForward(Override):
         for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
             if call.get(name, getattr(config, name, False)) and name not in self.served:
                 raise Unservable(f"the argument {name}")
-        theirs = attention.foreign(self.patch.attention_before or "")
+        theirs = attention.foreign(attention.name(config))
         if theirs is not None:
             raise Unservable(f"the attention function is by {theirs}")
         noise = getattr(self.patch.base.get_input_embeddings(), "neftune_noise_alpha", None)
@@ -140,17 +140,20 @@ class PackedForward(Override):
         """What :func:`rmfast.packed.pieces.run` asks for."""
         prune, patch = prune and self.may_prune(), self.patch
         carried = attention.Carried(piece.carried, piece.keep, before or {}, piece.old)
-
-        def forward(trie: PackedTrie) -> Tensor:
-            rows = trie.pooled if prune else None
-            if prune and not len(rows):
-                rows = rows.new_full((1,), len(trie) - 1)  # nobody is scored here: any one will do
-            return self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)[0][0]
-
+        forward = functools.partial(self.nodes, carried=carried, prune=prune, shared=shared)
         alone = prune and not piece.carried and not piece.keep.numel() and len(piece.rows)
         if alone and patch.options.cuda_graphs:
             return self.graphs.run(patch.base, piece.trie, forward), {}
         return forward(piece.trie), carried.after
+
+    def nodes(
+        self, trie: PackedTrie, carried: attention.Carried, prune: bool, shared: bool
+    ) -> Tensor:
+        """Hidden states ``[n, H]`` of a piece's own nodes, or ``[P, H]`` of its pooled ones."""
+        rows = trie.pooled if prune else None
+        if prune and not len(rows):
+            rows = rows.new_full((1,), len(trie) - 1)  # nobody is scored here: any one will do
+        return self.backbone(self.inside(), trie, shared, rows, carried, return_dict=True)[0][0]
 
     def run_pieces(
         self,
@@ -237,14 +240,20 @@ def giving(stand_in: PackedForward, output: Any) -> Iterator[None]:
         _given.reset(token)
 
 
-_as_it_was: contextvars.ContextVar[bool] = contextvars.ContextVar("rmfast_as_it_was", default=False)
+_unserved: contextvars.ContextVar[tuple[State, ...]] = contextvars.ContextVar(
+    "rmfast_unserved", default=()
+)
 
 
 @contextlib.contextmanager
-def as_it_was() -> Iterator[None]:
-    """In this thread, backbones run their own forward: the call around them could not be served."""
-    token = _as_it_was.set(True)
+def as_it_was(patch: State) -> Iterator[None]:
+    """In this thread, a backbone runs its own forward: the call around it could not be served."""
+    token = _unserved.set((*_unserved.get(), patch))
     try:
         yield
     finally:
-        _as_it_was.reset(token)
+        _unserved.reset(token)
+
+
+def is_as_it_was(patch: State) -> bool:
+    return any(patch is one for one in _unserved.get())

@@ -21,6 +21,9 @@ from rmfast.packed import attention
 from rmfast.packed.families import LAST_TOKEN_HEADS, TRIE_BACKBONES
 from rmfast.packed.survey import walk
 
+# What stands in any family's models; the rest is written in its own file.
+_PARTS = ("torch.nn.", "peft.", *(f"transformers.{x}" for x in ("activations", "modeling_")))
+_LABELS = {"labels", "start_positions"}
 _SEES_PREFIXES = {"full_attention", "sliding_attention"}
 # A module of these gives each token an output of its own.
 _POINTWISE = tuple(
@@ -47,7 +50,7 @@ def family(module: nn.Module) -> str:
     return getattr(config, "model_type", None) or module.config.model_type
 
 
-def _runs_transformers(module: nn.Module) -> bool:
+def runs_transformers(module: nn.Module) -> bool:
     """Whether the class's forward, and all that wraps it, is transformers' own code."""
     function = _owner(module).__dict__["forward"]
     while function is not None:
@@ -120,7 +123,7 @@ def _scores_last_token(module: nn.Module) -> bool:
         return False
     own = _owner(module).__name__.endswith("ForSequenceClassification")
     listed = own and family(module) in LAST_TOKEN_HEADS and _pools_rightmost(module)
-    known = _runs_transformers(module) and (is_generic(module) or listed)
+    known = runs_transformers(module) and (is_generic(module) or listed)
     return known and is_pointwise(module.score)
 
 
@@ -174,7 +177,7 @@ def linear(head: nn.Module) -> nn.Linear | None:
 def why_not_trie(base: nn.Module) -> str | None:
     """The reason a backbone cannot run packed; None when it can."""
     config, name = base.config, type(base).__name__
-    if not _runs_transformers(base):
+    if not runs_transformers(base):
         return f"{name} has a forward of its own, which rmfast does not know"
     kinds = set(getattr(config, "layer_types", None) or ()) - _SEES_PREFIXES
     if kinds:
@@ -184,13 +187,14 @@ def why_not_trie(base: nn.Module) -> str | None:
         return f"{name} is configured bidirectional: a token sees what comes after it"
     if family(base) not in TRIE_BACKBONES:
         return f"{name} ({family(base)}) is not among the backbones proved to run packed"
-    for module in walk(decoder_layers(base)) if config.model_type != family(base) else ():
-        if not type(module).__module__.startswith(("torch.nn.", "transformers.", "peft.")):
+    known = (*_PARTS, _owner(base).__module__)
+    for module in walk(base)[1:] if config.model_type != family(base) else ():
+        if not type(module).__module__.startswith(known):
             return f"{name} has a {type(module).__name__}, which rmfast does not know"
     if getattr(config, "output_attentions", False):
         return "config.output_attentions asks for attention weights in every call"
-    before = (config._attn_implementation or "").removeprefix(attention.PREFIX)
-    callers = [m for m in decoder_layers(base)[0].modules() if _runs_transformers(m)]
+    before = attention.name(config)
+    callers = [m for m in decoder_layers(base)[0].modules() if runs_transformers(m)]
     named = {x for m in callers for x in inspect.signature(type(m).forward).parameters}
     if "cache_position" in named and _scales_by_position(config):  # up to transformers 5.3
         return f"{name} scales attention by cache_position, the place in the padded batch"
@@ -310,12 +314,16 @@ def can_generate(model: nn.Module) -> bool:
     return any(isinstance(m, PreTrainedModel) and m.can_generate() for m in model.modules())
 
 
-def language_models(root: nn.Module, base: nn.Module) -> list[nn.Module]:
-    """The causal language models around a backbone."""
+def losses(root: nn.Module, base: nn.Module) -> list[nn.Module]:
+    """The models around a backbone whose loss is one of tokens: it may read hidden ones."""
     from transformers import PreTrainedModel
 
-    known = (m for m in root.modules() if isinstance(m, PreTrainedModel) and m is not base)
-    return [m for m in known if m.can_generate() and any(part is base for part in m.modules())]
+    around = (
+        m for m in root.modules()
+        if isinstance(m, PreTrainedModel) and m is not base and any(x is base for x in m.modules())
+    )  # fmt: skip
+    names = {m: inspect.signature(m.forward).parameters.keys() for m in around}
+    return [m for m in names if m.can_generate() or names[m] & _LABELS]
 
 
 class NoCache:

@@ -29,6 +29,8 @@ def plain(call: dict[str, Any], attention: str) -> tuple[dict[str, Any], list[Te
         attention: the name of the model's own attention function.
     """
     where = [call.get(name) for name in _WHERE]
+    if not all(isinstance(x, (Tensor, type(None))) for x in where):
+        raise Unservable("cu_seq_lens_q or cu_seq_lens_k that is no tensor")
     call = {name: value for name, value in call.items() if name not in _LENGTHS}
     mask = call.get("attention_mask")
     # with other functions it means that all tokens before are seen, whatever the positions say
@@ -72,10 +74,18 @@ def masks(forward: Callable) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return False
-    named = []  # the arguments of calls, and of calls to come
+    making: list[set[str | None]] = []  # the arguments of each call that makes a mask
+    apart: list[bool] = []  # of those that are collected first, with a config: whether by positions
     for part in ast.walk(tree):
         if isinstance(part, ast.Call):
-            named.append({keyword.arg for keyword in part.keywords})
+            name = getattr(part.func, "id", getattr(part.func, "attr", ""))
+            names = {keyword.arg for keyword in part.keywords}
+            if "mask" in name and "bidirectional" not in name and names & {"config", None}:
+                making.append(names)
         elif isinstance(part, ast.Dict):
-            named.append({key.value for key in part.keys if isinstance(key, ast.Constant)})
-    return any(names >= {"config", "position_ids"} for names in named)
+            keys = {key.value for key in part.keys if isinstance(key, ast.Constant)}
+            apart += ["position_ids" in keys] if "config" in keys else []
+    collected = bool(apart) and all(apart)  # None: of ``**``
+    return bool(making) and all(
+        "position_ids" in names or (None in names and collected) for names in making
+    )

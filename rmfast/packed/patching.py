@@ -1,8 +1,8 @@
 """``patch``: give a Hugging Face reward model a backbone that runs no token twice.
 
-Only instances change: ``forward`` of the model (level ``trie``) or of its backbone (level
-``backbone``), ``forward`` of the last decoder layer, and the name of the attention function in the
-config. What the packed path cannot serve goes to the forward that was there before.
+Only instances change: ``forward`` of the classifier (level ``trie``), of the backbone and of models
+around it that have a loss of tokens, of the last decoder layer, and the name of the attention
+function in the config. What the packed path cannot serve goes to the forward that was there before.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from torch import nn
 
 from rmfast import reference
 from rmfast.packed import attention as packed_attention
-from rmfast.packed import backends, elementwise, models, survey
-from rmfast.packed.backbone import BackboneForward, LanguageModelForward
+from rmfast.packed import elementwise, models, survey
+from rmfast.packed.backbone import BackboneForward, LossForward
 from rmfast.packed.last_layer import LastLayer
 from rmfast.packed.scoring import ScoringForward
 from rmfast.packed.stand_in import Override
 from rmfast.packed.state import Options, Report, State, Weak
 from rmfast.packed.survey import walk
 
-_POOLING = ("hf", "mask")
 _ATTRIBUTE = "_rmfast"
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,20 +35,24 @@ class Patch(State):
 
     holder = Weak()
 
-    def __init__(self, root: nn.Module, options: Options) -> None:
+    def __init__(self, root: nn.Module, options: Options, before: Patch | None = None) -> None:
         level, self.reasons, classifier, base = _choose(root, options)
         super().__init__(options, level, classifier, base)
         # not a wrapper such as PEFT's: the patch is found again from inside and from outside it
         self.holder = next(m for m in (classifier, base, root) if m is not None)
-        self.overrides = self._overrides(root)
+        # of an earlier patch from further outside
+        old = [] if before is None else before.overrides
+        losses = [one.module for one in old if isinstance(one, LossForward)]
+        self.overrides = self._overrides(root, [m for m in losses if m is not None])
 
-    def _overrides(self, root: nn.Module) -> list[Override]:
+    def _overrides(self, root: nn.Module, losses: list[nn.Module]) -> list[Override]:
         out: list[Override] = []
         if self.classifier is not None:
             out.append(ScoringForward(self.classifier, self))
         if self.level != "head":  # also beside a classifier: trainers call the backbone past it
             out.append(BackboneForward(self.base, self))
-            out += [LanguageModelForward(m, self) for m in models.language_models(root, self.base)]
+            around = dict.fromkeys([*models.losses(root, self.base), *losses])
+            out += [LossForward(m, self) for m in around if m is not self.classifier]
         if self.last_layer is not None:
             out.append(LastLayer(self.last_layer, self))
         if self.packs:
@@ -93,23 +96,25 @@ class Patch(State):
     def report(self) -> Report:
         if self.is_orphan():
             why = "the classifier that was patched is gone: its backbone runs as it was"
-            return Report("head", [why], [], Counter(self.fallbacks))
+            return Report("head", [why], [], Counter(self.fallbacks), Counter(self.packed))
         reasons = list(self.reasons)
-        cuts = self.level == "trie" and self.options.max_tokens != 0
-        if cuts and self.packs and not survey.is_sharded(walk(self.base)):
-            budget = self.budget()
-            reasons.append(f"without gradients at most {budget.tokens} tokens run at once")
-            if budget.halvings:
-                reasons[-1] += f": memory ran out {budget.halvings} times, each time it was halved"
-            if budget.doublings:
-                reasons[-1] += f"; it was doubled again {budget.doublings} times"
+        if self.level == "trie" and self.packs and not survey.is_sharded(walk(self.base)):
+            cuts = {False: self.options.max_tokens != 0, True: self.options.max_training_tokens}
+            for training in (kind for kind in cuts if cuts[kind]):
+                budget, with_ = self.budget(training), "with" if training else "without"
+                reasons.append(f"{with_} gradients at most {budget.tokens} tokens run at once")
+                if budget.halvings:
+                    reasons[-1] += f": memory ran out {budget.halvings} times, and it was halved"
+                if budget.doublings:
+                    reasons[-1] += f"; it was doubled again {budget.doublings} times"
         kernels = elementwise.report(self.overrides)
         if kernels is not None:
             reasons.append(kernels)
         if self.options.cuda_graphs and self.level == "trie":
             reasons.append(str(self.overrides[0].graphs))
         warnings = [*self._of_the_head(), *self._of_the_backbone()]
-        return Report(self.level, reasons, warnings, Counter(self.fallbacks))
+        counts = Counter(self.fallbacks), Counter(self.packed)
+        return Report(self.level, reasons, warnings, *counts)
 
     def _of_the_head(self) -> Iterator[str]:
         """Warnings: which token is scored, and in what precision."""
@@ -145,15 +150,18 @@ class Patch(State):
                 "logits (config.attn_logit_softcapping) that the model was trained with, and so do "
                 "packed calls; loaded with attn_implementation='eager', both have it"
             )
+        if any(map(_looks_for_outliers, self.base.modules())):
+            yield (
+                "in 8 bits, bitsandbytes looks for outliers in all tokens of a batch, pads too: "
+                "scores depend on the batch, and packed ones differ as much as those of another "
+                "batch; with llm_int8_threshold=0 they do not"
+            )
         if self.options.share_prefixes and survey.draws_noise(self.marked()[0], active=False):
             yield (
                 "the model has dropout: in training mode prefixes are not shared, because each "
                 "sequence draws its own noise"
             )
-        if self.past_the_head:
-            calls = "1 call" if self.past_the_head == 1 else f"{self.past_the_head} calls"
-            yield f"{calls} of the backbone past {type(self.classifier).__name__} ran packed"
-        if self.level == "backbone" or self.past_the_head:
+        if self.level == "backbone" or type(self.base).__name__ in self.packed:
             yield (
                 "hidden states of tokens that the attention mask hides are zeros: a head or a loss "
                 "that reads them gives other numbers"
@@ -169,6 +177,12 @@ def _drops_soft_cap(base: nn.Module, attention_before: str | None) -> bool:
     """
     cap = getattr(base.config, "attn_logit_softcapping", None)
     return models.family(base) == "gemma2" and cap is not None and attention_before == "sdpa"
+
+
+def _looks_for_outliers(module: nn.Module) -> bool:
+    """Whether bitsandbytes keeps columns in 16 bits where any token of the batch is large."""
+    state = getattr(module, "state", None)
+    return type(module).__name__ == "Linear8bitLt" and getattr(state, "threshold", 0) > 0
 
 
 def _keep_the_heap(base: nn.Module) -> None:
@@ -238,6 +252,7 @@ def patch(
     pooling: str = "hf",
     attention: str = "auto",
     max_tokens: int | None = None,
+    max_training_tokens: int | None = None,
     cuda_graphs: bool = False,
 ) -> Model:
     """Make a Hugging Face reward model train and score without running a token twice.
@@ -264,6 +279,10 @@ def patch(
             Not given: 4096 on a CPU, 65536 on a GPU. 0: never in pieces. Calls at other levels,
             calls that fall back, and calls of a model that is sharded over processes never run in
             pieces.
+        max_training_tokens: trie nodes that run at once in a call with gradients, at level
+            ``"trie"``: a larger batch runs in pieces, each node twice forward and once backward, in
+            the memory of a piece and of the keys and values of a path; halved when memory runs out.
+            Not given: a batch runs whole, as one of a model that is sharded over processes does.
         cuda_graphs: replay small tries as CUDA graphs, in calls as those of ``max_tokens`` and of a
             Scorer, where the host would take longer than the GPU. A size (rounded up by an eighth
             at most) is captured when it comes for the third time; weights may be trained in place,
@@ -280,13 +299,15 @@ def patch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
-    if pooling not in _POOLING:
-        raise ValueError(f"pooling must be one of {_POOLING}, got {pooling!r}")
-    if max_tokens is not None and max_tokens < 0:
-        raise ValueError(f"max_tokens must be 0 (no limit) or more, got {max_tokens}")
-    missing = backends.why_not(attention)
-    if missing is not None:
-        raise ValueError(missing)
+    options = Options(
+        share_prefixes=share_prefixes,
+        prune_last_layer=prune_last_layer,
+        pooling=pooling,
+        attention=attention,
+        max_tokens=max_tokens,
+        max_training_tokens=max_training_tokens,
+        cuda_graphs=cuda_graphs,
+    )
     found = attached(model)
     if found is not None:
         if found.holder is not None and found.holder not in model.modules():
@@ -295,16 +316,8 @@ def patch(
                 f"{type(found.holder).__name__}: unpatch that one first"
             )
         found.undo()
-    options = Options(
-        share_prefixes=share_prefixes,
-        prune_last_layer=prune_last_layer,
-        pooling=pooling,
-        attention=attention,
-        max_tokens=max_tokens,
-        cuda_graphs=cuda_graphs,
-    )
     try:
-        made = Patch(model, options)
+        made = Patch(model, options, found)
     except ValueError:
         if found is not None:  # refused: it stays patched as it was
             _apply_again(model, found)

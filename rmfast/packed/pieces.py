@@ -57,16 +57,17 @@ class Piece:
 
 
 @untraced(whole=True)
-def cut(trie: PackedTrie, start: int, most: int) -> Piece:
+def cut(trie: PackedTrie, start: int, most: int, until: int | None = None) -> Piece:
     """The piece that begins with node ``start`` and has ``most`` nodes or fewer.
 
     It ends where little has to be carried on: before the shallowest node of its second half.
 
     Args:
         trie: on the CPU, as :func:`rmfast.pack` gives it.
+        until: the node that a later piece begins with; None: there is none.
     """
     end, depth, pool = (x.numpy() for x in (trie.subtree_end, trie.position_ids, trie.pool_index))
-    stop = len(trie)
+    stop = len(trie) if until is None else until
     if stop - start > most:
         first = start + most // 2 + 1
         ahead = depth[first : start + most + 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from rmfast.packed.last_layer import pooled_rows
 from rmfast.packed.stand_in import Unservable
 from rmfast.packed.step import Rows
 from rmfast.packed.survey import Seen
+from rmfast.packed.twice import Twice
 from rmfast.trie import PackedTrie
 
 if TYPE_CHECKING:
@@ -37,10 +39,12 @@ class ScoringForward(PackedForward):
         patch = self.patch
         if patch.level == "trie":
             try:
-                return self.packed(call, self.check(call))
+                out = self.packed(call, self.check(call))
+                patch.packed[type(self.module).__name__] += 1
+                return out
             except Unservable as reason:
                 patch.fallbacks[str(reason)] += 1
-        with as_it_was():
+        with as_it_was(patch):
             if patch.options.pooling == "mask" or self.pools_first(call):
                 return self.padded(call)
             return self.unpacked(call)
@@ -77,9 +81,23 @@ class ScoringForward(PackedForward):
         cuts = patch.options.max_tokens != 0 and not seen.whole
         if cuts and device == models.device(patch.base):
             return self.scored(call, self.by_piece(trie, shared, patch.budget()))
+        hidden, place = self.pooled_states(trie, device, shared, seen)
+        return self.scored(call, self.scores(hidden, place))
+
+    def pooled_states(
+        self, trie: PackedTrie, device: torch.device, shared: bool, seen: Seen
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[P, H]`` of pooled nodes, and where each sequence's is, int64 ``[B]``."""
+        prune, patch = self.may_prune(), self.patch
+        learns = seen.whole and not seen.sharded and device == models.device(patch.base)
+        cuts = learns and patch.options.max_training_tokens is not None
+        if cuts and len(trie) > patch.budget(training=True).tokens:
+            step = functools.partial(self.nodes, prune=prune, shared=shared)
+            passes = Twice(step, trie.to("cpu"), patch, device, seen.noisy)
+            return passes.hidden_states(), trie.place.to(device)
         trie = trie.to(device)
-        out = self.backbone(patch.base, trie, shared, trie.pooled if self.may_prune() else None)
-        return self.scored(call, self.scores(pooled_rows(out[0][0], trie), trie.place))
+        out = self.backbone(patch.base, trie, shared, trie.pooled if prune else None)
+        return pooled_rows(out[0][0], trie), trie.place
 
     @untraced()
     def by_piece(
@@ -114,16 +132,16 @@ class ScoringForward(PackedForward):
                 raise ValueError(f"a packed batch cannot be run with {name}: give padded batches")
         patch = self.patch
         try:
-            self.check_packed(batch)
+            seen = self.check_packed(batch)
         except Unservable as reason:
             if patch.level == "trie":
                 patch.fallbacks[str(reason)] += 1
             rows = self.of_padded(batch)
         else:
+            patch.packed[type(self.module).__name__] += 1
             trie = packed_step.trie_of(batch)
-            few = trie.pooled if self.may_prune() else None
-            out = self.backbone(patch.base, trie, batch["shared"], few)
-            hidden, index = pooled_rows(out[0][0], trie), trie.place
+            device = trie.input_ids.device
+            hidden, index = self.pooled_states(trie, device, batch["shared"], seen)
             head, where = self.head_beside(hidden, index), {"index": index}
             rows = Rows(lambda: self.scores(hidden, index)[:, 0], hidden, head, where)
         loss, step.scores, step.metrics = step.objective(rows, batch)
@@ -140,7 +158,7 @@ class ScoringForward(PackedForward):
             # with noise, it runs packed all the same, without sharing
             pools = not (batch["shared"] and self.patch.prepare().noisy)
         if pad is not None and pools:
-            with as_it_was():
+            with as_it_was(self.patch):
                 hidden = models.inner(self.module)(**inputs, **how)[0]
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             head = self.head_beside(hidden, ids) if ids.shape == hidden.shape[:2] else None
@@ -161,7 +179,7 @@ class ScoringForward(PackedForward):
             return None
         return linear
 
-    def check_packed(self, batch: packed_step.Batch) -> None:
+    def check_packed(self, batch: packed_step.Batch) -> Seen:
         if self.patch.level != "trie":
             raise Unservable(f"a packed batch at level {self.patch.level}")
         seen = self.check({"input_ids": batch["input_ids"][None]})
@@ -169,6 +187,7 @@ class ScoringForward(PackedForward):
             raise Unservable(self.too_long())
         if batch["shared"] and seen.noisy:
             raise Unservable("a packed batch with shared prefixes while dropout is active")
+        return seen
 
     def inside(self) -> Callable:
         return self.patch.base

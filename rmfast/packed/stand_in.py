@@ -84,7 +84,7 @@ class Override(Member):
     def original(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
             return self.before(*args, **kwargs)
-        # not of_class(): after a graph break, torch.compile would call module.forward, this one
+        # a method made by __get__ is, to torch.compile, the forward of the instance
         return type(self.module).forward(self.module, *args, **kwargs)
 
     @property

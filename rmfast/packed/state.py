@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from rmfast.packed import attention, models, pieces
+from rmfast.packed import attention, backends, models, pieces
 from rmfast.packed.compiling import untraced
 from rmfast.packed.survey import Seen, Survey, walk
+
+_POOLING = ("hf", "mask")
 
 
 class Weak:
@@ -42,14 +44,27 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options of :func:`rmfast.patch`."""
+    """The options of :func:`rmfast.patch`, checked."""
 
     share_prefixes: bool = True
     prune_last_layer: bool = True
     pooling: str = "hf"
     attention: str = "auto"
     max_tokens: int | None = None
+    max_training_tokens: int | None = None
     cuda_graphs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pooling not in _POOLING:
+            raise ValueError(f"pooling must be one of {_POOLING}, got {self.pooling!r}")
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise ValueError(f"max_tokens must be 0 (no limit) or more, got {self.max_tokens}")
+        least = self.max_training_tokens
+        if least is not None and least < 1:
+            raise ValueError(f"max_training_tokens must be 1 or more, got {least}")
+        missing = backends.why_not(self.attention)
+        if missing is not None:
+            raise ValueError(missing)
 
 
 @dataclasses.dataclass
@@ -62,22 +77,27 @@ class Report:
         reasons: why this level, and what runs.
         warnings: what a user should know before trusting or timing the scores.
         fallbacks: calls that went to the original forward, counted by reason.
+        packed: calls that ran packed, counted by the class that was called: the model, or its
+            backbone past the model's own forward.
     """
 
     level: str
     reasons: list[str]
     warnings: list[str]
     fallbacks: Counter[str]
+    packed: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def __str__(self) -> str:
         lines = [f"rmfast: level {self.level}"]
         lines += [f"  - {reason}" for reason in self.reasons]
         lines += [f"  ! {warning}" for warning in self.warnings]
-        lines += [
-            f"  > {count} call{'s' if count > 1 else ''} ran unpacked: {reason}"
-            for reason, count in self.fallbacks.items()
-        ]
+        lines += [f"  + {_calls(n)} of {called} ran packed" for called, n in self.packed.items()]
+        lines += [f"  > {_calls(n)} ran unpacked: {reason}" for reason, n in self.fallbacks.items()]
         return "\n".join(lines)
+
+
+def _calls(count: int) -> str:
+    return "1 call" if count == 1 else f"{count} calls"
 
 
 class State(Member):
@@ -89,9 +109,8 @@ class State(Member):
         base: the backbone.
         last_layer: the decoder layer that runs pooled rows only; None: it runs all.
         active: False once the patch is undone.
-        fallbacks: as in :class:`Report`.
+        fallbacks, packed: as in :class:`Report`.
         rounded: calls scored in half precision, by dtype.
-        past_the_head: packed calls of the backbone that did not come from its classifier.
         attention_before: the attention function that the model had.
     """
 
@@ -106,8 +125,8 @@ class State(Member):
         self.last_layer: nn.Module | None = None
         self.active = False
         self.fallbacks: Counter[str] = Counter()
+        self.packed: Counter[str] = Counter()
         self.rounded: Counter[str] = Counter()
-        self.past_the_head = 0
         self.budgets: dict[str, pieces.Budget] = {}  # by device
         self.attention_before: str | None = None
         self.survey: Survey | None = None
@@ -138,13 +157,14 @@ class State(Member):
                 self.attention_before = attention.use(config)
         return survey.look(modules)
 
-    def budget(self) -> pieces.Budget:
-        """The budget of calls without gradients, on the device of the model."""
+    def budget(self, training: bool = False) -> pieces.Budget:
+        """The budget of calls without gradients, or with, on the device of the model."""
         device = models.device(self.base)
-        if device.type not in self.budgets:
-            tokens = self.options.max_tokens or pieces.most(device)
-            self.budgets[device.type] = pieces.Budget(tokens)
-        return self.budgets[device.type]
+        key = f"{device.type}, training" if training else device.type
+        if key not in self.budgets:
+            tokens = self.options.max_training_tokens if training else self.options.max_tokens
+            self.budgets[key] = pieces.Budget(tokens or pieces.most(device))
+        return self.budgets[key]
 
     def is_orphan(self) -> bool:
         """Whether a backbone has outlived the classifier that was patched around it."""

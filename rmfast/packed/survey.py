@@ -26,11 +26,13 @@ class Seen(NamedTuple):
         why_not: what somebody changed in the backbone so that the call cannot run packed, or None.
         noisy: the model draws noise for each token.
         whole: the call must run in one: it keeps something for a backward, or processes share it.
+        sharded: processes share the model.
     """
 
     why_not: str | None
     noisy: bool
     whole: bool
+    sharded: bool
 
 
 def walk(root: nn.Module) -> list[nn.Module]:
@@ -96,7 +98,8 @@ class Survey:
         every = (p for m in reversed(modules) for p in m._parameters.values())  # adapters first
         learns = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in every)
         why_not, noisy = self._why_not(modules), self.draws_noise(modules, active=True)
-        return Seen(why_not, noisy, learns or is_sharded(modules))
+        sharded = is_sharded(modules)
+        return Seen(why_not, noisy, learns or sharded, sharded)
 
     def _why_not(self, modules: list[nn.Module]) -> str | None:
         if any(modules[i].__dict__.get("is_causal") is False for i in self._causal):

@@ -89,7 +89,8 @@ class TrainOptions(Options):
         "Use this many micro-batches an optimiser step: 64 pairs with the defaults, as InstructGPT "
         "does.", 8, metavar="N", least=1)
     max_tokens_per_batch: int | None = _training(
-        "Fill a micro-batch up to this many distinct prefixes, in place of --batch-pairs.",
+        "Fill a micro-batch up to this many distinct prefixes, in place of --batch-pairs; run a "
+        "pair or group that has more in pieces.",
         None, metavar="TOKENS", least=1)
     learning_rate: float | None = _training(
         "Peak at this learning rate (default: 1e-5, with LoRA 1e-4: Llama 2's and TRL's).",

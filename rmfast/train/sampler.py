@@ -11,6 +11,8 @@ import torch
 class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
     """Batches of examples whose tries have ``max_tokens`` nodes or fewer, as many on every rank.
 
+    An example with more has a batch to itself.
+
     An epoch's batches are those of a random order cut where the budget is full. So that every epoch
     and every rank has the same number of them, the largest are cut in two where some are missing.
 
@@ -18,13 +20,14 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         nodes: trie nodes of each example, ``[E]``.
         max_tokens: most nodes a batch. What examples share is counted in each of them, apart from
             ``common``.
+        cuts: such an example is run in pieces.
         common: nodes that all examples begin with; a batch runs them once.
         ranks: processes that train together, and which of them this is.
         epochs: how many there will be.
         seed: of the order.
 
     Raises:
-        ValueError: an example with more nodes than ``max_tokens``.
+        ValueError: an example with more nodes than ``max_tokens``, where none is run in pieces.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         nodes: Sequence[int],
         max_tokens: int,
         *,
+        cuts: bool = False,
         common: int = 0,
         ranks: tuple[int, int] = (1, 0),
         epochs: int = 1,
@@ -39,7 +43,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
     ) -> None:
         self._own = np.asarray(nodes, np.int64) - common
         self._room = max_tokens - common
-        if self._own.size and self._own.max() > self._room:
+        if not cuts and self._own.size and self._own.max() > self._room:
             worst = int(self._own.argmax())
             raise ValueError(
                 f"example {worst} has {nodes[worst]} trie nodes, more than max_tokens = "

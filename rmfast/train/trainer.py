@@ -83,7 +83,8 @@ class RewardTrainer(trl.RewardTrainer):
         self._filters = False
         super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
         Form.forget(self.model.config)  # that of an earlier training
-        patch = patching.repatch(self.model)
+        budget = option_of(self.args, "max_tokens_per_batch")
+        patch = patching.repatch(self.model, max_training_tokens=budget)
         self.report = patch.report()
         self._packs = self._can_pack(patch)
         self._check_head(patch)
@@ -220,6 +221,8 @@ class RewardTrainer(trl.RewardTrainer):
         options = {
             "nodes": counted["nodes"],
             "max_tokens": args.max_tokens_per_batch,
+            # processes that share a model would cut unlike
+            "cuts": self._packs and not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
             "common": min(counted["common"]) if collator.share_prefixes else 0,
             "ranks": (self.accelerator.num_processes, self.accelerator.process_index),
             "seed": args.seed if args.data_seed is None else args.data_seed,

@@ -1,0 +1,301 @@
+"""A trie too large for memory, with gradients: it runs in pieces, and each of them twice.
+
+The first run keeps no activations, only the hidden states of pooled nodes, and the keys and values
+of nodes that later pieces see. The second runs the pieces in reverse order, each alone with
+gradients: a piece is given the gradients of its pooled nodes, and what later pieces left for its
+keys and values, and leaves such gradients for the keys and values of its path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from rmfast import reference
+from rmfast.packed import models, pieces
+from rmfast.packed.attention import Carried
+from rmfast.packed.compiling import untraced
+from rmfast.packed.last_layer import pooled_rows
+from rmfast.packed.pieces import Piece
+from rmfast.packed.state import State
+from rmfast.trie import PackedTrie
+
+Pairs = dict[nn.Module, tuple[Tensor, Tensor]]  # keys and values of a layer, [1, Hk, n, D]
+Path = list[tuple["Kept", int]]  # what earlier pieces kept, and how many of it, root first
+Left = dict["Kept", Pairs]  # gradients of what was kept, by later pieces, in fp32
+
+
+@dataclasses.dataclass(eq=False)
+class Kept:
+    """Keys and values of a piece's nodes on the path to the next one.
+
+    Later pieces see none of its other nodes: an ancestor of theirs is one of the next piece, too.
+    """
+
+    nodes: Tensor  # int64 [K], among the piece's own
+    pairs: Pairs = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Own(Carried):
+    """Keys and values that a piece is given, and those that it makes of its own nodes."""
+
+    own: Pairs = dataclasses.field(default_factory=dict)
+
+    @untraced()
+    def join(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.own[layer] = key, value
+        return super().join(layer, key, value)
+
+
+@dataclasses.dataclass(eq=False)
+class Run:
+    """A piece that ran: with what before it, what it kept, and the random numbers it began with."""
+
+    piece: Piece
+    path: Path
+    kept: Kept
+    random: list[Any]
+
+
+class Twice:
+    """The passes of one trie.
+
+    Args:
+        forward: runs the trie of a piece with an :class:`Own`; gives its hidden states, of pooled
+            nodes ``[P, H]`` or of all its own ones ``[n, H]``.
+        trie: on the CPU.
+        patch: of the model; its budget says how many nodes a piece has.
+        device: where pieces run.
+        noisy: a pass draws random numbers; the second draws the same.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[PackedTrie, Own], Tensor],
+        trie: PackedTrie,
+        patch: State,
+        device: torch.device,
+        noisy: bool,
+    ) -> None:
+        self.forward, self.trie, self.patch, self.device = forward, trie, patch, device
+        self.budget = patch.budget(training=True)
+        self.noisy = noisy
+        self.runs: list[Run] = []
+        self.autocast = {
+            "enabled": torch.is_autocast_enabled(device.type),
+            "dtype": torch.get_autocast_dtype(device.type),
+        }
+
+    def hidden_states(self) -> Tensor:
+        """``[P, H]`` of pooled nodes; their gradients go to the parameters of the backbone."""
+        layers = models.decoder_layers(self.patch.base)
+        for layer in layers:
+            checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+            if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+                raise ValueError(
+                    "gradient checkpointing with use_reentrant=True cannot run inside the pieces "
+                    'of a batch: pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+                )
+        parameters = (p for p in self.patch.base.parameters() if p.requires_grad)
+        return _Function.apply(self, *parameters)
+
+    @untraced()
+    def first(self) -> Tensor:
+        """Hidden states ``[P, H]`` of pooled nodes."""
+        self.runs, found = self._run(0, len(self.trie), [])
+        return torch.cat(found)
+
+    def _run(self, start: int, stop: int, path: Path) -> tuple[list[Run], list[Tensor]]:
+        """The passes of nodes from ``start`` to ``stop``, and hidden states of pooled ones."""
+        runs, found = [], []
+
+        def one(start: int, path: Path) -> tuple[int, Path]:
+            piece = pieces.cut(self.trie, start, self.budget.tokens, stop).to(self.device)
+            carried, random = self._given(piece, _joined(path)), self._random()
+            hidden = self.forward(piece.trie, carried)
+            if piece.rows.size:
+                found.append(pooled_rows(hidden, piece.trie, piece.carried))
+            of_path = int((piece.keep < piece.carried).sum())  # they are its first ones
+            nodes = piece.keep[of_path:] - piece.carried
+            kept = Kept(nodes, {layer: _at(pair, nodes) for layer, pair in carried.own.items()})
+            runs.append(Run(piece, path, kept, random))
+            return piece.stop, [*_shortened(path, of_path), (kept, len(nodes))]
+
+        while start < stop:
+            size = min(self.budget.tokens, stop - start)
+            start, path = self.budget.attempt(one, start, path, size=size) or (start, path)
+        return runs, found
+
+    @untraced()
+    def second(self, grad: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """Gradients of parameters, given those of what :meth:`first` gave, ``[P, H]``."""
+        if not self.patch.active:
+            raise RuntimeError(
+                "the model is no longer patched: the backward of a batch that ran in pieces runs "
+                "them again, so keep it inside `with rmfast.patched(model)`"
+            )
+        sums: list[Tensor | None] = [None] * len(parameters)
+        left: Left = {}
+        todo = list(self.runs)
+        while todo:
+            run = todo.pop()
+            size = run.piece.stop - run.piece.start
+            rows, rest = _last(grad, run.piece)
+            found = None
+            if size <= self.budget.tokens:  # else memory ran out since
+                given = rows, left.get(run.kept), parameters
+                found = self.budget.attempt(self._again, run, *given, size=size)
+            if found is None:
+                todo += self._smaller(run, left)
+                continue
+            grad = rest
+            left.pop(run.kept, None)
+            of_parameters, of_path = found
+            for i, g in enumerate(of_parameters):
+                if g is not None:
+                    g = g.to(reference.wide(g.dtype))
+                    sums[i] = g if sums[i] is None else sums[i] + g  # g may be another's, too
+            for layer, pair in of_path.items():
+                _leave(left, run.path, layer, pair)
+        return [g if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
+
+    def _again(
+        self, run: Run, rows: Tensor, left: Pairs | None, parameters: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor | None, ...], dict[nn.Module, tuple[Tensor | None, ...]]]:
+        """The second pass of a piece: gradients of parameters, and of its path by layer."""
+        leaves = {
+            layer: tuple(x.detach().requires_grad_() for x in pair)
+            for layer, pair in _joined(run.path).items()
+        }
+        carried = self._given(run.piece, leaves)
+        with self._as_before(run.random):
+            hidden = self.forward(run.piece.trie, carried)
+            made = []
+            if len(rows):
+                made.append((pooled_rows(hidden, run.piece.trie, run.piece.carried), rows))
+            for layer, pair in (left or {}).items():
+                made += zip(_at(carried.own[layer], run.kept.nodes), pair, strict=True)
+            outputs = [x for x, _ in made if x.requires_grad]  # others are of frozen layers
+            grads = [g.to(x.dtype) for x, g in made if x.requires_grad]
+            if not outputs:  # nobody reads this piece
+                return (None,) * len(parameters), {}
+            flat = [x for pair in leaves.values() for x in pair]
+            found = torch.autograd.grad(outputs, [*parameters, *flat], grads, allow_unused=True)
+        of_path = found[len(parameters) :]
+        return found[: len(parameters)], dict(
+            zip(leaves, zip(of_path[::2], of_path[1::2], strict=True), strict=True)
+        )
+
+    def _smaller(self, run: Run, left: Left) -> list[Run]:
+        """The passes of a piece's parts, once there was no memory for its second pass."""
+        if run.random:
+            raise MemoryError(
+                "out of memory in a backward with active dropout, which smaller pieces would draw "
+                "anew: set max_training_tokens lower"
+            )
+        with self._as_before([]), torch.no_grad():
+            parts, _ = self._run(run.piece.start, run.piece.stop, run.path)
+        given = left.pop(run.kept, None)
+        for part in parts if given else ():
+            # each node that was kept is one of those that its part keeps
+            place = run.kept.nodes + run.piece.start - part.piece.start
+            mine = torch.isin(part.kept.nodes, place)
+            theirs = torch.isin(place, part.kept.nodes)
+            for layer, pair in given.items():
+                for total, g in zip(_zeros(left, part.kept, layer), pair, strict=True):
+                    total[:, :, mine.to(g.device)] = g[:, :, theirs.to(g.device)]
+        return parts
+
+    def _given(self, piece: Piece, before: Pairs) -> Own:
+        return Own(piece.carried, piece.keep[:0], before)
+
+    def _random(self) -> list[Any]:
+        if not self.noisy:
+            return []
+        devices = get_device_states(torch.empty(0, device=self.device))
+        return [torch.get_rng_state(), *devices]
+
+    @contextlib.contextmanager
+    def _as_before(self, random: list[Any]) -> Iterator[None]:
+        """As in the first run: autocast and random numbers; and with gradients."""
+        kind = self.device.type
+        with contextlib.ExitStack() as stack:
+            if random:
+                state, devices, states = random
+                stack.enter_context(
+                    torch.random.fork_rng(devices, device_type=kind if devices else "cuda")
+                )
+                torch.set_rng_state(state)
+                set_device_states(devices, states)
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(kind, **self.autocast))
+            yield
+
+
+def _joined(path: Path) -> Pairs:
+    """Keys and values of a path, by layer."""
+    some = [(kept.pairs, count) for kept, count in path if count]
+    return {
+        layer: tuple(torch.cat([p[layer][i][:, :, :n] for p, n in some], 2) for i in (0, 1))
+        for layer in (some[0][0] if some else ())
+    }
+
+
+def _shortened(path: Path, count: int) -> Path:
+    """The first ``count`` nodes of a path."""
+    out: Path = []
+    for kept, n in path:
+        if count <= 0:
+            break
+        out.append((kept, min(n, count)))
+        count -= n
+    return out
+
+
+def _at(pair: tuple[Tensor, Tensor], nodes: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.index_select(2, nodes.to(x.device)) for x in pair)
+
+
+def _last(grad: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+    """The rows of the pooled nodes of a piece, which come last, and the rest."""
+    count = len(piece.trie.pooled)
+    return grad[len(grad) - count :], grad[: len(grad) - count]
+
+
+def _zeros(left: Left, kept: Kept, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """The sums of a layer, which begin as zeros."""
+    own = left.setdefault(kept, {})
+    if layer not in own:
+        wide = reference.wide(kept.pairs[layer][0].dtype)
+        own[layer] = tuple(torch.zeros_like(x, dtype=wide) for x in kept.pairs[layer])
+    return own[layer]
+
+
+def _leave(left: Left, path: Path, layer: nn.Module, grads: tuple[Tensor | None, ...]) -> None:
+    """Add gradients of a path's keys and values to what is left for the pieces that made them."""
+    at = 0
+    for kept, count in path:
+        for total, g in zip(_zeros(left, kept, layer), grads, strict=True) if count else ():
+            if g is not None:
+                total[:, :, :count] += g[:, :, at : at + count]
+        at += count
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, twice: Twice, *parameters: Tensor) -> Tensor:
+        ctx.twice, ctx.parameters = twice, parameters
+        return twice.first()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.twice.second(grad, ctx.parameters)
