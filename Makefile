@@ -1,9 +1,5 @@
-<<<<<<< HEAD
-# make setup | demo | docs | test | test-pins | test-oldest | test-gpu-pins | bench | peers | programs | gpu | clean
-=======
 # make setup | demo | docs | test | test-pins | test-oldest | test-gpu-pins | test-version | bench | peers |
-#      gpu | clean
->>>>>>> versions
+#      programs | gpu | clean
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -16,11 +12,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile=ci --num
 LONG := tests/compile $(patsubst %,tests/test_%.py,ray gpu_programs work score compose train \
 	packaging trl_processes devices)
 
-<<<<<<< HEAD
-.PHONY: setup demo docs test test-pins test-oldest test-gpu-pins bench peers programs gpu clean
-=======
-.PHONY: setup demo docs test test-pins test-oldest test-gpu-pins test-version bench peers gpu clean
->>>>>>> versions
+.PHONY: setup demo docs test test-pins test-oldest test-gpu-pins test-version bench peers programs gpu clean
 
 setup: .venv/.complete
 

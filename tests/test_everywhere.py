@@ -344,6 +344,7 @@ def test_what_is_run(argv, command, monkeypatch, tmp_path):
         "attention": "auto",
         "pooling": "mask",
         "max_tokens": 9,
+        "max_training_tokens": None,
         "share_prefixes": False,
     }
     assert os.listdir(env["PYTHONPATH"]) == ["sitecustomize.py"]
