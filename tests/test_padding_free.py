@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
 import flash
 import rmfast
@@ -186,6 +186,8 @@ def test_attention_of_others_runs_as_it_was(monkeypatch):
 @pytest.mark.parametrize(("processes", "runs_packed"), [(None, False), (1, True), (2, False)])
 def test_flash_attention_of_others(processes, runs_packed, monkeypatch):
     """What verl and its like put there splits sequences, and says over how many processes."""
+    if not hasattr(PreTrainedModel, "_flash_attn_can_dispatch"):
+        pytest.skip("this transformers asks for FlashAttention in another way")
     from transformers.integrations import flash_attention
 
     flash.stand_in(monkeypatch)
