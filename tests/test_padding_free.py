@@ -4,10 +4,12 @@ import functools
 
 import pytest
 import torch
+import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import flash
 import rmfast
@@ -186,8 +188,8 @@ def test_attention_of_others_runs_as_it_was(monkeypatch):
 @pytest.mark.parametrize(("processes", "runs_packed"), [(None, False), (1, True), (2, False)])
 def test_flash_attention_of_others(processes, runs_packed, monkeypatch):
     """What verl and its like put there splits sequences, and says over how many processes."""
-    if not hasattr(PreTrainedModel, "_flash_attn_can_dispatch"):
-        pytest.skip("this transformers asks for FlashAttention in another way")
+    if Version(transformers.__version__) < Version("5.10"):
+        pytest.skip("this transformers reads a version of any folder named kernels")
     from transformers.integrations import flash_attention
 
     flash.stand_in(monkeypatch)
