@@ -122,6 +122,8 @@ def read_checkpoint(
     beside = adapter_folder(tokenizer) if tokenizer else adapter
     source = _with_tokenizer(beside) if beside else tokenizer or name
     found = AutoTokenizer.from_pretrained(source, **(remote if source == name else code))
+    if len(found) == len(found.all_special_ids):  # made of nothing, by transformers up to 5.5
+        raise ValueError("no backend tokenizer")
     if adapter:
         model, missing, unused = load_adapter(adapter, auto, **options, **code)
         if found.pad_token_id is not None and found.pad_token_id < _rows(model):

@@ -4,8 +4,10 @@ import functools
 
 import pytest
 import torch
+import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
@@ -186,6 +188,8 @@ def test_attention_of_others_runs_as_it_was(monkeypatch):
 @pytest.mark.parametrize(("processes", "runs_packed"), [(None, False), (1, True), (2, False)])
 def test_flash_attention_of_others(processes, runs_packed, monkeypatch):
     """What verl and its like put there splits sequences, and says over how many processes."""
+    if Version(transformers.__version__) < Version("5.10"):
+        pytest.skip("this transformers reads a version of any folder named kernels")
     from transformers.integrations import flash_attention
 
     flash.stand_in(monkeypatch)
