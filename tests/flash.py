@@ -10,8 +10,9 @@ import types
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, integrations
+from transformers import PreTrainedModel
 from transformers import modeling_flash_attention_utils as utils
+from transformers.integrations import flash_attention
 
 NAME = "flash_attention_2"
 
@@ -41,14 +42,17 @@ def stand_in(monkeypatch):
 
     def functions(implementation, *_, **__):
         assert implementation == NAME, "transformers knows no other"
-        return dense, varlen, None, utils._pad_input, utils._unpad_input
+        cached = [None] * hasattr(utils, "_flash_with_kvcache_fn")  # from 5.5 on
+        return dense, varlen, *cached, utils._pad_input, utils._unpad_input
 
     monkeypatch.setattr(utils, "_lazy_imports", functions)
     monkeypatch.setattr(utils, "_loaded_implementation", None)
-    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
+    for name in ("_flash_attn_can_dispatch", "_flash_attn_2_can_dispatch"):  # of now, of 5.0
+        if hasattr(PreTrainedModel, name):
+            monkeypatch.setattr(PreTrainedModel, name, lambda *_, **__: True)
     # programs put another there, for the whole process: it is put back
-    function = integrations.flash_attention._flash_attention_forward
-    monkeypatch.setattr(integrations.flash_attention, "_flash_attention_forward", function)
+    function = flash_attention._flash_attention_forward
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", function)
 
 
 def module(name, **attributes):

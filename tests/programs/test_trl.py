@@ -5,7 +5,6 @@ Nothing is stood in for, but that rollouts are given to the trainers instead of 
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
@@ -14,6 +13,7 @@ from rmfast.demo import embedded
 
 pytest.importorskip("trl", reason="TRL is not installed: rmfast[train]")
 
+from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.utils import get_reward
 
