@@ -351,7 +351,7 @@ def test_a_step_that_no_patched_model_ran_gives_nothing():
 
     other = rmfast.patch(tiny.model(cls=AutoModelForTokenClassification))
     assert rmfast.report(other).level == "backbone"
-    with pytest.raises(ValueError, match="rmfast_step needs a model that scores by its last"):
+    with pytest.raises(ValueError, match="rmfast_step goes to a model that scores by its"):
         other(input_ids=ids, rmfast_step=step)
 
 
