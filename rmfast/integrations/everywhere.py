@@ -19,7 +19,8 @@ from rmfast.packed.state import Options, Report
 _active: list[everywhere] = []
 _replaced: list[classmethod] = []  # the loader of transformers and ours, while one is active
 _reports: list[Report] = []  # with the counters of the patches, which outlive the models
-os.register_at_fork(after_in_child=_reports.clear)
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_reports.clear)
 
 
 class everywhere(contextlib.ContextDecorator):

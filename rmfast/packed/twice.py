@@ -118,12 +118,13 @@ class Twice:
         runs, found = [], []
 
         def one(start: int, path: Path) -> tuple[int, Path]:
-            piece = pieces.cut(self.trie, start, self.budget.tokens, stop).to(self.device)
+            piece = pieces.cut(self.trie, start, self.budget.tokens, stop)
+            of_path = int((piece.keep < piece.carried).sum())  # they are its first ones
+            piece = piece.to(self.device)  # from here on nothing waits for it
             carried, random = self._given(piece, _joined(path)), self._random()
             hidden = self.forward(piece.trie, carried)
             if piece.rows.size:
                 found.append(pooled_rows(hidden, piece.trie, piece.carried))
-            of_path = int((piece.keep < piece.carried).sum())  # they are its first ones
             nodes = piece.keep[of_path:] - piece.carried
             kept = Kept(nodes, {layer: _at(pair, nodes) for layer, pair in carried.own.items()})
             runs.append(Run(piece, path, kept, random))

@@ -212,6 +212,8 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _budget_sampler(self) -> TokenBudgetSampler:
         args, collator, dataset = self.args, self.data_collator, self.train_dataset
+        # processes that share a model would cut unlike
+        shared = self.is_fsdp_enabled or self.is_deepspeed_enabled
         counted = dataset.map(
             _count,
             fn_kwargs={"collator": collator, "first": collator.rows(dataset[0])[0]},
@@ -221,8 +223,7 @@ class RewardTrainer(trl.RewardTrainer):
         options = {
             "nodes": counted["nodes"],
             "max_tokens": args.max_tokens_per_batch,
-            # processes that share a model would cut unlike
-            "cuts": self._packs and not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+            "cuts": self.report.level == "trie" and not shared,
             "common": min(counted["common"]) if collator.share_prefixes else 0,
             "ranks": (self.accelerator.num_processes, self.accelerator.process_index),
             "seed": args.seed if args.data_seed is None else args.data_seed,
