@@ -120,8 +120,8 @@ def test_rotary(batch, heads, tokens, size, tables, dtypes, device, poison):
         return 3 * U * (x.abs() * cos + torch.cat([b, a], -1) * s)
 
     flipped = sin.roll(size // 2, -1)
-    bounds = [bound(x, sin) for x in (q, k)] + [bound(x, flipped) for x in grads]
-    within(got, exact, [x.detach().double().cpu() for x in bounds])
+    bounds = [bound(x.detach(), sin) for x in (exact_q, exact_k)]
+    within(got, exact, bounds + [bound(x, flipped) for x in grads])
 
 
 def test_rotary_of_which_one_half_is_used(device, poison):
