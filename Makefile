@@ -107,7 +107,7 @@ gpu:
 	$(GPU) 240 $(PYTHON) -m rmfast.benchmarks.gpu_check --out build/gpu || touch build/gpu/failed
 	$(GPU) 355 $(PYTHON) -m rmfast.benchmarks.gpu_report --seconds 335 --out build/gpu || touch build/gpu/failed
 	cp build/gpu/*.json benchmarks/results/
-	$(PYTHON) -m rmfast.benchmarks.gpu_table README.md
+	$(PYTHON) -m rmfast.benchmarks.gpu_table README.md docs/gpu.md
 	test ! -e build/gpu/failed
 
 clean: # the .venv stays

@@ -9,6 +9,7 @@ import datetime
 import gc
 import json
 import multiprocessing
+import operator
 import os
 import re
 import signal
@@ -35,6 +36,11 @@ DRY = "--dry" in sys.argv  # tiny, on a CPU: to see that all of it runs
 DEV = "cpu" if DRY else "cuda"
 PATIENCE = 10 if DRY else 1  # where nothing is timed, a busy machine fails nothing
 BF16 = torch.bfloat16
+KINDS = ("groups", "apart") if DRY else ("pairs", "groups", "long", "apart")
+ROUNDS = 1 if DRY else 3
+Row = dict[str, Any]
+
+SETTINGS = "TRITON_(?!CACHE)|PYTORCH_|TORCH_|CUDA_(?!HOME)"  # of the environment
 PACKAGES = """torch triton transformers numpy accelerate peft pytest pytest-xdist pytest-timeout
     trl datasets pyarrow flash-attn""".split()
 REGULAR = {  # prompts, tokens of each, answers to each, tokens of an answer
@@ -118,6 +124,40 @@ def roof() -> dict[str, float]:
     return {"copy TB/s": rate["bytes"], "bf16 TFLOP/s": rate["flops"]}
 
 
+# --- what sections are made of
+
+
+def ready() -> None:
+    if not DRY:
+        torch.cuda.synchronize()
+
+
+def goal(what: str, measured: float | None, needed: float, most: bool = False, **more: Any) -> Row:
+    """``needed`` is the least, or the ``most``; compared as they are printed, to two digits."""
+    well = operator.le if most else operator.ge
+    reached = measured is not None and well(round(measured, 2), round(needed, 2))
+    sign = "≤" if most else "≥"
+    return {
+        "goal": what, "needed": f"{sign} {needed:.2f}", "measured": measured, "reached": reached,
+        **more,
+    }  # fmt: skip
+
+
+def on_gpu(run: Callable[[], object]) -> tuple[list, list, float]:
+    """The GPU's work during ``run``, all events, and the seconds by the wall clock."""
+    from torch.profiler import ProfilerActivity, profile
+
+    ready()
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not DRY)) as prof:
+        start = time.perf_counter()
+        run()
+        ready()
+        wall = time.perf_counter() - start
+    events = list(prof.events())
+    there = [e for e in events if str(e.device_type).endswith("CUDA")]
+    return sorted(there, key=lambda e: e.time_range.start), events, wall
+
+
 # --- the machine, and where results go
 
 
@@ -150,7 +190,7 @@ def facts() -> dict[str, Any]:
         "device": device_name(), "cuda": torch.version.cuda, "python": sys.version.split()[0],
         "gpu": ask("driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit"),
         "gcc": said("gcc", "--version").partition("\n")[0], "cpus": os.cpu_count(),
-        "environment": {k: v for k, v in os.environ.items() if re.search("TRITON|CUDA|TORCH", k)},
+        "environment": {k: v for k, v in os.environ.items() if re.match(SETTINGS, k)},
         "packages": versions,
     }  # fmt: skip
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import operator
 import re
 import tempfile
 import time
@@ -29,33 +28,31 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 import rmfast
-from rmfast import ops
-from rmfast.benchmarks import contestants, gpu_common
+from rmfast.benchmarks import contestants, gpu_common, gpu_kernels
 from rmfast.benchmarks import kernels as bench
-from rmfast.benchmarks.gpu_common import BF16, DEV, DRY, build, heads_of, noise, padded, rows_of
-from rmfast.kernels import trie_attention as kernels
-from rmfast.kernels import trie_configs, trie_plan
-from rmfast.packed import backends, patching
+from rmfast.benchmarks.gpu_common import (
+    DEV,
+    DRY,
+    KINDS,
+    ROUNDS,
+    Row,
+    build,
+    goal,
+    on_gpu,
+    padded,
+    ready,
+    rows_of,
+)  # fmt: skip
+from rmfast.packed import patching
 from rmfast.packed import step as packed_step
 from rmfast.train import batches as train_batches
 from rmfast.train import objective
 
-KINDS = ("groups", "apart") if DRY else ("pairs", "groups", "long", "apart")
 ATTENTION = "sdpa" if DRY else "auto"
 SLOTS = 400 if DRY else 16_384  # token slots of a filled batch: about the nodes of a whole one
-ROUNDS = 1 if DRY else 3
 WAITS = "ynchronize|Malloc"  # in the names of what the host waits in
-Row = dict[str, Any]
-
-
-def ready() -> None:
-    if not DRY:
-        torch.cuda.synchronize()
 
 
 def clean(model: nn.Module) -> None:
@@ -64,17 +61,6 @@ def clean(model: nn.Module) -> None:
     if not DRY:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def goal(what: str, measured: float | None, needed: float, most: bool = False, **more: Any) -> Row:
-    """``needed`` is the least, or the ``most``; compared as they are printed, to two digits."""
-    well = operator.le if most else operator.ge
-    reached = measured is not None and well(round(measured, 2), round(needed, 2))
-    sign = "≤" if most else "≥"
-    return {
-        "goal": what, "needed": f"{sign} {needed:.2f}", "measured": measured, "reached": reached,
-        **more,
-    }  # fmt: skip
 
 
 # --- whole passes
@@ -234,21 +220,6 @@ def steps(timed: bool, name: str) -> Iterator[Row]:
 # --- where the time goes
 
 
-def on_gpu(run: Callable[[], object]) -> tuple[list, list, float]:
-    """The GPU's work during ``run``, all events, and the seconds by the wall clock."""
-    from torch.profiler import ProfilerActivity, profile
-
-    ready()
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not DRY)) as prof:
-        start = time.perf_counter()
-        run()
-        ready()
-        wall = time.perf_counter() - start
-    events = list(prof.events())
-    there = [e for e in events if str(e.device_type).endswith("CUDA")]
-    return sorted(there, key=lambda e: e.time_range.start), events, wall
-
-
 def waiting_lines(run: Callable[[], object]) -> dict[str, int]:
     """Where the host waits for the GPU."""
     if DRY:
@@ -294,7 +265,8 @@ def profiles(timed: bool) -> Iterator[Row]:
 
 @torch.no_grad()
 def graphs(timed: bool) -> Iterator[Row]:
-    """Calls of a small model, launched and replayed as a CUDA graph, with what each compares."""
+    """Calls of a small model, launched and replayed as a CUDA graph, and Hugging Face's."""
+    own = build("0.6B").eval()
     model = rmfast.patch(build("0.6B").eval(), attention=ATTENTION, cuda_graphs=True)
     found = patching.attached(model).overrides[0].graphs
     for count in (2, 8, 32):
@@ -308,202 +280,19 @@ def graphs(timed: bool) -> Iterator[Row]:
         who = {"launched": "not wanted", "replayed": None}
         scores = {name: [run(failed) for _ in range(3)][-1] for name, failed in who.items()}
         off = (scores["replayed"] - scores["launched"]).abs().max() / scores["launched"].std()
-        before, took = found.replayed, {name: [] for name in who}
-        for name, failed in list(who.items()) * (5 * ROUNDS):
+        calls = {name: functools.partial(run, failed) for name, failed in who.items()}
+        calls["Hugging Face"] = functools.partial(own, **batch)
+        before, took = found.replayed, {name: [] for name in calls}
+        for name, call in list(calls.items()) * (5 * ROUNDS):
             ready()
             start = time.perf_counter()
-            run(failed)
+            call()
             ready()
             took[name].append(time.perf_counter() - start)
         for name, times in took.items():
             row = {"sequences": count, "nodes": len(rmfast.pack(rows_of("pairs")[:count]))}
             row |= {"who": name, "apart": float(off), "replayed": found.replayed - before}
             yield {**row, "ms": 1e3 * median(times)}
-
-
-def launches(timed: bool) -> Iterator[Row]:
-    """The launches of attention alone, with and without a start that all rows share."""
-    cold = torch.empty(1 << (10 if DRY else 28), dtype=torch.uint8, device=DEV)
-    cases = [(kind, 4, 128, (32, 8)) for kind in (*KINDS, "wide")]
-    cases += [("pairs", 0, 128, (32, 8)), ("apart", 0, 128, (32, 8)), ("pairs", 4, 128, (16, 8))]
-    cases += [("pairs", 4, 64, (32, 8)), ("groups", 4, 64, (32, 8)), ("groups", 4, 256, (8, 4))]
-    for kind, start, d, h in cases[:2] if DRY else cases:
-        d, h = (16, (2, 1)) if DRY else (d, h)
-        trie = rmfast.pack(rows_of(kind, start)).to(DEV)
-        q, k, v = heads_of(trie, d, h)
-        grad = noise(len(trie), h[0], d, dtype=BF16)[None]
-        rest = (trie.subtree_end, trie.position_ids, None, None, d**-0.5, None, None)
-
-        made: dict = {}  # plans, as layers of a batch share them
-
-        def run(times: int = 1, q=q, k=k, v=v, grad=grad, rest=rest, made=made) -> None:
-            for _ in range(times):
-                cold.zero_()
-                out, lse = kernels.trie_attention(q, k, v, *rest, True, made=made)
-                kernels.trie_attention_backward(grad, q, k, v, *rest, out, lse, made=made)
-
-        run()
-        if not timed:
-            continue
-        seen = [] if DRY else on_gpu(lambda run=run: run(7))[0]
-        pairs = bench.allowed_pairs(trie.to("cpu"))
-        config = trie_configs.config("dkv", q, d, False, False)
-        rule = trie_plan.rule(*rest[:3], len(trie), None)
-        lists = trie_plan.plan(rule, config.rows, config.nodes, True).counts[:, 1].float()
-        row = {"kind": kind, "start": start, "D": d, "heads": h, "nodes": len(trie),
-               "M pairs": pairs / 1e6, "dkv list, mean": float(lists.mean()),
-               "longest": float(lists.max())}  # fmt: skip
-        for part, flops in (("forward", 4), ("dq", 6), ("dkv", 8), ("add", 0)):
-            us = [e.time_range.elapsed_us() for e in seen if f"_{part}_kernel" in e.name]
-            if us:
-                row[f"{part} us"] = median(us)
-            if us and flops:
-                row[f"{part} TFLOP/s"] = flops * d * h[0] * pairs / median(us) / 1e6
-        yield row
-
-
-# --- kernels beside others
-
-
-def against(timed: bool) -> Iterator[Row]:
-    """Attention beside FlexAttention and torch's kernels, forward and with backward."""
-    clock = bench.Clock(DEV)
-    shape = bench.Shape(*(4, 2, 16, 64) if DRY else (32, 8, 128, 4096))
-    product, flops = bench.roof("flops", DEV, DRY)
-    for kind in ("groups",) if DRY else ("long", "groups", "apart"):
-        trie = rmfast.pack(rows_of(kind))
-        who = bench.attentions(shape, trie, DEV)
-        plain = who["torch SDPA, nothing shared"]
-        for backend in () if DRY else ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
-
-            def forced(q, k, v, backend=backend):
-                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-                with sdpa_kernel(getattr(SDPBackend, backend)):
-                    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-            who[f"nothing shared, {backend}"] = plain._replace(forward=forced)
-        work = bench.allowed_pairs(trie) * shape.heads * shape.head_dim
-        whats = ("forward", bench.forward_of, 4), ("forward + backward", bench.step_of, 14)
-        for what, call, each in whats:
-            calls = {name: call(one) for name, one in who.items()} | {"matmul": product}
-            took = bench.measure(calls, (5 * ROUNDS if not DRY else 1) * timed, clock)
-            took = {name: median(times) for name, times in took.items() if times}
-            for name, s in took.items():
-                yield {"kind": kind, "what": what, "who": name, "ms": 1e3 * s}
-            if timed:
-                ours, flex, most = map(took.get, ("rmfast", "FlexAttention", "matmul"))
-                label = f"attention {what}, {kind}, D {shape.head_dim}"
-                speed = flex / ours if ours and flex else None
-                yield goal(f"{label}: times as fast as FlexAttention", speed, 1.0)
-                share = each * work / ours / (flops / most) if ours and most else None
-                yield goal(f"{label}: share of the matmul rate", share, 0.6)
-
-
-# responses, prompt, milliseconds forward + backward on one H100; responses of 2,048, 32 and 8 heads
-# of 128, fp16: arXiv 2605.15422, and experiments/reproduce_table1.py of its repository
-DUALKV = ((28, 4096, 133), (28, 16384, 468), (16, 32768, 679), (28, 32768, 1018))
-
-
-def dualkv(timed: bool) -> Iterator[Row]:
-    """Responses to one long prompt, attention alone."""
-    clock, (h, d) = bench.Clock(DEV), ((2, 1), 16) if DRY else ((32, 8), 128)
-    for responses, prompt, published in DUALKV[:1] if DRY else DUALKV:
-        count, begins, answer = (2, 40, 8) if DRY else (responses, prompt, 2048)
-        stop = begins + answer * torch.arange(1, count + 1)
-        end = torch.cat([stop[-1].expand(begins), stop.repeat_interleave(answer)]).int()
-        position = torch.cat([torch.arange(begins), begins + torch.arange(answer).repeat(count)])
-        trie = rmfast.PackedTrie(torch.zeros_like(position), position, end, stop - 1).to(DEV)
-
-        plan = ops.TriePlan(trie.subtree_end, trie.position_ids)
-
-        def attend(q, k, v, plan=plan):
-            return backends.trie_attention("sdpa" if DRY else "triton", q, k, v, plan)
-
-        leaves = [x.requires_grad_() for x in heads_of(trie, d, h, torch.float16)]
-        one = bench.Contestant(attend, leaves)
-        calls = {"forward": bench.forward_of(one), "forward + backward": bench.step_of(one)}
-        took = bench.measure(calls, ROUNDS * timed, clock)
-        if not timed:
-            return
-        ms = {what: 1e3 * median(times) for what, times in took.items()}
-        flops = 14 * bench.allowed_pairs(trie.to("cpu")) * h[0] * d
-        name = f"{responses} responses to {prompt:,} tokens"
-        whole = ms.get("forward + backward")
-        rate = flops / whole / 1e9 if whole else None
-        yield {"who": name, "nodes": len(trie), **ms, "TFLOP/s": rate}
-        what = f"DualKV's shape, {name}: ms forward + backward"
-        yield goal(what, whole, published, most=True)
-
-
-def heads(timed: bool) -> Iterator[Row]:
-    who, work = bench.heads(2 if DRY else 512, 32 if DRY else 4096, DEV)
-    copy, size = bench.roof("bytes", DEV, DRY)
-    calls = {name: bench.step_of(one) for name, one in who.items()} | {"copy": copy}
-    took = bench.measure(calls, 5 * ROUNDS * timed, bench.Clock(DEV))
-    rate = {n: (size if n == "copy" else work) / median(t) / 1e12 for n, t in took.items() if t}
-    for name, x in rate.items():
-        yield {"who": name, "ms": 1e3 * median(took[name]), "TB/s": x}
-    if timed:
-        what = "head and loss, 65,536 rows of 4,096: copy's rate over its own"
-        ours, most = map(rate.get, ("rmfast, one op", "copy"))
-        yield goal(what, most / ours if ours and most else None, 1.15, most=True)
-
-
-def elementwise(timed: bool) -> Iterator[Row]:
-    """What a layer of 8B does element by element, with its backward, beside transformers' own."""
-    n, h, inner, heads, d = (9, 16, 24, (2, 1), 8) if DRY else (16384, 4096, 14336, (32, 8), 128)
-    norm = LlamaRMSNorm(h).to(DEV, BF16)
-    x, gate, up = (noise(n, size, dtype=BF16).requires_grad_() for size in (h, inner, inner))
-    q, k = (noise(n, m, d, dtype=BF16)[None].transpose(1, 2).requires_grad_() for m in heads)
-    cos, sin = noise(2, 1, n, d, dtype=BF16)
-    cases = {  # ours, theirs, leaves, bytes there and back
-        "RMSNorm": (lambda x, w: ops.rms_norm(x, w, 1e-6), lambda x, _: norm(x), (x, norm.weight),
-                    5 * x.nbytes),
-        "rotary": (lambda q, k: ops.rotary(q, k, cos, sin),
-                   lambda q, k: apply_rotary_pos_emb(q, k, cos, sin), (q, k),
-                   4 * (q.nbytes + k.nbytes + cos.nbytes)),
-        "SwiGLU": (ops.gated, lambda g, u: F.silu(g) * u, (gate, up), 8 * gate.nbytes),
-    }  # fmt: skip
-
-    def step(function: Callable, leaves: Sequence) -> None:
-        out = function(*leaves)
-        out = out if isinstance(out, tuple) else (out,)
-        torch.autograd.grad(out, leaves, [y.detach() for y in out])
-
-    copy, size = bench.roof("bytes", DEV, DRY)
-    for what, (ours, theirs, leaves, least) in cases.items():
-        who = {"rmfast": ours, "transformers": theirs}
-        if not DRY:
-            who["torch.compile"] = torch.compile(theirs)
-        calls = {name: functools.partial(step, call, leaves) for name, call in who.items()}
-        took = bench.measure({**calls, "copy": copy}, 5 * ROUNDS * timed, bench.Clock(DEV))
-        for name, times in took.items():
-            if times:
-                rate = (size if name == "copy" else least) / median(times) / 1e12
-                yield {"what": what, "who": name, "ms": 1e3 * median(times), "TB/s": rate}
-
-
-def tuning(timed: bool) -> Iterator[Row]:
-    """The configurations of all chips: a row of the table against the fastest."""
-    from triton.testing import do_bench
-
-    from rmfast.kernels import chips
-
-    cases = [("pairs", 128, (32, 8)), ("groups", 128, (32, 8)), ("groups", 64, (32, 8))]
-    for kind, d, h in [] if DRY else cases:
-        trie = rmfast.pack(rows_of(kind)).to(DEV)
-        q, k, v = heads_of(trie, d, h)
-        grad, times = noise(len(trie), h[0], d, dtype=BF16)[None], []
-
-        def timer(run: Callable, times: list = times) -> float:
-            times.append(do_bench(run, warmup=3, rep=12, return_mode="median"))
-            return times[-1]
-
-        rule = (trie.subtree_end, trie.position_ids, None, None, d**-0.5, None, None)
-        best = kernels.tune(grad, q, k, v, *rule, timer=timer)
-        trie_configs.TUNED.clear()
-        row = trie_configs.TABLE[chips.chip(q.device), d]
-        yield {"kind": kind, "D": d, "table": row, "best": best, "ms": times}
 
 
 def roofs(timed: bool) -> Iterator[Row]:
@@ -514,13 +303,16 @@ def roofs(timed: bool) -> Iterator[Row]:
 
 # function, arguments, seconds, whether it is run once before, to compile
 SECTIONS: dict[str, tuple[Callable, tuple, float, bool]] = {
-    "roof": (roofs, (), 20, False), "launches": (launches, (), 40, True),
-    "scoring 0.6B": (scoring, ("0.6B",), 45, True), "training 0.6B": (steps, ("0.6B",), 60, True),
-    "against": (against, (), 60, True), "dualkv": (dualkv, (), 30, True),
-    "heads": (heads, (), 30, True), "scoring 8B": (scoring, ("8B",), 70, False),
+    "roof": (roofs, (), 20, False), "launches": (gpu_kernels.launches, (), 40, True),
+    "scoring 0.6B": (scoring, ("0.6B",), 75, True), "training 0.6B": (steps, ("0.6B",), 100, True),
+    "against": (gpu_kernels.against, (), 60, True), "dualkv": (gpu_kernels.dualkv, (), 30, True),
+    "heads": (gpu_kernels.heads, (), 30, True),
+    **{f"tuning D {d}": (gpu_kernels.tuning, (d,), 20, True) for d in (64, 256)},
+    "scoring 8B": (scoring, ("8B",), 70, False),
     "training 8B": (steps, ("8B, 12 layers",), 60, False), "profiles": (profiles, (), 50, False),
-    "elementwise": (elementwise, (), 40, True), "scoring 1B": (scoring, ("1B",), 40, True),
-    "graphs": (graphs, (), 20, False), "tuning": (tuning, (), 90, False),
+    "elementwise": (gpu_kernels.elementwise, (), 40, True),
+    "scoring 1B": (scoring, ("1B",), 40, True), "graphs": (graphs, (), 20, False),
+    "tuning D 128": (gpu_kernels.tuning, (128,), 20, True),
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 import interpreter
 
 import rmfast
-from rmfast.benchmarks import gpu_check, gpu_common, gpu_report, gpu_table
+from rmfast.benchmarks import gpu_check, gpu_common, gpu_kernels, gpu_report, gpu_table
 from rmfast.ops import _cpu as cpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,8 +63,7 @@ def test_every_section(dry):
     sections = found["report"]["found"]
     assert list(sections) == list(gpu_report.SECTIONS)
     for name, one in sections.items():
-        assert one["ok"] and f"## {name}" in said
-        assert one["rows"] or name == "tuning"  # the interpreter has nothing to tune
+        assert one["ok"] and one["rows"] and f"## {name}" in said
     goals = [row for one in sections.values() for row in one["rows"] if "goal" in row]
     assert f"{sum(row['reached'] for row in goals)} of {len(goals)} goals reached" in said
     begin = {row["goal"].partition(",")[0] for row in goals}
@@ -193,7 +192,7 @@ def test_goal(measured, needed, most, reached):
 @pytest.fixture
 def tiny(monkeypatch):
     """The programs' sizes and device as in a dry run, in this process."""
-    for module in (gpu_check, gpu_common, gpu_report):
+    for module in (gpu_check, gpu_common, gpu_kernels, gpu_report):
         monkeypatch.setattr(module, "DRY", True)
         monkeypatch.setattr(module, "DEV", "cpu")
     monkeypatch.setattr(gpu_report, "ATTENTION", "sdpa")
@@ -256,8 +255,8 @@ def test_the_first_and_the_last_heads_are_compared(head, tiny, monkeypatch):
 def test_a_goal_is_told_where_nothing_was_measured(section, tiny, monkeypatch):
     lacks = ("rmfast", "rmfast, one op", "forward + backward")
     only = lambda calls, rounds, clock: {n: [1.0] for n in calls if n not in lacks}  # noqa: E731
-    monkeypatch.setattr(gpu_report.bench, "measure", only)
-    goals = [row for row in getattr(gpu_report, section)(True) if "goal" in row]
+    monkeypatch.setattr(gpu_kernels.bench, "measure", only)
+    goals = [row for row in getattr(gpu_kernels, section)(True) if "goal" in row]
     assert len(goals) == {"against": 4, "dualkv": 1, "heads": 1}[section]
     assert all(row["measured"] is None and row["reached"] is False for row in goals)
 
@@ -279,7 +278,7 @@ def test_what_was_not_reached_is_told(program, tmp_path, monkeypatch, capsys):
     names = {"check": [*gpu_check.CHECKS, *gpu_check.TESTS], "report": list(gpu_report.SECTIONS)}
     nothing = {"ok": False, "rows": [], "error": "not reached"}
     assert kept["found"] == dict.fromkeys(names[part], nothing)
-    assert f"passed: 0 of {len(names[part])}" in gpu_table.table({part: kept})
+    assert f"ed: 0 of {len(names[part])}; " in gpu_table.table({part: kept})
 
 
 @pytest.mark.skipif(not (shutil.which("make") and shutil.which("timeout")), reason="needs make")
@@ -302,20 +301,20 @@ def test_make_gpu_ends_as_the_verdicts_say(fails, tmp_path):
 # --- the table
 
 
-def test_the_readme_has_the_newest_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = gpu_table.newest(ROOT / "benchmarks" / "results")
-    assert gpu_table.put(text, gpu_table.table(found)) == text
+@pytest.mark.parametrize("name", ["README.md", "docs/gpu.md"])
+def test_pages_have_the_newest_results(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert gpu_table.put(text, gpu_table.newest(ROOT / "benchmarks" / "results")) == text
 
 
 def test_table(tmp_path):
     text = tmp_path / "text.md"
-    text.write_text(f"before\n{gpu_table.BEGIN}\nold\n{gpu_table.END}\nafter\n")
+    text.write_text(f"before\n{gpu_table.ALL}\nold\n{gpu_table.END}\nafter\n")
     results = tmp_path / "results"
     results.mkdir()
     argv = [str(text), "--results", str(results)]
     gpu_table.main(argv)
-    assert text.read_text().splitlines()[1:4] == [gpu_table.BEGIN, gpu_table.NONE, gpu_table.END]
+    assert text.read_text().splitlines()[1:4] == [gpu_table.ALL, gpu_table.NONE, gpu_table.END]
     peaks = {"peak GB": 3.21, "HF peak GB": 9.0}
     goals = [
         gpu_report.goal("fast", 1.234, 1.0, **peaks), gpu_report.goal("small", None, 2, most=True)
@@ -331,10 +330,14 @@ def test_table(tmp_path):
     assert (lines[0], lines[-1]) == ("before", "after")
     assert lines[2] == (
         "new, torch 2.11.0, triton 3.6.0, 2027-01-02. Checks passed: 1 of 2; failed: b. "
-        "Sections of timings passed: 1 of 1."
+        "Sections of timings finished: 1 of 1."
     )
     assert "| fast | 1.23 | ≥ 1.00 | yes | 3.2, 9.0 |" in lines
     assert "| small | – | ≤ 2.00 | no |  |" in lines
+    assert "small" not in gpu_table.put(
+        f"{gpu_table.WHOLE}\n{gpu_table.END}", found := gpu_table.newest(results)
+    )
+    assert "| fast |" in gpu_table.table(found, every=False)
     assert "Checks: not run." in gpu_table.table({"report": {"facts": about, "found": {}}})
     with pytest.raises(ValueError, match="once"):
-        gpu_table.put("nothing", "made")
+        gpu_table.put("nothing", None)

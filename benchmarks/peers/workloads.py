@@ -147,7 +147,7 @@ def made(
             for count in GROUPS:
                 yield Workload(f"n-{count}", curve(draws["main"], size, count))
         elif name == "dualkv":
-            from rmfast.benchmarks.gpu_report import DUALKV
+            from rmfast.benchmarks.gpu_kernels import DUALKV
 
             for count, prompt, _ in DUALKV:
                 answers = [many(2048, size)] * count

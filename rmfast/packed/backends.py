@@ -1,7 +1,7 @@
 """Attention over a packed trie by other people's kernels: FlexAttention and flash-attn.
 
 Both do what :func:`rmfast.ops.trie_attention` does, with the autograd of their own library: a check
-on our kernel, and a way out should it fail on some chip. **Not yet run on a GPU.**
+on our kernel, and a way out should it fail on some chip. flash-attn was **not yet run on a GPU.**
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 A module is known by the bytecode of what it runs, held against that of a few classes of
 transformers which were tried on numbers, whatever its family. Other code runs as it was.
-**Not yet run on a GPU.**
 """
 
 from __future__ import annotations

@@ -287,7 +287,7 @@ def patch(
             Scorer, where the host would take longer than the GPU. A size (rounded up by an eighth
             at most) is captured when it comes for the third time; weights may be trained in place,
             and what is changed on modules is seen. Models whose passes ask the host something, and
-            hooks, adapters and offloaded weights, run as without it. **Not yet run on a GPU.**
+            hooks, adapters and offloaded weights, run as without it.
 
     Returns:
         The same object.

@@ -73,6 +73,11 @@ CHIPS_AND_CASES += [("gfx942", case) for case in OTHERS]
 CHIPS_AND_CASES += [(chip, case) for chip in ("gfx942", "sm_80", "sm_100") for case in FEW]
 
 
+# bytes of a thread. Of 15 tiles timed on an H200 the fastest spills a little: with it two programs
+# share a processor, and one multiplies while the other waits for memory
+LOCAL = {("sm_90", "trie_backward._dkv_kernel", "D 128"): 40}
+
+
 @pytest.mark.parametrize(("chip", "case"), CHIPS_AND_CASES)
 def test_case(chip, case, compiled):
     kernels = compiled[chip].result()[case]
@@ -81,7 +86,9 @@ def test_case(chip, case, compiled):
     for one in kernels:
         assert one.chip == chip
         if not OLD:
-            assert (one.spills, one.local_bytes) == (0, 0), one.kernel
+            what = chip, one.kernel, case.split(", ")[1]
+            assert one.local_bytes <= LOCAL.get(what, 0), one.kernel
+            assert one.local_bytes > 0 or one.spills == 0, one.kernel
         assert one.shared <= chips.CHIPS[chip].shared, one.kernel
         assert one.programs >= 1, one.kernel
     names = {one.kernel for one in kernels}
