@@ -24,11 +24,12 @@ def _run(runner: contestants.Runner) -> tuple[Tensor, list[Tensor]]:
 def main(argv: list[str] | None = None) -> None:
     parser = contestants.parser("parity", ["rmfast"], __doc__)
     parser.set_defaults(dtype="float32", rounds=1)
+    parser.add_argument("--max-training-tokens", type=int, help="pieces of a batch, of patch")
     args = parser.parse_args(argv)
     [job] = contestants.prepare(args, train=True).values()
     runner = contestants.Runner(job)
     theirs, their_grads = _run(runner)
-    rmfast.patch(runner.model, **job.options)
+    rmfast.patch(runner.model, **job.options, max_training_tokens=args.max_training_tokens)
     ours, our_grads = _run(runner)
     print(rmfast.report(runner.model))
     apart = [(a.double() - b.double()).norm() for a, b in zip(our_grads, their_grads, strict=True)]

@@ -29,6 +29,9 @@ PROCESSES = {
     "fsdp2-lora": {},
     "fsdp2": {"gradient_checkpointing": False},
     "fsdp2-budget": BUDGET,
+    "fsdp2-groups": {
+        "loss_type": "plackett_luce", "max_tokens_per_batch": 40, "gradient_checkpointing": False
+    },
     "fsdp2-bf16": {"bf16": True, "gradient_checkpointing": False},
     "trl-fsdp2-bf16": {"bf16": True, "gradient_checkpointing": False},
 }
@@ -157,7 +160,7 @@ def indices(count):
     return torch.arange(count), torch.arange(count, 2 * count)
 
 
-@pytest.mark.parametrize("kind", ["ddp-budget", "ddp-groups", "fsdp2-budget"])
+@pytest.mark.parametrize("kind", ["ddp-budget", "ddp-groups", "fsdp2-budget", "fsdp2-groups"])
 def test_a_step_of_two_processes_is_the_mean_over_all_their_pairs(kind, two_processes):
     """Of batches with unequal numbers of pairs, on processes and one after another."""
     ranks = results(two_processes, kind)
@@ -176,7 +179,7 @@ def test_a_step_of_two_processes_is_the_mean_over_all_their_pairs(kind, two_proc
             torch.testing.assert_close(rank["weights"][name], p.data, rtol=EXACT, atol=EXACT)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp-groups", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp-groups", "fsdp2", "fsdp2-groups"])
 def test_two_processes_evaluate_as_one(kind, two_processes, tmp_path):
     """Nobody counts what accelerate fills the last batch up with."""
     got = results(two_processes, kind)[0]

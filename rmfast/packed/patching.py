@@ -282,7 +282,8 @@ def patch(
         max_training_tokens: trie nodes that run at once in a call with gradients, at level
             ``"trie"``: a larger batch runs in pieces, each node twice forward and once backward, in
             the memory of a piece and of the keys and values of a path; halved when memory runs out.
-            Not given: a batch runs whole, as one of a model that is sharded over processes does.
+            Not given: a batch runs whole, as one of a model that is sharded over processes does,
+            but by FSDP2 applied to the model itself.
         cuda_graphs: replay small tries as CUDA graphs, in calls as those of ``max_tokens`` and of a
             Scorer, where the host would take longer than the GPU. A size (rounded up by an eighth
             at most) is captured when it comes for the third time; weights may be trained in place,

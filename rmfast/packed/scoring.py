@@ -18,7 +18,7 @@ from rmfast.packed.last_layer import pooled_rows
 from rmfast.packed.stand_in import Unservable
 from rmfast.packed.step import Rows
 from rmfast.packed.survey import Seen
-from rmfast.packed.twice import Twice
+from rmfast.packed.twice import Twice, shards
 from rmfast.trie import PackedTrie
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ class ScoringForward(PackedForward):
     @untraced()
     def run(self, *args: Any, **kwargs: Any) -> Any:
         call = self.named(args, kwargs)
+        inside = call.pop("rmfast_call", None)
+        if inside is not None:
+            return inside()
         step = call.pop("rmfast_step", None)
         if step is not None:
             return self.prepacked(step, call)
@@ -43,7 +46,7 @@ class ScoringForward(PackedForward):
                 patch.packed[type(self.module).__name__] += 1
                 return out
             except Unservable as reason:
-                patch.fallbacks[str(reason)] += 1
+                self.fall_back(reason)
         with as_it_was(patch):
             if patch.options.pooling == "mask" or self.pools_first(call):
                 return self.padded(call)
@@ -89,15 +92,36 @@ class ScoringForward(PackedForward):
     ) -> tuple[Tensor, Tensor]:
         """Hidden states ``[P, H]`` of pooled nodes, and where each sequence's is, int64 ``[B]``."""
         prune, patch = self.may_prune(), self.patch
-        learns = seen.whole and not seen.sharded and device == models.device(patch.base)
-        cuts = learns and patch.options.max_training_tokens is not None
-        if cuts and len(trie) > patch.budget(training=True).tokens:
+        outer = self.module if self.cuts_together() else None
+        cuts = seen.whole and not seen.sharded and patch.options.max_training_tokens is not None
+        cuts = cuts and len(trie) > patch.budget(training=True).tokens
+        if (cuts or outer) and device == models.device(patch.base):
             step = functools.partial(self.nodes, prune=prune, shared=shared)
-            passes = Twice(step, trie.to("cpu"), patch, device, seen.noisy)
-            return passes.hidden_states(), trie.place.to(device)
+            passes = Twice(step, trie.to("cpu"), patch, device, seen.noisy, outer)
+            if passes.count > 1:
+                return passes.hidden_states(), trie.place.to(device)
         trie = trie.to(device)
         out = self.backbone(patch.base, trie, shared, trie.pooled if prune else None)
         return pooled_rows(out[0][0], trie), trie.place
+
+    def cuts_together(self) -> bool:
+        """Whether this call, on each process that shares the model, may run in pieces."""
+        patch = self.patch
+        asked = patch.options.max_training_tokens is not None and patch.level == "trie"
+        return asked and torch.is_grad_enabled() and shards(self.module)
+
+    def fall_back(self, reason: Unservable) -> None:
+        """Count a call that runs as it was.
+
+        Raises:
+            RuntimeError: other processes ask this one how many pieces it has.
+        """
+        if self.cuts_together():
+            raise RuntimeError(
+                f"a batch cannot run packed ({reason}), and under FSDP2 with max_training_tokens "
+                "all processes run packed batches: leave max_training_tokens out, or the batch"
+            )
+        self.patch.fallbacks[str(reason)] += 1
 
     @untraced()
     def by_piece(
@@ -135,7 +159,7 @@ class ScoringForward(PackedForward):
             seen = self.check_packed(batch)
         except Unservable as reason:
             if patch.level == "trie":
-                patch.fallbacks[str(reason)] += 1
+                self.fall_back(reason)
             rows = self.of_padded(batch)
         else:
             patch.packed[type(self.module).__name__] += 1

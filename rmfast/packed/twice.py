@@ -4,12 +4,16 @@ The first run keeps no activations, only the hidden states of pooled nodes, and 
 of nodes that later pieces see. The second runs the pieces in reverse order, each alone with
 gradients: a piece is given the gradients of its pooled nodes, and what later pieces left for its
 keys and values, and leaves such gradients for the keys and values of its path.
+
+Under FSDP2 the second run comes after the backward, as FSDP2 cannot begin a backward inside of one.
+Each piece is then a forward and a backward of its own, as many on each process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,6 +79,8 @@ class Twice:
         patch: of the model; its budget says how many nodes a piece has.
         device: where pieces run.
         noisy: a pass draws random numbers; the second draws the same.
+        outer: the module that FSDP2 shards, which runs what it is given as ``rmfast_call``; None:
+            processes do not share the model.
     """
 
     def __init__(
@@ -84,15 +90,33 @@ class Twice:
         patch: State,
         device: torch.device,
         noisy: bool,
+        outer: nn.Module | None = None,
     ) -> None:
         self.forward, self.trie, self.patch, self.device = forward, trie, patch, device
-        self.budget = patch.budget(training=True)
+        self.budget, self.outer = patch.budget(training=True), outer
+        if outer is not None:
+            self.budget = dataclasses.replace(self.budget, fixed=True)
+        self.count = self._count()
         self.noisy = noisy
         self.runs: list[Run] = []
         self.autocast = {
             "enabled": torch.is_autocast_enabled(device.type),
             "dtype": torch.get_autocast_dtype(device.type),
         }
+
+    def _count(self) -> int:
+        """Pieces that run; of a model that processes share, the most that one of them has."""
+        count = start = 0
+        while start < len(self.trie):
+            start, count = pieces.cut(self.trie, start, self.budget.tokens).stop, count + 1
+        if self.outer is None:
+            return count
+        import torch.distributed as dist
+
+        most = torch.tensor(count, device=self.device)
+        for group in _groups(self.outer):
+            dist.all_reduce(most, dist.ReduceOp.MAX, group)
+        return int(most)
 
     def hidden_states(self) -> Tensor:
         """``[P, H]`` of pooled nodes; their gradients go to the parameters of the backbone."""
@@ -104,6 +128,8 @@ class Twice:
                     "gradient checkpointing with use_reentrant=True cannot run inside the pieces "
                     'of a batch: pass gradient_checkpointing_kwargs={"use_reentrant": False}'
                 )
+        if self.outer is not None:
+            return _Later.apply(self, torch.zeros((), device=self.device, requires_grad=True))
         parameters = (p for p in self.patch.base.parameters() if p.requires_grad)
         return _Function.apply(self, *parameters)
 
@@ -111,7 +137,14 @@ class Twice:
     def first(self) -> Tensor:
         """Hidden states ``[P, H]`` of pooled nodes."""
         self.runs, found = self._run(0, len(self.trie), [])
+        for piece in self._idle():
+            self.forward(piece.trie, self._given(piece, {}))
         return torch.cat(found)
+
+    def _idle(self) -> Iterator[Piece]:
+        """A piece of one node for each that another process has more."""
+        for _ in range(self.count - len(self.runs) if self.outer is not None else 0):
+            yield pieces.cut(self.trie, 0, 1).to(self.device)
 
     def _run(self, start: int, stop: int, path: Path) -> tuple[list[Run], list[Tensor]]:
         """The passes of nodes from ``start`` to ``stop``, and hidden states of pooled ones."""
@@ -166,6 +199,8 @@ class Twice:
                     sums[i] = g if sums[i] is None else sums[i] + g  # g may be another's, too
             for layer, pair in of_path.items():
                 _leave(left, run.path, layer, pair)
+        for piece in self._idle():
+            self._again(Run(piece, [], Kept(piece.keep), []), grad[:0], None, parameters)
         return [g if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
 
     def _again(
@@ -178,8 +213,10 @@ class Twice:
         }
         carried = self._given(run.piece, leaves)
         with self._as_before(run.random):
-            hidden = self.forward(run.piece.trie, carried)
+            hidden = self._inside(functools.partial(self.forward, run.piece.trie, carried))
             made = []
+            if self.outer is not None:  # each layer takes part, whoever reads its hidden states
+                made.append((hidden, torch.zeros_like(hidden)))
             if len(rows):
                 made.append((pooled_rows(hidden, run.piece.trie, run.piece.carried), rows))
             for layer, pair in (left or {}).items():
@@ -189,7 +226,11 @@ class Twice:
             if not outputs:  # nobody reads this piece
                 return (None,) * len(parameters), {}
             flat = [x for pair in leaves.values() for x in pair]
-            found = torch.autograd.grad(outputs, [*parameters, *flat], grads, allow_unused=True)
+            if self.outer is not None:
+                torch.autograd.backward(outputs, grads)  # FSDP2 takes what parameters get
+                found = [x.grad for x in flat]
+            else:
+                found = torch.autograd.grad(outputs, [*parameters, *flat], grads, allow_unused=True)
         of_path = found[len(parameters) :]
         return found[: len(parameters)], dict(
             zip(leaves, zip(of_path[::2], of_path[1::2], strict=True), strict=True)
@@ -214,6 +255,9 @@ class Twice:
                 for total, g in zip(_zeros(left, part.kept, layer), pair, strict=True):
                     total[:, :, mine.to(g.device)] = g[:, :, theirs.to(g.device)]
         return parts
+
+    def _inside(self, forward: Callable[[], Tensor]) -> Tensor:
+        return forward() if self.outer is None else self.outer(rmfast_call=forward)
 
     def _given(self, piece: Piece, before: Pairs) -> Own:
         return Own(piece.carried, piece.keep[:0], before)
@@ -288,6 +332,46 @@ def _leave(left: Left, path: Path, layer: nn.Module, grads: tuple[Tensor | None,
             if g is not None:
                 total[:, :, :count] += g[:, :, at : at + count]
         at += count
+
+
+def shards(module: nn.Module) -> bool:
+    """Whether FSDP2 was applied to a module itself, so that it gathers all that its forward needs,
+    and to parts of it, so that a pass waits for other processes."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule) and any(
+        isinstance(part, FSDPModule) for part in module.modules() if part is not module
+    )
+
+
+def _groups(module: nn.Module) -> list[Any]:
+    """The groups of processes that share the parameters of a module, an axis of a mesh each.
+
+    All processes, where every parameter is gathered now.
+    """
+    meshes = {p.device_mesh for p in module.parameters() if hasattr(p, "device_mesh")}
+    groups = [group for mesh in sorted(meshes, key=str) for group in mesh.get_all_groups()]
+    return groups or [None]
+
+
+class _Later(torch.autograd.Function):
+    """The second run is called when the backward it is part of is over, that of FSDP2 included."""
+
+    @staticmethod
+    def forward(ctx: Any, twice: Twice, needed: Tensor) -> Tensor:
+        ctx.twice = twice
+        return twice.first()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        later = functools.partial(ctx.twice.second, grad, ())
+        torch.autograd.Variable._execution_engine.queue_callback(later)
+        return None, None
 
 
 class _Function(torch.autograd.Function):

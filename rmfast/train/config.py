@@ -25,7 +25,8 @@ class RewardConfig(trl.RewardConfig):
         max_tokens_per_batch: trie nodes (distinct prefixes) a micro-batch, in place of
             ``per_device_train_batch_size``; see :class:`rmfast.train.sampler.TokenBudgetSampler`.
             An example with more runs in pieces of that size (``max_training_tokens`` of
-            :func:`rmfast.patch`), but under FSDP and DeepSpeed, where it raises an error.
+            :func:`rmfast.patch`), but under FSDP1 and DeepSpeed, and under FSDP2 with an adapter,
+            where it raises an error.
         loss_type: ``"bradley_terry"`` or ``"focal"`` for pairs, ``"all_pairs"`` or
             ``"plackett_luce"`` for ranked groups; None: the first that fits the data.
         label_smoothing: probability that a label is wrong, of ``"bradley_terry"``.

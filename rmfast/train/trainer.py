@@ -212,8 +212,10 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _budget_sampler(self) -> TokenBudgetSampler:
         args, collator, dataset = self.args, self.data_collator, self.train_dataset
-        # processes that share a model would cut unlike
-        shared = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        # processes that share a model would cut unlike, but those of FSDP2, which agree
+        whole = patching.attached(self.model).classifier is self.model
+        agree = whole and getattr(self.accelerator, "is_fsdp2", False)
+        shared = self.is_deepspeed_enabled or (self.is_fsdp_enabled and not agree)
         counted = dataset.map(
             _count,
             fn_kwargs={"collator": collator, "first": collator.rows(dataset[0])[0]},
