@@ -30,7 +30,9 @@ PROCESSES = {
     "fsdp2": {"gradient_checkpointing": False},
     "fsdp2-budget": BUDGET,
     "fsdp2-groups": {
-        "loss_type": "plackett_luce", "max_tokens_per_batch": 40, "gradient_checkpointing": False
+        "loss_type": "plackett_luce",
+        "max_tokens_per_batch": 40,
+        "gradient_checkpointing": False,
     },
     "fsdp2-bf16": {"bf16": True, "gradient_checkpointing": False},
     "trl-fsdp2-bf16": {"bf16": True, "gradient_checkpointing": False},

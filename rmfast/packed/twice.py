@@ -47,15 +47,22 @@ class Kept:
     pairs: Pairs = dataclasses.field(default_factory=dict)
 
 
+class Made:
+    """No dict: FSDP2 gives its layers copies of dicts and of dataclasses that hold tensors."""
+
+    def __init__(self) -> None:
+        self.pairs: Pairs = {}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Own(Carried):
     """Keys and values that a piece is given, and those that it makes of its own nodes."""
 
-    own: Pairs = dataclasses.field(default_factory=dict)
+    own: Made = dataclasses.field(default_factory=Made)
 
     @untraced()
     def join(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        self.own[layer] = key, value
+        self.own.pairs[layer] = key, value
         return super().join(layer, key, value)
 
 
@@ -159,7 +166,9 @@ class Twice:
             if piece.rows.size:
                 found.append(pooled_rows(hidden, piece.trie, piece.carried))
             nodes = piece.keep[of_path:] - piece.carried
-            kept = Kept(nodes, {layer: _at(pair, nodes) for layer, pair in carried.own.items()})
+            kept = Kept(
+                nodes, {layer: _at(pair, nodes) for layer, pair in carried.own.pairs.items()}
+            )
             runs.append(Run(piece, path, kept, random))
             return piece.stop, [*_shortened(path, of_path), (kept, len(nodes))]
 
@@ -220,7 +229,7 @@ class Twice:
             if len(rows):
                 made.append((pooled_rows(hidden, run.piece.trie, run.piece.carried), rows))
             for layer, pair in (left or {}).items():
-                made += zip(_at(carried.own[layer], run.kept.nodes), pair, strict=True)
+                made += zip(_at(carried.own.pairs[layer], run.kept.nodes), pair, strict=True)
             outputs = [x for x, _ in made if x.requires_grad]  # others are of frozen layers
             grads = [g.to(x.dtype) for x, g in made if x.requires_grad]
             if not outputs:  # nobody reads this piece
