@@ -148,7 +148,8 @@ class Budget:
         if self.fixed:
             raise MemoryError(
                 f"out of memory with {self.tokens} tokens at a time ({reason}), which cannot be "
-                "halved on this process alone, as the model is sharded: set max_tokens"
+                "halved on this process alone, as the model is sharded: set max_tokens lower, of "
+                "a batch that is trained max_training_tokens"
             )
         if self.tokens <= _LEAST:
             raise MemoryError(

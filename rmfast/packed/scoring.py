@@ -97,7 +97,7 @@ class ScoringForward(PackedForward):
         cuts = cuts and len(trie) > patch.budget(training=True).tokens
         if (cuts or outer) and device == models.device(patch.base):
             step = functools.partial(self.nodes, prune=prune, shared=shared)
-            passes = Twice(step, trie.to("cpu"), patch, device, seen.noisy, outer)
+            passes = Twice(step, trie, patch, device, seen.noisy, outer)
             if passes.count > 1:
                 return passes.hidden_states(), trie.place.to(device)
         trie = trie.to(device)

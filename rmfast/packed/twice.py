@@ -47,18 +47,22 @@ class Kept:
     pairs: Pairs = dataclasses.field(default_factory=dict)
 
 
-class Made:
-    """No dict: FSDP2 gives its layers copies of dicts and of dataclasses that hold tensors."""
+class Held:
+    """Keys and values in no dict: FSDP2 gives its layers copies of dicts and of dataclasses, and
+    lets each tensor in them wait for the layer's gradients."""
 
-    def __init__(self) -> None:
-        self.pairs: Pairs = {}
+    def __init__(self, pairs: Pairs | None = None) -> None:
+        self.pairs: Pairs = {} if pairs is None else pairs
+
+    def __getitem__(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        return self.pairs[layer]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Own(Carried):
     """Keys and values that a piece is given, and those that it makes of its own nodes."""
 
-    own: Made = dataclasses.field(default_factory=Made)
+    own: Held = dataclasses.field(default_factory=Held)
 
     @untraced()
     def join(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +86,7 @@ class Twice:
     Args:
         forward: runs the trie of a piece with an :class:`Own`; gives its hidden states, of pooled
             nodes ``[P, H]`` or of all its own ones ``[n, H]``.
-        trie: on the CPU.
+        trie: on any device.
         patch: of the model; its budget says how many nodes a piece has.
         device: where pieces run.
         noisy: a pass draws random numbers; the second draws the same.
@@ -103,7 +107,11 @@ class Twice:
         self.budget, self.outer = patch.budget(training=True), outer
         if outer is not None:
             self.budget = dataclasses.replace(self.budget, fixed=True)
-        self.count = self._count()
+        self.count = 1 if len(trie) <= self.budget.tokens else 2  # or more
+        if outer is not None:
+            self.count = self._agreed()
+        if self.count > 1:
+            self.trie = trie.to("cpu")
         self.noisy = noisy
         self.runs: list[Run] = []
         self.autocast = {
@@ -111,14 +119,15 @@ class Twice:
             "dtype": torch.get_autocast_dtype(device.type),
         }
 
-    def _count(self) -> int:
-        """Pieces that run; of a model that processes share, the most that one of them has."""
-        count = start = 0
-        while start < len(self.trie):
-            start, count = pieces.cut(self.trie, start, self.budget.tokens).stop, count + 1
-        if self.outer is None:
-            return count
+    def _agreed(self) -> int:
+        """The most pieces that one of the processes has which share the model."""
         import torch.distributed as dist
+
+        count, start, trie = 0, 0, self.trie if self.count == 1 else self.trie.to("cpu")
+        while start < len(trie):
+            fits = len(trie) - start <= self.budget.tokens
+            start = len(trie) if fits else pieces.cut(trie, start, self.budget.tokens).stop
+            count += 1
 
         most = torch.tensor(count, device=self.device)
         for group in _groups(self.outer):
@@ -136,6 +145,9 @@ class Twice:
                     'of a batch: pass gradient_checkpointing_kwargs={"use_reentrant": False}'
                 )
         if self.outer is not None:
+            if not any(p.requires_grad for p in self.patch.base.parameters()):
+                with torch.no_grad():
+                    return self.first()
             return _Later.apply(self, torch.zeros((), device=self.device, requires_grad=True))
         parameters = (p for p in self.patch.base.parameters() if p.requires_grad)
         return _Function.apply(self, *parameters)
@@ -216,11 +228,13 @@ class Twice:
         self, run: Run, rows: Tensor, left: Pairs | None, parameters: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor | None, ...], dict[nn.Module, tuple[Tensor | None, ...]]]:
         """The second pass of a piece: gradients of parameters, and of its path by layer."""
+        path, learn = _joined(run.path), _learning(self.patch.base)
         leaves = {
             layer: tuple(x.detach().requires_grad_() for x in pair)
-            for layer, pair in _joined(run.path).items()
+            for layer, pair in path.items()
+            if layer in learn
         }
-        carried = self._given(run.piece, leaves)
+        carried = self._given(run.piece, {**path, **leaves})
         with self._as_before(run.random):
             hidden = self._inside(functools.partial(self.forward, run.piece.trie, carried))
             made = []
@@ -233,6 +247,7 @@ class Twice:
             outputs = [x for x, _ in made if x.requires_grad]  # others are of frozen layers
             grads = [g.to(x.dtype) for x, g in made if x.requires_grad]
             if not outputs:  # nobody reads this piece
+                _reshard(self.outer)
                 return (None,) * len(parameters), {}
             flat = [x for pair in leaves.values() for x in pair]
             if self.outer is not None:
@@ -266,10 +281,22 @@ class Twice:
         return parts
 
     def _inside(self, forward: Callable[[], Tensor]) -> Tensor:
-        return forward() if self.outer is None else self.outer(rmfast_call=forward)
+        if self.outer is None:
+            return forward()
+        # after a backward FSDP2 would leave all layers gathered until the next one
+        hooks = [
+            part.register_forward_hook(lambda part, *_: part.reshard())
+            for part in _sharded(self.outer)
+            if part is not self.outer
+        ]
+        try:
+            return self.outer(rmfast_call=lambda: forward().clone())  # FSDP2 warns of views
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _given(self, piece: Piece, before: Pairs) -> Own:
-        return Own(piece.carried, piece.keep[:0], before)
+        return Own(piece.carried, piece.keep[:0], Held(before))
 
     def _random(self) -> list[Any]:
         if not self.noisy:
@@ -350,11 +377,33 @@ def shards(module: nn.Module) -> bool:
 
     if not (dist.is_available() and dist.is_initialized()):
         return False
+    parts = _sharded(module)
+    return module in parts and len(parts) > 1
+
+
+def _sharded(module: nn.Module) -> list[Any]:
+    """The modules in a module that FSDP2 shards, itself too."""
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(module, FSDPModule) and any(
-        isinstance(part, FSDPModule) for part in module.modules() if part is not module
-    )
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def _reshard(module: nn.Module | None) -> None:
+    """As FSDP2 does at the end of a backward."""
+    for part in _sharded(module) if module is not None else ():
+        part.reshard()
+
+
+def _learning(base: nn.Module) -> set[nn.Module]:
+    """The modules whose inputs or parameters get gradients, in any piece: of the first layer that
+    has trained parameters and of those above it, of all where embeddings have some."""
+    layers = list(models.decoder_layers(base))
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    tables = (m for m in base.modules() if isinstance(m, nn.Embedding))
+    below = any(p.requires_grad for m in tables for p in m.parameters() if id(p) not in inside)
+    trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    first = 0 if below else trained.index(True) if any(trained) else len(layers)
+    return {module for layer in layers[first:] for module in layer.modules()}
 
 
 def _groups(module: nn.Module) -> list[Any]:
