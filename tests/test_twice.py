@@ -307,3 +307,26 @@ def test_a_patch_again_keeps_nothing():
     assert patching.attached(rmfast.patch(model)).options.max_training_tokens is None
     with pytest.raises(ValueError, match="max_training_tokens must be 1 or more"):
         rmfast.patch(model, max_training_tokens=0)
+
+
+@pytest.mark.parametrize("part", ["adapter", "layers.0.self_attn.q_proj", "layers.2", "norm"])
+def test_little_is_trained(part):
+    """A path takes part where something below it is trained, whatever that is."""
+    net = tiny.model("llama").double().train().requires_grad_(False)
+    if part == "adapter":  # of the embeddings
+        config = peft.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False)
+        net = peft.inject_adapter_in_model(config, net).double()
+    else:
+        net.model.get_submodule(part).requires_grad_(True)
+    batch = tiny.padded(tiny.rows(1))
+
+    def gradients():
+        net.zero_grad()
+        scores = net(**batch).logits[:, 0]
+        (scores * torch.arange(1.0, len(scores) + 1)).sum().backward()
+        return [p.grad.clone() for p in net.parameters() if p.requires_grad]
+
+    want = gradients()
+    rmfast.patch(net, max_training_tokens=5)
+    for ours, theirs in zip(gradients(), want, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()  # fp32 rotary frequencies

@@ -67,6 +67,9 @@ class Own(Carried):
     @untraced()
     def join(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         self.own.pairs[layer] = key, value
+        if self.count:  # those of the path need gradients where those of any node do
+            for given, made in zip(self.before[layer], (key, value), strict=True):
+                given.requires_grad_(made.requires_grad)
         return super().join(layer, key, value)
 
 
@@ -128,7 +131,6 @@ class Twice:
             fits = len(trie) - start <= self.budget.tokens
             start = len(trie) if fits else pieces.cut(trie, start, self.budget.tokens).stop
             count += 1
-
         most = torch.tensor(count, device=self.device)
         for group in _groups(self.outer):
             dist.all_reduce(most, dist.ReduceOp.MAX, group)
@@ -219,7 +221,8 @@ class Twice:
                     g = g.to(reference.wide(g.dtype))
                     sums[i] = g if sums[i] is None else sums[i] + g  # g may be another's, too
             for layer, pair in of_path.items():
-                _leave(left, run.path, layer, pair)
+                if any(g is not None for g in pair):
+                    _leave(left, run.path, layer, pair)
         for piece in self._idle():
             self._again(Run(piece, [], Kept(piece.keep), []), grad[:0], None, parameters)
         return [g if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
@@ -228,13 +231,8 @@ class Twice:
         self, run: Run, rows: Tensor, left: Pairs | None, parameters: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor | None, ...], dict[nn.Module, tuple[Tensor | None, ...]]]:
         """The second pass of a piece: gradients of parameters, and of its path by layer."""
-        path, learn = _joined(run.path), _learning(self.patch.base)
-        leaves = {
-            layer: tuple(x.detach().requires_grad_() for x in pair)
-            for layer, pair in path.items()
-            if layer in learn
-        }
-        carried = self._given(run.piece, {**path, **leaves})
+        leaves = _joined(run.path)
+        carried = self._given(run.piece, leaves)
         with self._as_before(run.random):
             hidden = self._inside(functools.partial(self.forward, run.piece.trie, carried))
             made = []
@@ -249,16 +247,16 @@ class Twice:
             if not outputs:  # nobody reads this piece
                 _reshard(self.outer)
                 return (None,) * len(parameters), {}
-            flat = [x for pair in leaves.values() for x in pair]
+            flat = [x for pair in leaves.values() for x in pair if x.requires_grad]
             if self.outer is not None:
                 torch.autograd.backward(outputs, grads)  # FSDP2 takes what parameters get
                 found = [x.grad for x in flat]
             else:
                 found = torch.autograd.grad(outputs, [*parameters, *flat], grads, allow_unused=True)
-        of_path = found[len(parameters) :]
-        return found[: len(parameters)], dict(
-            zip(leaves, zip(of_path[::2], of_path[1::2], strict=True), strict=True)
-        )
+        of_path = dict(zip(flat, found[len(parameters) :], strict=True))
+        return found[: len(parameters)], {
+            layer: tuple(map(of_path.get, pair)) for layer, pair in leaves.items()
+        }
 
     def _smaller(self, run: Run, left: Left) -> list[Run]:
         """The passes of a piece's parts, once there was no memory for its second pass."""
@@ -377,8 +375,9 @@ def shards(module: nn.Module) -> bool:
 
     if not (dist.is_available() and dist.is_initialized()):
         return False
-    parts = _sharded(module)
-    return module in parts and len(parts) > 1
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule) and len(_sharded(module)) > 1
 
 
 def _sharded(module: nn.Module) -> list[Any]:
@@ -392,18 +391,6 @@ def _reshard(module: nn.Module | None) -> None:
     """As FSDP2 does at the end of a backward."""
     for part in _sharded(module) if module is not None else ():
         part.reshard()
-
-
-def _learning(base: nn.Module) -> set[nn.Module]:
-    """The modules whose inputs or parameters get gradients, in any piece: of the first layer that
-    has trained parameters and of those above it, of all where embeddings have some."""
-    layers = list(models.decoder_layers(base))
-    inside = {id(p) for layer in layers for p in layer.parameters()}
-    tables = (m for m in base.modules() if isinstance(m, nn.Embedding))
-    below = any(p.requires_grad for m in tables for p in m.parameters() if id(p) not in inside)
-    trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
-    first = 0 if below else trained.index(True) if any(trained) else len(layers)
-    return {module for layer in layers[first:] for module in layer.modules()}
 
 
 def _groups(module: nn.Module) -> list[Any]:
