@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import rmfast
 import tiny
+from rmfast.benchmarks import trees
 from rmfast.packed import patching, pieces, twice
 from rmfast.packed.families import TRIE_BACKBONES
 from rmfast.packed.step import Step
@@ -330,3 +331,64 @@ def test_little_is_trained(part):
     rmfast.patch(net, max_training_tokens=5)
     for ours, theirs in zip(gradients(), want, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()  # fp32 rotary frequencies
+
+
+def test_memory_is_that_of_a_piece():
+    model, prompt = tiny.model(vocab_size=8000), list(range(3, 27))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def held(answers, most=None):
+        inputs = tiny.padded([[*prompt, *[40 + i] * 5] for i in range(answers)])
+        with rmfast.patched(model, max_training_tokens=most):
+            tiny.run(model, **inputs)  # gradients are there
+            return trees.most_held(lambda: model(**inputs).logits.sum().backward(), model, "cpu")
+
+    whole, pieces_ = [held(n) for n in (8, 32, 128)], [held(n, 64) for n in (8, 32, 128)]
+    assert whole[0] == pieces_[0]  # 64 nodes are one piece
+    assert pieces_[1] - pieces_[0] < weights / 2  # no copy of all gradients beside one piece's
+    assert pieces_[2] - pieces_[1] < (whole[2] - whole[1]) / 10  # what is left is of scored rows
+
+
+def test_others_see_the_gradients_of_all_pieces():
+    """Whoever is called with a gradient is called once, with its sum over pieces."""
+    model, inputs = tiny.model(dtype=torch.float64), tiny.padded(deep())
+    _, want = whole(model, inputs)
+    named = dict(model.named_parameters())
+    hooked, after = named["model.layers.0.mlp.up_proj.weight"], named["model.norm.weight"]
+    seen, grads = [], []
+    handle = hooked.register_hook(lambda grad: seen.append(grad.clone()))
+    after.register_post_accumulate_grad_hook(lambda p: grads.append(p.grad.clone()))
+    _, ours, count = cut(model, 5, inputs)
+    assert count > 2 and tiny.grad_error(ours, want) <= EXACT
+    assert [len(seen), len(grads)] == [1, 1]
+    handle.remove()
+    cut(model, 5, inputs)
+    assert [len(seen), len(grads)] == [1, 2]
+    got = {"seen": seen[0], "after": grads[0]}
+    one, two = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
+    assert tiny.grad_error(got, {"seen": want[one], "after": want[two]}) <= EXACT
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_gradients_that_were_asked_for_are_not_added(there):
+    model, inputs = tiny.model(dtype=torch.float64), tiny.padded(deep())
+    _, want = whole(model, inputs)
+    named = {n: p for n, p in model.named_parameters() if n in want}
+    if not there:
+        model.zero_grad()
+    before = {n: p.grad if p.grad is None else p.grad.clone() for n, p in named.items()}
+    some = "model.layers.1.self_attn.q_proj.weight"
+    weight = torch.linspace(-1, 2, len(inputs["input_ids"]), dtype=torch.float64)
+    with rmfast.patched(model, max_training_tokens=5):
+        loss = (model(**inputs).logits[:, 0] * weight).sum()
+        got = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
+        assert all(_same(p.grad, before[n]) for n, p in named.items())
+        loss.backward(inputs=[named[some]])
+    assert tiny.grad_error(dict(zip(named, got, strict=True)), want) <= EXACT
+    total = named[some].grad - (before[some] if there else 0)
+    assert tiny.grad_error({some: total}, {some: want[some]}) <= EXACT
+    assert all(_same(p.grad, before[n]) for n, p in named.items() if n != some)
+
+
+def _same(x, y):
+    return x is y if x is None or y is None else torch.equal(x, y)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from rmfast import reference
 from rmfast.packed import models, pieces
 from rmfast.packed.attention import Carried
 from rmfast.packed.compiling import untraced
+from rmfast.packed.gradients import Sums, unhooked
 from rmfast.packed.last_layer import pooled_rows
 from rmfast.packed.pieces import Piece
 from rmfast.packed.state import State
@@ -60,13 +61,20 @@ class Held:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Own(Carried):
-    """Keys and values that a piece is given, and those that it makes of its own nodes."""
+    """Keys and values that a piece is given, and those that it makes of some of its own nodes.
 
+    Attributes:
+        nodes: int64 ``[K]``, these, counted without the path.
+        own: what it made of them.
+    """
+
+    nodes: Tensor = dataclasses.field(kw_only=True)
     own: Held = dataclasses.field(default_factory=Held)
 
     @untraced()
     def join(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        self.own.pairs[layer] = key, value
+        # here: a selection after all layers has the first gradients, and so of all layers at once
+        self.own.pairs[layer] = _at((key, value), self.nodes)
         if self.count:  # those of the path need gradients where those of any node do
             for given, made in zip(self.before[layer], (key, value), strict=True):
                 given.requires_grad_(made.requires_grad)
@@ -159,7 +167,7 @@ class Twice:
         """Hidden states ``[P, H]`` of pooled nodes."""
         self.runs, found = self._run(0, len(self.trie), [])
         for piece in self._idle():
-            self.forward(piece.trie, self._given(piece, {}))
+            self.forward(piece.trie, self._given(piece, piece.keep[:0], {}))
         return torch.cat(found)
 
     def _idle(self) -> Iterator[Piece]:
@@ -175,14 +183,12 @@ class Twice:
             piece = pieces.cut(self.trie, start, self.budget.tokens, stop)
             of_path = int((piece.keep < piece.carried).sum())  # they are its first ones
             piece = piece.to(self.device)  # from here on nothing waits for it
-            carried, random = self._given(piece, _joined(path)), self._random()
+            nodes = piece.keep[of_path:] - piece.carried
+            carried, random = self._given(piece, nodes, _joined(path)), self._random()
             hidden = self.forward(piece.trie, carried)
             if piece.rows.size:
                 found.append(pooled_rows(hidden, piece.trie, piece.carried))
-            nodes = piece.keep[of_path:] - piece.carried
-            kept = Kept(
-                nodes, {layer: _at(pair, nodes) for layer, pair in carried.own.pairs.items()}
-            )
+            kept = Kept(nodes, carried.own.pairs)
             runs.append(Run(piece, path, kept, random))
             return piece.stop, [*_shortened(path, of_path), (kept, len(nodes))]
 
@@ -192,47 +198,49 @@ class Twice:
         return runs, found
 
     @untraced()
-    def second(self, grad: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor | None]:
+    def second(self, grad: Tensor, sums: Sums) -> list[Tensor | None]:
         """Gradients of parameters, given those of what :meth:`first` gave, ``[P, H]``."""
         if not self.patch.active:
             raise RuntimeError(
                 "the model is no longer patched: the backward of a batch that ran in pieces runs "
                 "them again, so keep it inside `with rmfast.patched(model)`"
             )
-        sums: list[Tensor | None] = [None] * len(parameters)
         left: Left = {}
         todo = list(self.runs)
         while todo:
             run = todo.pop()
-            size = run.piece.stop - run.piece.start
             rows, rest = _last(grad, run.piece)
-            found = None
-            if size <= self.budget.tokens:  # else memory ran out since
-                given = rows, left.get(run.kept), parameters
-                found = self.budget.attempt(self._again, run, *given, size=size)
-            if found is None:
+            if self._done(run, rows, left, sums, last=not todo):
+                grad = rest
+            else:
                 todo += self._smaller(run, left)
-                continue
-            grad = rest
-            left.pop(run.kept, None)
-            of_parameters, of_path = found
-            for i, g in enumerate(of_parameters):
-                if g is not None:
-                    g = g.to(reference.wide(g.dtype))
-                    sums[i] = g if sums[i] is None else sums[i] + g  # g may be another's, too
-            for layer, pair in of_path.items():
-                if any(g is not None for g in pair):
-                    _leave(left, run.path, layer, pair)
         for piece in self._idle():
-            self._again(Run(piece, [], Kept(piece.keep), []), grad[:0], None, parameters)
-        return [g if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
+            self._again(Run(piece, [], Kept(piece.keep), []), grad[:0], None, ())
+        return sums.rest()
+
+    def _done(self, run: Run, rows: Tensor, left: Left, sums: Sums, last: bool) -> bool:
+        """Run a piece once more; False: there was no memory for it, and nothing has changed."""
+        size = run.piece.stop - run.piece.start
+        if size > self.budget.tokens:  # memory ran out since
+            return False
+        given = rows, left.get(run.kept), sums.parameters
+        found = self.budget.attempt(self._again, run, *given, size=size)
+        if found is None:
+            return False
+        of_parameters, of_path = found
+        sums.add(of_parameters, last)
+        left.pop(run.kept, None)
+        for layer, pair in of_path.items():
+            if any(g is not None for g in pair):
+                _leave(left, run.path, layer, pair)
+        return True
 
     def _again(
-        self, run: Run, rows: Tensor, left: Pairs | None, parameters: tuple[Tensor, ...]
+        self, run: Run, rows: Tensor, left: Pairs | None, parameters: Sequence[Tensor]
     ) -> tuple[tuple[Tensor | None, ...], dict[nn.Module, tuple[Tensor | None, ...]]]:
         """The second pass of a piece: gradients of parameters, and of its path by layer."""
         leaves = _joined(run.path)
-        carried = self._given(run.piece, leaves)
+        carried = self._given(run.piece, run.kept.nodes, leaves)
         with self._as_before(run.random):
             hidden = self._inside(functools.partial(self.forward, run.piece.trie, carried))
             made = []
@@ -241,7 +249,7 @@ class Twice:
             if len(rows):
                 made.append((pooled_rows(hidden, run.piece.trie, run.piece.carried), rows))
             for layer, pair in (left or {}).items():
-                made += zip(_at(carried.own.pairs[layer], run.kept.nodes), pair, strict=True)
+                made += zip(carried.own[layer], pair, strict=True)
             outputs = [x for x, _ in made if x.requires_grad]  # others are of frozen layers
             grads = [g.to(x.dtype) for x, g in made if x.requires_grad]
             if not outputs:  # nobody reads this piece
@@ -252,7 +260,9 @@ class Twice:
                 torch.autograd.backward(outputs, grads)  # FSDP2 takes what parameters get
                 found = [x.grad for x in flat]
             else:
-                found = torch.autograd.grad(outputs, [*parameters, *flat], grads, allow_unused=True)
+                inputs = [*parameters, *flat]
+                with unhooked(parameters):
+                    found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
         of_path = dict(zip(flat, found[len(parameters) :], strict=True))
         return found[: len(parameters)], {
             layer: tuple(map(of_path.get, pair)) for layer, pair in leaves.items()
@@ -293,8 +303,8 @@ class Twice:
             for hook in hooks:
                 hook.remove()
 
-    def _given(self, piece: Piece, before: Pairs) -> Own:
-        return Own(piece.carried, piece.keep[:0], Held(before))
+    def _given(self, piece: Piece, nodes: Tensor, before: Pairs) -> Own:
+        return Own(piece.carried, piece.keep[:0], Held(before), nodes=nodes)
 
     def _random(self) -> list[Any]:
         if not self.noisy:
@@ -322,10 +332,12 @@ class Twice:
 def _joined(path: Path) -> Pairs:
     """Keys and values of a path, by layer."""
     some = [(kept.pairs, count) for kept, count in path if count]
-    return {
-        layer: tuple(torch.cat([p[layer][i][:, :, :n] for p, n in some], 2) for i in (0, 1))
-        for layer in (some[0][0] if some else ())
-    }
+
+    def joined(layer: nn.Module, i: int) -> Tensor:
+        parts = [pairs[layer][i][:, :, :count] for pairs, count in some]
+        return torch.cat(parts, 2) if len(parts) > 1 else parts[0].detach()  # no copy of one
+
+    return {layer: (joined(layer, 0), joined(layer, 1)) for layer in (some[0][0] if some else ())}
 
 
 def _shortened(path: Path, count: int) -> Path:
@@ -414,7 +426,7 @@ class _Later(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        later = functools.partial(ctx.twice.second, grad, ())
+        later = functools.partial(ctx.twice.second, grad, Sums())
         torch.autograd.Variable._execution_engine.queue_callback(later)
         return None, None
 
@@ -428,4 +440,5 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.twice.second(grad, ctx.parameters)
+        sums = Sums(ctx.parameters, (node for node, _ in ctx.next_functions))
+        return None, *ctx.twice.second(grad, sums)
