@@ -376,11 +376,7 @@ CHECKS: dict[str, tuple[Callable, dict, float]] = {  # the first one alone, then
 
 # --- tests
 
-# arguments of pytest, workers; what compiles longest and matters least is apart
-TESTS = {
-    "tests": (["tests/gpu", "tests/kernels", "-k", "not flex"], 7),
-    "tests of flex": (["tests/gpu", "-k", "flex"], 4),
-}
+TESTS = {"tests": (["tests/gpu", "tests/kernels"], 7)}  # arguments of pytest, workers
 if DRY:
     TESTS = {"tests": (["tests/kernels/test_trie_attention.py", "-k", "extreme_sinks"], 1)}
 

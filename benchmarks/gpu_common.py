@@ -42,7 +42,7 @@ Row = dict[str, Any]
 
 SETTINGS = "TRITON_(?!CACHE)|PYTORCH_|TORCH_|CUDA_(?!HOME)"  # of the environment
 PACKAGES = """torch triton transformers numpy accelerate peft pytest pytest-xdist pytest-timeout
-    trl datasets pyarrow flash-attn""".split()
+    trl datasets pyarrow""".split()
 REGULAR = {  # prompts, tokens of each, answers to each, tokens of an answer
     "groups": (7, 600, 8, 200), "long": (2, 4096, 8, 512), "apart": (32, 0, 1, 512),
     "wide": (16, 0, 1, 4096), "huge": (1056, 0, 1, 512),

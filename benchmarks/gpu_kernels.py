@@ -32,7 +32,6 @@ from rmfast.benchmarks.gpu_common import (
 )  # fmt: skip
 from rmfast.kernels import trie_attention as kernels
 from rmfast.kernels import trie_configs, trie_plan
-from rmfast.packed import backends
 
 
 def launches(timed: bool) -> Iterator[Row]:
@@ -131,7 +130,7 @@ def dualkv(timed: bool) -> Iterator[Row]:
         plan = ops.TriePlan(trie.subtree_end, trie.position_ids)
 
         def attend(q, k, v, plan=plan):
-            return backends.trie_attention("sdpa" if DRY else "triton", q, k, v, plan)
+            return ops.trie_attention(q, k, v, plan, backend="sdpa" if DRY else "triton")
 
         leaves = [x.requires_grad_() for x in heads_of(trie, d, h, torch.float16)]
         one = bench.Contestant(attend, leaves)

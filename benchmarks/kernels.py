@@ -1,4 +1,4 @@
-"""Times the kernels on a GPU, beside eager torch, torch.compile, FlexAttention and flash-attn.
+"""Times the kernels on a GPU, beside eager torch, torch.compile and FlexAttention.
 
     python -m rmfast.benchmarks.kernels
 
@@ -37,7 +37,6 @@ from torch.nn import functional as F
 
 import rmfast
 from rmfast import ops
-from rmfast.packed import backends
 
 COLUMNS = (
     "what case shape contestant seconds seconds_min seconds_max work unit rate roof share "
@@ -219,10 +218,10 @@ def attentions(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str, 
     nodes, groups = torch.arange(len(trie), device=device), shape.heads // shape.kv_heads
     mask = ((nodes <= nodes[:, None]) & (nodes[:, None] < end))[None, None]
 
-    plan = ops.TriePlan(end, position)
+    plan, backend = ops.TriePlan(end, position), "triton" if device == "cuda" else "sdpa"
 
-    def by(backend: str) -> Callable:
-        return lambda q, k, v: backends.trie_attention(backend, q, k, v, plan)
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.trie_attention(q, k, v, plan, backend=backend)
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # no fused kernel has mask and groups
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
@@ -237,50 +236,51 @@ def attentions(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str, 
         return [x.to(torch.bfloat16).transpose(1, 2).requires_grad_() for x in drawn]
 
     packed = leaves(len(trie), (shape.heads, shape.kv_heads, shape.kv_heads))
-    # [B, T, H, D] for flash-attn, [B, H, T, D] for torch
-    each = [x.detach()[0].transpose(0, 1)[paths] for x in packed]
-    apart = [x.transpose(1, 2).detach().requires_grad_() for x in each]
-    contestants = {
-        "rmfast": Contestant(by("triton" if device == "cuda" else "sdpa"), packed),
-        "FlexAttention": Contestant(flex(end, position, device), packed),
+    apart = [x.detach()[0].transpose(0, 1)[paths].transpose(1, 2).requires_grad_() for x in packed]
+    return {
+        "rmfast": Contestant(ours, packed),
+        "FlexAttention": Contestant(flex(end, device), packed),
         "torch SDPA, dense mask": Contestant(dense, packed),
         "torch SDPA, nothing shared": Contestant(causal, apart, paths),
     }
-    if device == "cuda" and importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-        rows = backends.varlen(plan)
-        gathered = [x.detach()[0].transpose(0, 1)[rows.keys].requires_grad_() for x in packed[1:]]
-        contestants["flash-attn"] = Contestant(by("flash"), packed)
-        contestants["flash-attn, keys gathered before"] = Contestant(
-            lambda q, k, v: flash_attn_varlen_func(
-                q[0].transpose(0, 1), k, v, *rows[1:], causal=True
-            )[None],
-            [packed[0], *gathered],
-        )
-        contestants["flash-attn, nothing shared"] = Contestant(
-            lambda q, k, v: flash_attn_func(q, k, v, causal=True),
-            [x.detach().requires_grad_() for x in each],
-            paths,
-        )
-    return contestants
 
 
-def flex(end: Tensor, position: Tensor, device: str) -> Callable:
+def flex(end: Tensor, device: str) -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
     run = torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
-    mask = backends._block_mask(ops.TriePlan(end, position), None)
+    mask = block_mask(end)
     return lambda q, k, v: run(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def block_mask(end: Tensor) -> Any:
+    """FlexAttention's mask, from the extrema of blocks: create_block_mask tests all pairs."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    size, count = 128, len(end)  # nodes that FlexAttention looks up together
+    nodes = torch.arange(-(-count // size) * size, device=end.device).view(-1, size)
+    whole = nodes[:, -1] < count
+    nodes = nodes.clamp(max=count - 1)
+    first, last, ends = nodes[:, 0], nodes[:, -1], end[nodes].aminmax(dim=1)
+    some = (first <= last[:, None]) & (first[:, None] < ends.max)  # [Q, K]
+    full = (last <= first[:, None]) & (last[:, None] < ends.min)
+    full &= whole[:, None] & whole  # as create_block_mask has it
+
+    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:  # int32 [1, 1, Q], [1, 1, Q, K]
+        order = blocks.int().argsort(dim=1, descending=True, stable=True)
+        return blocks.sum(1).int()[None, None], order.int()[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~full), *listed(full), BLOCK_SIZE=size, seq_lengths=(count, count),
+        mask_mod=lambda batch, head, q, k: (k <= q) & (q < end[k]),
+    )  # fmt: skip
 
 
 def preparations(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str, Call]:
     """What is made of a trie once a batch, for all layers: plans of the three kernels, masks."""
     trie = trie.to(device)
     end, position = trie.subtree_end, trie.position_ids
-    calls: dict[str, Call] = {
-        "FlexAttention": lambda: backends._block_mask(ops.TriePlan(end, position), None)
-    }
+    calls: dict[str, Call] = {"FlexAttention": lambda: block_mask(end)}
     if importlib.util.find_spec("triton") is not None:
         from rmfast.kernels import trie_configs, trie_plan
 
@@ -293,8 +293,6 @@ def preparations(shape: Shape, trie: rmfast.PackedTrie, device: str) -> dict[str
                 trie_plan.plan(who, config.rows, config.nodes, kernel == "dkv")
 
         calls = {"rmfast": plans, **calls}
-    if importlib.util.find_spec("flash_attn") is not None:
-        calls["flash-attn"] = lambda: backends.varlen(ops.TriePlan(end, position))
     return calls
 
 

@@ -30,7 +30,7 @@ import tiny
 from rmfast.diagnosis import trials
 from rmfast.diagnosis.case import Case
 from rmfast.evaluate import implicit
-from rmfast.packed import backends, pieces, step
+from rmfast.packed import attention, pieces, step
 from rmfast.packed.survey import is_sharded
 from rmfast.score import memory
 from rmfast.train import batches
@@ -445,7 +445,7 @@ class Transfers(TwoDevices):
 @pytest.fixture
 def transfers(monkeypatch, no_inference_mode):
     """The list, but for what the CPU's attention, which runs here, reads of the trie."""
-    mode, attend = Transfers(), backends.trie_attention
+    mode, attend = Transfers(), attention.trie_attention
     mode.listed = []
 
     def unseen(*args, **kwargs):
@@ -455,7 +455,7 @@ def transfers(monkeypatch, no_inference_mode):
         finally:
             mode.listed[:] = before
 
-    monkeypatch.setattr(backends, "trie_attention", unseen)
+    monkeypatch.setattr(attention, "trie_attention", unseen)
     with mode:
         yield mode.listed
 

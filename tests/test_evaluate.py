@@ -282,8 +282,8 @@ def test_rewardbench_command_and_files(model, tmp_path, capsys):
     code = run(
         "--model", model, "--dataset", data, "--split", "filtered", "--tokenizer", model,
         "--batch_size", 8, "--max_length", 200, "--torch_dtype", "float32",
-        "--attn_implementation", "eager", "--load_json", "--trust_remote_code", "--debug",
-        "--output_dir", tmp_path / "results", "--save_all", "--force_truncation",
+        "--attn_implementation", "flash_attention_2", "--load_json", "--trust_remote_code",
+        "--debug", "--output_dir", tmp_path / "results", "--save_all", "--force_truncation",
     )  # fmt: skip
     assert code == 0
     said = capsys.readouterr()

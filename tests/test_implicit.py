@@ -277,10 +277,10 @@ def test_what_the_models_were_patched_with_stays():
     patches = [patching.attached(model) for model in models]
     scorer = ImplicitScorer(*models, tiny.tokenizer())
     assert [patching.attached(model) for model in models] == patches and scorer.max_tokens == 25
-    scorer = ImplicitScorer(*models, tiny.tokenizer(), attention="flex", max_tokens=60)
+    scorer = ImplicitScorer(*models, tiny.tokenizer(), attention="auto", max_tokens=60)
     assert scorer.max_tokens == 60
     for model, before in zip(models, patches, strict=True):
-        now = dataclasses.replace(before.options, attention="flex")
+        now = dataclasses.replace(before.options, attention="auto")
         assert patching.attached(model).options == now
     assert scores(scorer, ROWS) == pytest.approx(by_hand(*models, ROWS), abs=1e-5)
 

@@ -916,13 +916,23 @@ def test_an_encoder_runs_as_it_was():
     assert torch.equal(ours, theirs)
 
 
+def test_triton_where_it_cannot_run_says_so(monkeypatch):
+    m = rmfast.patch(tiny.model(), attention="triton")
+    with pytest.raises(ValueError, match="backend='triton' cannot run: tensors are on cpu"):
+        m(**tiny.padded(tiny.rows()))
+    monkeypatch.setattr("rmfast.packed.state.HAS_TRITON", False)
+    with pytest.raises(ValueError, match="pip install triton"):
+        rmfast.patch(tiny.model(), attention="triton")
+
+
 def test_refused():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         rmfast.patch("model")
     with pytest.raises(ValueError, match="pooling must be one of"):
         rmfast.patch(tiny.model(), pooling="last")
-    with pytest.raises(ValueError, match="attention must be one of"):
-        rmfast.patch(tiny.model(), attention="magic")
+    for attention in ("magic", "flex", "flash"):
+        with pytest.raises(ValueError, match="attention must be one of"):
+            rmfast.patch(tiny.model(), attention=attention)
     with pytest.raises(ValueError, match="not patched"):
         rmfast.report(tiny.model())
     with pytest.raises(ValueError, match="several backbones"):

@@ -1047,7 +1047,7 @@ def test_progress(run, monkeypatch, capsys, terminal):
         (["--output", "d.jsonl"], "is a folder"),
         (["--output", "o.jsonl", "--chat-template", "no.jinja"], "--chat-template no.jinja"),
         (["--output", "o.jsonl", "--input", "no.jsonl"], "no.jsonl: no such file"),
-        (["--output", "o.jsonl", "--attention", "flash"], "flash"),
+        (["--output", "o.jsonl", "--attention", "flex"], "one of auto, triton, sdpa, got 'flex'"),
         (["--output", "o.jsonl", "--normalize"], "mean and std"),
     ],
 )

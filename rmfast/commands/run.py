@@ -28,7 +28,7 @@ def run(
         help="A script, -m and a module, or a program on PATH; then its arguments.")],
     classes: Annotated[str, typer.Option(metavar="NAMES", show_default=False, help=
         "Patch models of these classes, too, with commas between: a policy's, for example.")] = "",
-    attention: Annotated[Literal["auto", "triton", "sdpa", "flex", "flash"], typer.Option(help=
+    attention: Annotated[Literal["auto", "triton", "sdpa"], typer.Option(help=
         "Choose the attention backend; auto: triton on a GPU where it can, else sdpa.")] = "auto",
     pooling: Annotated[Literal["hf", "mask"], typer.Option(help=
         "Choose the token that carries the score; hf: the last that is not the pad token, as in "

@@ -37,7 +37,7 @@ _SPLITS = {
     "allenai/reward-bench-2": "test",
     "ScalerLab/JudgeBench": "gpt",
 }
-_ATTENTION = {"eager": "sdpa", "sdpa": "sdpa", "flash_attention_2": "flash"}
+_ATTENTION = {"eager": "sdpa", "sdpa": "sdpa", "flash_attention_2": "auto"}
 _DEBUG = 10  # rows
 _SHOWN = 5  # errors on the screen
 _LISTED = 100  # errors in the JSON

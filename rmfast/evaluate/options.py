@@ -58,7 +58,7 @@ class EvalOptions(ScoringOptions):
     torch_dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = option(
         "Set --dtype.", None, REWARDBENCH)
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = option(
-        "Set --attention; eager is sdpa here.", None, REWARDBENCH)
+        "Set --attention; eager is sdpa here, flash_attention_2 auto.", None, REWARDBENCH)
     force_truncation: bool = option("Set --on-overlong truncate_left.", False, REWARDBENCH)
     debug: bool = option("Set --limit 10.", False, REWARDBENCH)
     load_json: bool = option("Do nothing: a file's name tells its kind.", False, REWARDBENCH)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,12 +71,6 @@ class TriePlan:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.subtree_end, self.position_ids, self.queries
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return ``make()`` of the first call with this key."""
-        if key not in self.carrier.made:
-            self.carrier.made[key] = make()
-        return self.carrier.made[key]
 
     def on(self, device: torch.device) -> TriePlan:
         """The plan for layers on a device: itself, or a copy that is made once."""

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmfast.ops import TriePlan
+from rmfast.ops import TriePlan, trie_attention
 from rmfast.ops import _cpu as cpu
 from rmfast.ops._plan import made_for
-from rmfast.packed import backends
 from rmfast.packed.compiling import untraced
 from rmfast.trie import PackedTrie
 
@@ -135,7 +134,7 @@ class TrieRun:
         plan = self.plan.on(query.device)
         rule = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
         if not dropout:
-            return backends.trie_attention(self.backend, query, key, value, plan, **rule)
+            return trie_attention(query, key, value, plan, backend=self.backend, **rule)
         if self.shared:
             raise RuntimeError(
                 "attention dropout is active, so sequences must not share prefixes: "

@@ -270,9 +270,8 @@ def patch(
         pooling: the token that carries the score. ``"hf"``: the rightmost that is not the pad
             token, as Hugging Face has it. ``"mask"``: the last one the attention mask lets through.
         attention: ``"triton"``, the kernel of this library; ``"sdpa"``, torch's own operations,
-            on any device, and no kernel elsewhere in the layers; ``"flex"``, torch's FlexAttention;
-            ``"flash"``, flash-attn where it is installed; ``"auto"``, the kernel on a GPU where it
-            can and torch's own elsewhere.
+            on any device, and no kernel elsewhere in the layers; ``"auto"``, the kernel on a GPU
+            where it can and torch's own elsewhere.
         max_tokens: trie nodes (distinct prefixes) that run at once in a call without gradients, at
             level ``"trie"``: a larger batch, such as all rollouts of a step of GRPO, runs in
             pieces, each node once, halved when memory runs out and doubled again after a while.

@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from rmfast.packed import attention, backends, models, pieces
+from rmfast.ops._common import HAS_TRITON
+from rmfast.packed import attention, models, pieces
 from rmfast.packed.compiling import untraced
 from rmfast.packed.survey import Seen, Survey, walk
 
 _POOLING = ("hf", "mask")
+_ATTENTION = ("auto", "triton", "sdpa")
 
 
 class Weak:
@@ -62,9 +64,10 @@ class Options:
         least = self.max_training_tokens
         if least is not None and least < 1:
             raise ValueError(f"max_training_tokens must be 1 or more, got {least}")
-        missing = backends.why_not(self.attention)
-        if missing is not None:
-            raise ValueError(missing)
+        if self.attention not in _ATTENTION:
+            raise ValueError(f"attention must be one of {_ATTENTION}, got {self.attention!r}")
+        if self.attention == "triton" and not HAS_TRITON:
+            raise ValueError("attention='triton' needs a package: pip install triton")
 
 
 @dataclasses.dataclass

@@ -51,7 +51,7 @@ class ScoringOptions(LoadingOptions):
     """How conversations are read and scored."""
 
     # fmt: off
-    attention: Literal["auto", "triton", "sdpa", "flex", "flash"] = option(
+    attention: Literal["auto", "triton", "sdpa"] = option(
         "Choose the attention backend; auto: triton on a GPU where it can, else sdpa.",
         "auto", group=MODEL)
     pooling: Literal["hf", "mask"] | None = option(

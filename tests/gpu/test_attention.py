@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import rmfast
 from rmfast import ops, reference
 from rmfast.ops import _cpu as cpu
-from rmfast.packed import backends
 
 NAMES = ("out", "query", "key", "value", "sinks")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -62,9 +61,9 @@ class Problem:
         self.plan = ops.TriePlan(*of_trie, first=first)
 
     def forward(self, backend, query, key, value, sinks=None):
-        return backends.trie_attention(
-            backend, query, key, value, self.plan, sinks=sinks, window=self.window,
-            softcap=self.softcap,
+        return ops.trie_attention(
+            query, key, value, self.plan, sinks=sinks, window=self.window, softcap=self.softcap,
+            backend=backend,
         )  # fmt: skip
 
     def dense(self, query, key, value, sinks=None):
@@ -103,7 +102,7 @@ class Problem:
         grads = cpu.trie_attention_backward(self.grad.cpu().double(), *rest)
         return [out, *grads[: len(self.leaves)]]
 
-    def check(self, answers, exact, theirs, factor=1.1):
+    def check(self, answers, exact, theirs):
         """Norms of the errors. One rounding of the answer, and in fp32 of exp2's argument, apart"""
         q, k = (x.float().norm(dim=-1).max().item() for x in self.leaves[:2])
         largest = math.log2(math.e) * q * k * self.width**-0.5
@@ -113,15 +112,15 @@ class Problem:
             size = true.norm().item()
             if name == "sinks":  # each row's part comes from its rounded answer
                 size += (exact[0] * self.grad.cpu().double()).abs().sum((0, 1, 3)).norm().item()
-            bound = factor * its + unit * size
+            bound = 1.1 * its + unit * size
             assert error <= bound, (
                 f"{name}: off by {error:.3g}, torch by {its:.3g}, not {bound:.3g}"
             )
 
 
-def check(problem, **kwargs):
+def check(problem):
     theirs = problem.run(problem.dense)
-    problem.check(problem.run(problem.forward, "triton"), problem.exact(), theirs, **kwargs)
+    problem.check(problem.run(problem.forward, "triton"), problem.exact(), theirs)
 
 
 @pytest.mark.parametrize(
@@ -148,24 +147,6 @@ def test_rows_after_a_carried_path(case):
 @POOLED
 def test_long(pooled):
     check(Problem(4096, 128, BF16, pooled))
-
-
-@POOLED
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-@pytest.mark.parametrize("case", OPTIONS)
-@pytest.mark.parametrize("backend", ["flex", "flash"])
-def test_other_backends(backend, case, dtype, pooled):
-    if backend == "flash":
-        pytest.importorskip("flash_attn")
-        if dtype == FP32 or OPTIONS[case].get("sinks"):
-            pytest.skip("flash-attn knows neither fp32 nor sinks")
-    problem = Problem(900, 64, dtype, pooled, **OPTIONS[case])
-    exact, theirs = problem.exact(), problem.run(problem.dense)
-    # one rounding more: of the factor that stands for sinks, of each copy of a gathered key
-    got = problem.run(problem.forward, backend)
-    problem.check(got, exact, theirs, factor=2)
-    ours = problem.run(problem.forward, "triton")
-    problem.check(got, [x.cpu().double() for x in ours], theirs, factor=3)
 
 
 @POOLED
