@@ -58,7 +58,10 @@ def _train(options: DemoOptions, folder: str) -> int:
         "warm_up": 0.1,
     }
     words = " ".join(f"{flag(name)} {value}" for name, value in given.items())
-    print(f"\n1. Training, for this demo only\nrmfast train {words} --output FOLDER\n", flush=True)
+    print(
+        f"\n1. Training; the model goes with the demo\nrmfast train {words} --output FOLDER\n",
+        flush=True,
+    )
     more = {"output": folder, "device": options.device, "gradient_checkpointing": False}
     return job.run(TrainOptions(**given, **more))
 

@@ -23,8 +23,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ABOUT = """\
 The model is SmolLM2-135M-Instruct, with a reward head drawn at random. Asked what a function of
 Python's standard library does, chosen is its docstring, rejected a sibling's. Two pairs a question.
-Held out are other modules. Easy on purpose: a docstring that does not mention its name was left
-out."""
+Held out are other modules. Easy on purpose: all docstrings mention their name."""
 
 
 def checkpoint() -> Path:
