@@ -60,7 +60,7 @@ setup(
     ],
     package_data={
         "rmfast": ["py.typed"],
-        "rmfast.demo": ["pairs.jsonl.gz"],
+        "rmfast.demo": ["*.jsonl.gz"],
         "rmfast.integrations": ["startup/sitecustomize.py"],  # in no package: Python is to find it
         "rmfast.benchmarks.peers.adapters": ["*.txt"],
     },

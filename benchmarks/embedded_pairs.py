@@ -1,8 +1,8 @@
-"""Makes ``rmfast/demo/pairs.jsonl.gz`` of the documentation of Python's standard library.
+"""Makes the files of ``rmfast/demo`` of the documentation of Python's standard library.
 
-    python -m rmfast.benchmarks.embedded_pairs OUTPUT.jsonl.gz
+    python -m rmfast.benchmarks.embedded_pairs FOLDER
 
-The file in the repository was made with Python 3.11.7; other versions give other pairs.
+The files in the repository were made with Python 3.11.7; other versions give other pairs.
 
 The question names a function, class or method; chosen is the beginning of its docstring, rejected
 that of a sibling in the same class or module. Each question comes twice, with two siblings, and
@@ -56,24 +56,23 @@ _SIBLINGS = range(3, 7)  # questions from one class, or from the functions of a 
 
 
 def main() -> None:
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows()]
-    Path(sys.argv[1]).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    for split, groups in _groups().items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(groups)]
+        file = Path(sys.argv[1], f"{split}.jsonl.gz")
+        file.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    """Preference pairs, ``split`` ``"train"`` or ``"held-out"``: other modules, no common text."""
-    groups = _groups()
-    for split in ("train", "held-out"):
-        for group in groups[split]:
-            for i, (name, text) in enumerate(group):
-                question = random.Random(name).choice(_QUESTIONS).format(name)
-                for step in (1, 2):
-                    sides = {"chosen": text, "rejected": group[(i + step) % len(group)][1]}
-                    yield {
-                        "split": split,
-                        "name": name,
-                        **{side: _messages(question, answer) for side, answer in sides.items()},
-                    }
+def rows(groups: list[list[tuple[str, str]]]) -> Iterator[dict[str, Any]]:
+    """The preference pairs of groups of siblings."""
+    for group in groups:
+        for i, (name, text) in enumerate(group):
+            question = random.Random(name).choice(_QUESTIONS).format(name)
+            for step in (1, 2):
+                sides = {"chosen": text, "rejected": group[(i + step) % len(group)][1]}
+                yield {
+                    "name": name,
+                    **{side: _messages(question, answer) for side, answer in sides.items()},
+                }
 
 
 def _messages(question: str, answer: str) -> list[dict[str, str]]:

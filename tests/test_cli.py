@@ -45,13 +45,13 @@ def test_help(capsys, argv):
     [
         (["fly"], "No such command 'fly'"),
         (["demo", "--steps", "0"], "--steps must be a positive integer, got 0"),
-        (["demo", "--batch-pairs", "1.5"], "Invalid value for '--batch-pairs'"),
+        (["demo", "--steps", "1.5"], "Invalid value for '--steps'"),
         (
-            ["demo", "--learning-rate", "nan"],
+            [*TRAIN, "--learning-rate", "nan"],
             "--learning-rate must be a number above 0 and below 1, got nan",
         ),
         (
-            ["demo", "--dtype", "int8"],
+            [*TRAIN, "--dtype", "int8"],
             "--dtype must be one of mixed, float32, bfloat16, got 'int8'",
         ),
         (["score"], "Missing option '--model'"),

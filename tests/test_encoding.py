@@ -142,17 +142,18 @@ def test_prompts_alone_begin_the_whole(adds, writes):
     encode = Encoder(tiny.tokenizer(adds, writes), max_length=3, on_overlong="truncate_left")
     whole = Encoder(tiny.tokenizer(adds, writes))([("hé", "yes"), TALK])
     for prompt in ("hé", TALK[:1]):
-        alone = encode.prompt(prompt)
+        alone = encode.prompt((prompt, "yes"))
         assert alone.dtype == np.int32
         assert alone.tolist() == [
             *([BOS] if adds else []), *letters("user: hé"), EOS, *letters("assistant: "),
         ]  # fmt: skip
         assert all(ids[: alone.size].tolist() == alone.tolist() for ids in whole)
     plain = Encoder(tiny.tokenizer(adds), chat=False)
-    assert plain.prompt("hé").tolist() == [*([BOS] if adds else []), *letters("hé")]
+    assert plain.prompt(("hé", "yes")).tolist() == [*([BOS] if adds else []), *letters("hé")]
     for prompt in ("", [], [{"role": "nobody", "content": "x"}]):
         with pytest.raises(RowError):
-            encode.prompt(prompt)
+            encode.prompt((prompt, "yes"))
+    assert [encode.prompt(x) for x in ("hé", TALK, [5, 6], (5, 6), ("hé", TALK))] == [None] * 5
 
 
 def test_text_that_is_tokenised():

@@ -141,7 +141,7 @@ def test_wheel_holds_every_module_and_nothing_beside_rmfast(wheel):
     }
     assert "rmfast/kernels/reward_head.py" in expected
     assert "rmfast/py.typed" in names
-    assert "rmfast/demo/pairs.jsonl.gz" in names
+    assert {f"rmfast/demo/{split}.jsonl.gz" for split in ("train", "held-out")} <= names
     assert any(name.startswith("rmfast/benchmarks/") for name in expected)
     assert {name for name in names if name.endswith(".py")} == expected
     assert {name.split("/")[0] for name in names} == {

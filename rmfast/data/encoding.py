@@ -186,25 +186,31 @@ class Encoder:
 
     def text(self, conversation: Conversation) -> str:
         """What is tokenised of text or messages, or decoded from token ids; RowError: nothing."""
-        prepared = self._uncounted()._prepare(conversation)
+        prepared = self.uncut()._prepare(conversation)
         if isinstance(prepared, tuple):
             return prepared[0]
         self._need_tokenizer()
         return self.tokenizer.decode(prepared % SEGMENT if self.segments else prepared)
 
-    def prompt(self, prompt: str | Messages, given: Mapping[str, Any] | None = None) -> np.ndarray:
-        """int32 token ids of a pair's prompt, up to where the response begins; nothing is cut."""
-        given = dict(given or {})
-        prompt = _uncoated("the prompt", prompt, given)
-        if isinstance(prompt, str) and self.chat is False:
-            text, templated = prompt, False
+    def prompt(self, conversation: Conversation) -> np.ndarray | None:
+        """int32 token ids of a (prompt, response) tuple up to where the response begins, uncut.
+
+        None for other conversations, and where the response holds its prompt.
+        """
+        given: dict[str, Any] = {}
+        pair = _pair(unwrapped("the conversation", conversation, given), given)
+        if pair is None or (isinstance(pair[1], list) and is_whole(pair[1])):
+            return None
+        if isinstance(pair[0], str) and self.chat is False:
+            text, templated = pair[0], False
         else:
-            text, templated = self._uncounted()._render(self._turns(prompt), given, True)
+            text, templated = self.uncut()._render(self._turns(pair[0]), given, True)
         return self._ids([text], templated)[0]
 
-    def _uncounted(self) -> Encoder:
-        """The same with warnings of its own: what is looked at again is not counted again."""
+    def uncut(self) -> Encoder:
+        """The same with no limit, and warnings of its own: for what is looked at again."""
         other = copy.copy(self)
+        other.max_length = None
         other.render = copy.copy(self.render)
         other.warnings = other.render.warnings = Counter()
         return other
@@ -214,10 +220,9 @@ class Encoder:
         given: dict[str, Any] = {}
         if isinstance(conversation, (str, Mapping, Chat)) or _has_turns(conversation):
             conversation = _uncoated("the conversation", conversation, given)
-        if isinstance(conversation, tuple) and len(conversation) == 2:
-            prompt, response = conversation
-            if not isinstance(prompt, (int, np.integer)):
-                return self._answered(prompt, response, given)
+        pair = _pair(conversation, given)
+        if pair is not None:
+            return self._answered(*pair, given)
         if isinstance(conversation, list) and conversation and isinstance(conversation[0], dict):
             if self.segments and [x["role"] for x in conversation] == ["user", "assistant"]:
                 return self._two(*(_only_text([x], x["role"]) for x in conversation), given)
@@ -261,8 +266,6 @@ class Encoder:
     def _answered(
         self, prompt: Any, response: Any, given: dict[str, Any]
     ) -> tuple[str, bool] | np.ndarray:
-        prompt = _uncoated("the prompt", prompt, given)
-        response = _uncoated("the response", response, given)
         if self.chat is False:
             if not (isinstance(prompt, str) and isinstance(response, str)):
                 raise RowError("messages need the chat template: do not read them as plain text")
@@ -364,6 +367,14 @@ def _uncoated(name: str, value: Any, given: dict[str, Any]) -> Any:
     if isinstance(value, tuple):
         return value
     return unwrapped(name, read_conversation(name, value), given)
+
+
+def _pair(value: Any, given: dict[str, Any]) -> tuple[Any, Any] | None:
+    """A (prompt, response) tuple without coats; None: it is none, but two token ids perhaps."""
+    if not isinstance(value, tuple) or len(value) != 2 or isinstance(value[0], (int, np.integer)):
+        return None
+    prompt = _uncoated("the prompt", value[0], given)
+    return prompt, _uncoated("the response", value[1], given)
 
 
 def _has_turns(value: Any) -> bool:

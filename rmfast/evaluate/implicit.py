@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rmfast import reference
-from rmfast.data.coats import read_conversation, unwrapped
-from rmfast.data.values import Chat, is_whole
 from rmfast.errors import RowError
 from rmfast.losses import check_beta, implicit_reward
 from rmfast.packed import forward, models, patching, pieces
@@ -53,32 +51,43 @@ class LikelihoodScorer(Scorer):
         """Put into ``raw`` the scores of the rows ``which``, each node of their trie run once."""
         trie = pack([rows[i] % SEGMENT for i in which])
         self.stats.nodes += len(trie)
-        answers = [(path, _start(rows[i])) for path, i in zip(trie.paths(), which, strict=True)]
-        parent = np.full(len(trie), -1)  # of the nodes of answers
-        for path, start in answers:
-            parent[path[start:]] = path[start - 1 : -1]
-        nodes = np.argsort(parent, kind="stable")[np.count_nonzero(parent < 0) :]
-        rising, gain = parent[nodes], np.zeros(len(trie))
-        found: dict[int, Tensor] = {}  # by where a piece begins, should one run again in parts
+        answers, parent = [], np.full(len(trie), -1)
+        for path, i in zip(trie.paths(), which, strict=True):
+            answers.append(path[np.count_nonzero(rows[i] < SEGMENT) :])
+            parent[answers[-1]] = path[-1 - len(answers[-1]) : -1]
+        gain = torch.zeros(len(trie), dtype=reference.wide(self.model.dtype), device=self._device)
+        stand_in, ids = self._patch.overrides[0], trie.input_ids.numpy()
+        most = max(1, _LOGITS // self.model.get_input_embeddings().num_embeddings)
 
         def take(piece: pieces.Piece, hidden: Tensor) -> None:
-            here = nodes[slice(*np.searchsorted(rising, [piece.start, piece.stop]))]
-            before = torch.from_numpy(parent[here] - piece.start)
-            found[piece.start] = _log_probs(self.model, hidden, before, trie.input_ids[here])
+            nodes = np.flatnonzero((piece.start <= parent) & (parent < piece.stop))
+            before, at = np.unique(parent[nodes] - piece.start, return_inverse=True)
+            places = np.stack([at % most, nodes, ids[nodes]])
+            for first in range(0, len(before), most):
+                parts = before[first : first + most], *places[:, at // most == first // most]
+                some, row, node, token = forward.sent(map(torch.from_numpy, parts), hidden.device)
+                with forward.giving(stand_in, _Output(last_hidden_state=hidden[some][None])):
+                    found = self._log_probs(torch.zeros_like(some), row, token)
+                gain[node.to(gain.device)] = found.to(gain)
             done = lengths[which[piece.rows]]
             self._ran(piece.stop - piece.start, done.size, int(done.sum()))
 
-        self._patch.overrides[0].run_pieces(trie, take, self._budget, prune=False)
-        gain[nodes] = torch.cat([*found.values()]).cpu()  # nothing waits for a GPU before
-        raw[which] = torch.tensor([gain[path[start:]].sum() for path, start in answers])
+        stand_in.run_pieces(trie, take, self._budget, prune=False)
+        gain = gain.cpu().double()  # nothing waits for a GPU before
+        raw[which] = torch.stack([gain[nodes].sum() for nodes in answers])
 
     def _padded_scores(self, rows: list[np.ndarray]) -> Tensor:  # fp64 [1]
         """The score of one row, by a call of the model."""
-        start, ids = _start(rows[0]), torch.from_numpy(rows[0] % SEGMENT)
-        ids = ids[None].long().to(self._device)
-        logits = self.model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
-        found = _picked(logits, torch.arange(len(logits)), ids[0, start:])
-        return found.cpu().double().sum()[None]
+        ids = torch.from_numpy(rows[0] % SEGMENT).to(self._device).long()
+        start = np.count_nonzero(rows[0] < SEGMENT)
+        at = torch.arange(len(ids) - start, device=self._device)
+        return self._log_probs(ids, at, ids[start:], start - 1).cpu().double().sum()[None]
+
+    def _log_probs(self, ids: Tensor, at: Tensor, tokens: Tensor, first: int = 0) -> Tensor:
+        """The log-probability of each token by the row ``first + at`` of the logits of ``ids``."""
+        logits = self.model(input_ids=ids[None], use_cache=False).logits[0, first:]
+        logits = logits.to(at.device, reference.wide(logits.dtype))
+        return logits[at, tokens] - logits.logsumexp(-1)[at]
 
 
 class ImplicitScorer(LikelihoodScorer):
@@ -144,69 +153,18 @@ class ImplicitScorer(LikelihoodScorer):
 
     def _answers(self, row: list, kept: list[np.ndarray]) -> list[np.ndarray] | RowError:
         """The conversations of a row, of which ``kept`` are the tokens that fit."""
-        whole = kept
-        if max(ids.size for ids in kept) == self.encoder.max_length:  # some may be cut
-            encoder = self.encoder._uncounted()
-            encoder.max_length = None
-            whole = encoder(row)
-        answers, known, shared = [], None, shared_length(whole)
+        may_be_cut = max(ids.size for ids in kept) == self.encoder.max_length
+        whole = self.encoder.uncut()(row) if may_be_cut else kept
+        answers, shared = [], shared_length(whole)
         try:
-            for prompt, uncut, ids in zip(map(_prompt, row), whole, kept, strict=True):
-                if prompt is not None and prompt != known:  # it is tokenised once
-                    known, before = prompt, self.encoder.prompt(*prompt)
-                start = shared if prompt is None else shared_length([uncut, before])
+            for conversation, uncut, ids in zip(row, whole, kept, strict=True):
+                prompt = self.encoder.prompt(conversation)
+                start = shared if prompt is None else shared_length([uncut, prompt])
                 start = max(1, start - (uncut.size - ids.size))
                 answers.append(np.append(ids[:start], ids[start:] + SEGMENT))
         except RowError as error:
             return error
         return answers
-
-
-def _start(row: np.ndarray) -> int:
-    """Where the answer of a row begins."""
-    return np.count_nonzero(row < SEGMENT)
-
-
-def _prompt(conversation: Any) -> tuple[str | list, Any] | None:
-    """The prompt of a (prompt, response) tuple, and what its row gives the template; None: none."""
-    given = None
-    if isinstance(conversation, Chat):
-        conversation, given = conversation.conversation, conversation.given
-    if not isinstance(conversation, tuple) or len(conversation) != 2:
-        return None
-    prompt, response = conversation
-    if isinstance(prompt, (int, np.integer)):
-        return None  # token ids
-    response = unwrapped("", read_conversation("the response", response), {})
-    return None if isinstance(response, list) and is_whole(response) else (prompt, given)
-
-
-def _log_probs(
-    model: nn.Module,
-    hidden: Tensor,  # [n, H]: the model's own forward gets it as its backbone's output
-    before: Tensor,  # int64 [E], rising, on the CPU: the row that each token follows
-    tokens: Tensor,  # int64 [E], on the CPU
-) -> Tensor:  # [E]
-    """Log-probabilities of tokens. Logits are made of some rows at a time."""
-    found = [torch.zeros(0, device=hidden.device)]
-    rows, place = before.unique_consecutive(return_inverse=True)
-    count = max(1, _LOGITS // model.get_input_embeddings().num_embeddings)
-    for first in range(0, len(rows), count):
-        here = slice(*np.searchsorted(place.numpy(), [first, first + count]))
-        parts = rows[first : first + count], place[here] - first, tokens[here]
-        some, at, wanted = forward.sent(parts, hidden.device)
-        output = _Output(last_hidden_state=hidden[some][None])
-        with forward.giving(patching.attached(model).overrides[0], output):
-            logits = model(input_ids=torch.zeros_like(some)[None], use_cache=False).logits[0]
-        found.append(_picked(logits, at, wanted).to(hidden.device))
-    return torch.cat(found)
-
-
-def _picked(logits: Tensor, at: Tensor, tokens: Tensor) -> Tensor:  # [S, V], [E], [E] -> [E]
-    """The log-probability of each token by the row ``at`` of the logits."""
-    logits = logits.to(reference.wide(logits.dtype))
-    at, tokens = at.to(logits.device), tokens.to(logits.device)
-    return logits[at, tokens] - logits.logsumexp(-1)[at]
 
 
 class _Output(BaseModelOutputWithPast):

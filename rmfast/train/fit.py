@@ -74,7 +74,7 @@ def make_trainer(
         options = dataclasses.replace(options, gradient_checkpointing=False)
     args = _config(options, folder, rows.held_out is not None, is_new)
     adapter = None if options.lora_rank is None else _adapter(options, started.model)
-    trainer = of_rows(Trainer, started, rows, args, peft_config=adapter)
+    trainer = _of_rows(started, rows, args, adapter)
     trainer.use_cache = use_cache
     if options.lora_rank is not None:  # small updates would be rounded away
         for parameter in trainer.model.parameters():
@@ -84,14 +84,12 @@ def make_trainer(
     return trainer
 
 
-def of_rows(
-    kind: type[RewardTrainer], started: Started, rows: Rows, args: RewardConfig, **more: Any
-) -> Any:
+def _of_rows(started: Started, rows: Rows, args: RewardConfig, adapter: Any) -> Trainer:
     """A trainer of tokenised rows, quiet, on one device; UserError: it does not take the model."""
     args._n_gpu = min(1, args.n_gpu)
     sets = (None if x is None else Dataset.from_list(x) for x in (rows.train, rows.held_out))
     try:
-        trainer = kind(started.model, args, None, *sets, started.tokenizer, **more)
+        trainer = Trainer(started.model, args, None, *sets, started.tokenizer, peft_config=adapter)
     except ValueError as error:
         raise UserError(str(error)) from None
     rows.form.record(started.model.config)
