@@ -59,7 +59,7 @@ def _train(options: DemoOptions, folder: str) -> int:
     }
     words = " ".join(f"{flag(name)} {value}" for name, value in given.items())
     print(
-        f"\n1. Training; the model goes with the demo\nrmfast train {words} --output FOLDER\n",
+        f"\n1. Training; FOLDER is deleted at the end\nrmfast train {words} --output FOLDER\n",
         flush=True,
     )
     more = {"output": folder, "device": options.device, "gradient_checkpointing": False}
