@@ -355,15 +355,24 @@ def test_others_see_the_gradients_of_all_pieces():
     _, want = whole(model, inputs)
     named = dict(model.named_parameters())
     hooked, after = named["model.layers.0.mlp.up_proj.weight"], named["model.norm.weight"]
-    seen, grads = [], []
+    seen, grads, others = [], [], []
     handle = hooked.register_hook(lambda grad: seen.append(grad.clone()))
     after.register_post_accumulate_grad_hook(lambda p: grads.append(p.grad.clone()))
+    for p in named.values():  # as an optimizer that steps once all gradients are there
+        p.register_post_accumulate_grad_hook(
+            lambda _: (
+                others.append({n: q.grad.clone() for n, q in named.items() if n in want})
+                if all(q.grad is not None for q in named.values())
+                else None
+            )
+        )
     _, ours, count = cut(model, 5, inputs)
     assert count > 2 and tiny.grad_error(ours, want) <= EXACT
     assert [len(seen), len(grads)] == [1, 1]
     handle.remove()
     cut(model, 5, inputs)
     assert [len(seen), len(grads)] == [1, 2]
+    assert len(others) == 2 and all(tiny.grad_error(x, want) <= EXACT for x in others)
     got = {"seen": seen[0], "after": grads[0]}
     one, two = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
     assert tiny.grad_error(got, {"seen": want[one], "after": want[two]}) <= EXACT
@@ -392,3 +401,27 @@ def test_gradients_that_were_asked_for_are_not_added(there):
 
 def _same(x, y):
     return x is y if x is None or y is None else torch.equal(x, y)
+
+
+def test_gradients_lie_as_their_parameters_do():
+    """A fused optimizer takes numbers by their place in memory."""
+    grads = []
+    for most in (None, 5):
+        model = tiny.model()
+        weight = model.model.layers[0].mlp.down_proj.weight
+        weight.data = weight.data.t().contiguous().t()
+        with rmfast.patched(model, max_training_tokens=most):
+            for _ in range(2):  # with a .grad, too
+                model(**tiny.padded(deep())).logits.sum().backward()
+                grads.append((weight.grad.stride(), weight.stride()))
+    assert all(own == grad for grad, own in grads)
+
+
+def test_compiled_autograd():
+    from torch._dynamo import compiled_autograd
+
+    model, inputs = tiny.model(dtype=torch.float64), tiny.padded(deep())
+    _, want = whole(model, inputs)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        _, ours, count = cut(model, 9, inputs)
+    assert count > 1 and tiny.grad_error(ours, want) <= EXACT

@@ -15,9 +15,10 @@ from rmfast import reference
 class Sums:
     """Gradients of parameters that a function of autograd returns at the end of its backward.
 
-    Where a backward adds a gradient to ``.grad`` in fp32 and nobody else is given it, those of all
-    pieces but the last are added there at once: no second copy lies beside the activations of a
-    piece. Other sums are kept apart, in fp32.
+    Where there is a ``.grad`` in fp32 and nobody else is given what a backward adds to it, the
+    gradients of all pieces but the last are added there at once: no second copy lies beside the
+    activations of a piece. Other sums are kept apart, in fp32; where there is no ``.grad``, they
+    become it.
 
     Args:
         parameters: of the function.
@@ -36,7 +37,7 @@ class Sums:
             if grad is None:
                 continue
             if self.direct[i] and not last and grad.layout is torch.strided:
-                _add(self.parameters[i], grad)
+                self.parameters[i].grad += grad
                 self.added.add(i)
                 continue
             grad = grad.to(reference.wide(grad.dtype))
@@ -54,21 +55,14 @@ class Sums:
 
 def _is_direct(parameter: Tensor, node: Any) -> bool:
     kept, dtype = parameter.grad, parameter.dtype
-    if type(parameter) is not nn.Parameter or parameter._backward_hooks:
+    if kept is None or kept.layout != torch.strided or dtype != reference.wide(dtype):
         return False
-    if dtype != reference.wide(dtype) or (kept is not None and kept.layout != torch.strided):
+    if type(parameter) is not nn.Parameter or parameter._backward_hooks:
         return False
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # torch.autograd.grad: it wants what would be added
         return False
-
-
-def _add(parameter: Tensor, grad: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = grad.clone(memory_format=torch.contiguous_format)
-    else:
-        parameter.grad += grad
 
 
 @contextlib.contextmanager
