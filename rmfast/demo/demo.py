@@ -58,6 +58,7 @@ def _train(options: DemoOptions, folder: str) -> int:
         "warm_up": 0.1,
     }
     words = " ".join(f"{flag(name)} {value}" for name, value in given.items())
+    words += " --no-gradient-checkpointing"
     print(
         f"\n1. Training; FOLDER is deleted at the end\nrmfast train {words} --output FOLDER\n",
         flush=True,

@@ -21,9 +21,9 @@ from rmfast.errors import UserError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ABOUT = """\
-The model is SmolLM2-135M-Instruct, with a reward head drawn at random. Asked what a function of
-Python's standard library does, chosen is its docstring, rejected a sibling's. Two pairs a question.
-Held out are other modules. Easy on purpose: all docstrings mention their name."""
+The model is SmolLM2-135M-Instruct, to which a reward head drawn at random was added. Asked what a
+function of Python's standard library does, chosen is its docstring, rejected a sibling's. Two pairs
+a question. Held out are other modules. Easy on purpose: all docstrings mention their name."""
 
 
 def checkpoint() -> Path:

@@ -55,7 +55,9 @@ class LikelihoodScorer(Scorer):
         for path, i in zip(trie.paths(), which, strict=True):
             answers.append(path[np.count_nonzero(rows[i] < SEGMENT) :])
             parent[answers[-1]] = path[-1 - len(answers[-1]) : -1]
-        gain = torch.zeros(len(trie), dtype=reference.wide(self.model.dtype), device=self._device)
+        # that of logits: not all devices have fp64, and weights may be fp8
+        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        gain = torch.zeros(len(trie), dtype=dtype, device=self._device)
         stand_in, ids = self._patch.overrides[0], trie.input_ids.numpy()
         most = max(1, _LOGITS // self.model.get_input_embeddings().num_embeddings)
 

@@ -55,9 +55,11 @@ class Sums:
 
 def _is_direct(parameter: Tensor, node: Any) -> bool:
     kept, dtype = parameter.grad, parameter.dtype
-    if kept is None or kept.layout != torch.strided or dtype != reference.wide(dtype):
-        return False
     if type(parameter) is not nn.Parameter or parameter._backward_hooks:
+        return False
+    if kept is None or kept.layout != torch.strided:
+        return False
+    if kept.dtype != dtype or dtype not in (torch.float32, torch.float64):
         return False
     try:
         return torch._C._will_engine_execute_node(node)
