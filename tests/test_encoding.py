@@ -8,7 +8,7 @@ import tiny
 from rmfast.data import Pair
 from rmfast.data.encoding import Encoder, counted
 from rmfast.data.form import Form, digest
-from rmfast.data.values import Side
+from rmfast.data.values import Chat, Side
 from rmfast.errors import DataError, RowError
 from rmfast.trie import SEGMENT
 
@@ -142,18 +142,32 @@ def test_prompts_alone_begin_the_whole(adds, writes):
     encode = Encoder(tiny.tokenizer(adds, writes), max_length=3, on_overlong="truncate_left")
     whole = Encoder(tiny.tokenizer(adds, writes))([("hé", "yes"), TALK])
     for prompt in ("hé", TALK[:1]):
-        alone = encode.prompt((prompt, "yes"))
+        alone = encode.prompt((prompt, "yes"), [])
         assert alone.dtype == np.int32
         assert alone.tolist() == [
             *([BOS] if adds else []), *letters("user: hé"), EOS, *letters("assistant: "),
         ]  # fmt: skip
         assert all(ids[: alone.size].tolist() == alone.tolist() for ids in whole)
     plain = Encoder(tiny.tokenizer(adds), chat=False)
-    assert plain.prompt(("hé", "yes")).tolist() == [*([BOS] if adds else []), *letters("hé")]
+    assert plain.prompt(("hé", "yes"), []).tolist() == [*([BOS] if adds else []), *letters("hé")]
     for prompt in ("", [], [{"role": "nobody", "content": "x"}]):
         with pytest.raises(RowError):
-            encode.prompt((prompt, "yes"))
-    assert [encode.prompt(x) for x in ("hé", TALK, [5, 6], (5, 6), ("hé", TALK))] == [None] * 5
+            encode.prompt((prompt, "yes"), [])
+    assert [encode.prompt(x, []) for x in ("hé", TALK, [5, 6], (5, 6), ("hé", TALK))] == [None] * 5
+
+
+def test_a_prompt_of_many_answers_is_tokenised_once(monkeypatch):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson if tools }}" + tokenizer.chat_template
+    encode, known, seen = Encoder(tokenizer), [], []
+    ids = encode._ids
+    monkeypatch.setattr(encode, "_ids", lambda *a: seen.append(a) or ids(*a))
+    one, two = encode.prompt(("hé", "yes"), known), encode.prompt(("hé", "no"), known)
+    assert one.tolist() == two.tolist() and len(seen) == 1
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for other in (("he", "yes"), Chat(("hé", "yes"), {"tools": tools})):
+        encode.prompt(other, known)
+    assert len(seen) == len(known) == 3
 
 
 def test_text_that_is_tokenised():

@@ -192,20 +192,26 @@ class Encoder:
         self._need_tokenizer()
         return self.tokenizer.decode(prepared % SEGMENT if self.segments else prepared)
 
-    def prompt(self, conversation: Conversation) -> np.ndarray | None:
+    def prompt(self, conversation: Conversation, known: list[tuple]) -> np.ndarray | None:
         """int32 token ids of a (prompt, response) tuple up to where the response begins, uncut.
 
-        None for other conversations, and where the response holds its prompt.
+        None for other conversations, and where the response holds its prompt. Prompts in ``known``
+        are not tokenised again; a new one is added.
         """
         given: dict[str, Any] = {}
         pair = _pair(unwrapped("the conversation", conversation, given), given)
         if pair is None or (isinstance(pair[1], list) and is_whole(pair[1])):
             return None
+        key = pair[0], dict(given)
+        found = [ids for other, ids in known if other == key]
+        if found:
+            return found[0]
         if isinstance(pair[0], str) and self.chat is False:
             text, templated = pair[0], False
         else:
             text, templated = self.uncut()._render(self._turns(pair[0]), given, True)
-        return self._ids([text], templated)[0]
+        known.append((key, self._ids([text], templated)[0]))
+        return known[-1][1]
 
     def uncut(self) -> Encoder:
         """The same with no limit, and warnings of its own: for what is looked at again."""

@@ -157,10 +157,10 @@ class ImplicitScorer(LikelihoodScorer):
         """The conversations of a row, of which ``kept`` are the tokens that fit."""
         may_be_cut = max(ids.size for ids in kept) == self.encoder.max_length
         whole = self.encoder.uncut()(row) if may_be_cut else kept
-        answers, shared = [], shared_length(whole)
+        answers, shared, known = [], shared_length(whole), []
         try:
             for conversation, uncut, ids in zip(row, whole, kept, strict=True):
-                prompt = self.encoder.prompt(conversation)
+                prompt = self.encoder.prompt(conversation, known)
                 start = shared if prompt is None else shared_length([uncut, prompt])
                 start = max(1, start - (uncut.size - ids.size))
                 answers.append(np.append(ids[:start], ids[start:] + SEGMENT))
